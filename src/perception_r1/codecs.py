@@ -1,15 +1,36 @@
-"""How each model family writes boxes: the only place that knows."""
+"""How each model family writes boxes: the only place that knows.
 
+The same codec writes the answers that SFT teaches and reads completions in training, evaluation and offline scoring.
+What it reads is hostile: every pattern here runs in linear time, numbers and counts are bounded, nothing is evaluated.
+"""
+
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import isfinite
 from typing import ClassVar
 
 from perception_r1.task import Box, Frame, LabelledBox
 
 MAX_OBJECTS = 512
 """Most objects that are read from one answer; COCO's fullest image has 93. A longer list is no answer."""
+
+_PER_MILLE = 1000
+_NUMBER = r"-?[0-9]++(?:\.[0-9]++)?"
+_QWEN2_TOKEN = re.compile(
+    # possessive (`*+`), so that a label without an end is given up at once
+    r"<\|object_ref_start\|>(?P<label>(?!<\|)[^<]*+(?:<(?!\|)[^<]*+)*+)<\|object_ref_end\|>"
+    r"|<\|box_start\|>"
+    rf"\(\s*+(?P<x1>{_NUMBER})\s*+,\s*+(?P<y1>{_NUMBER})\s*+\)\s*+,"
+    rf"\s*+\(\s*+(?P<x2>{_NUMBER})\s*+,\s*+(?P<y2>{_NUMBER})\s*+\)"
+    r"<\|box_end\|>"
+)
+_FENCE_START, _FENCE_END = "```json", "```"
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+r"""Half a character, which JSON can spell (`"\ud800"`) and no file or terminal can take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +54,9 @@ class Listing:
     is_exact: bool
 
 
+_NOTHING = Listing(items=(), is_exact=False)
+
+
 class Codec(ABC):
     """Writes and reads labelled boxes as one model family does."""
 
@@ -45,3 +69,175 @@ class Codec(ABC):
     @abstractmethod
     def read(self, text: str, frame: Frame) -> Listing:
         """Objects found in any text whatever; never raises."""
+
+
+class Qwen2VLCodec(Codec):
+    """Special tokens around label and box, integers 0..1000 of the image's width and height.
+
+    Boxes of one label that stand next to each other share it. An empty list is the empty text, since the form has no
+    brackets. Reading finds complete boxes anywhere, each with the label before it; the text is exact when it is nothing
+    but labels, each followed by its boxes, and no label is repeated where its boxes could have gone on.
+
+    >>> frame = Frame(width=640, height=480, seen_width=644, seen_height=476)
+    >>> text = Qwen2VLCodec().write([LabelledBox(label="cat", box=(0.1, 0.2, 0.5, 1.0))], frame)
+    >>> text
+    '<|object_ref_start|>cat<|object_ref_end|><|box_start|>(100,200),(500,1000)<|box_end|>'
+    >>> Qwen2VLCodec().read(text, frame)
+    Listing(items=(ListedItem(label='cat', box=(0.1, 0.2, 0.5, 1.0)),), is_exact=True)
+    >>> Qwen2VLCodec().read("Here: <|box_start|>(9,9),(1,1)<|box_end|>", frame)  # inverted, unlabelled, after prose
+    Listing(items=(ListedItem(label=None, box=None),), is_exact=False)
+    >>> Qwen2VLCodec().read("", frame)
+    Listing(items=(), is_exact=True)
+    """
+
+    name = "qwen2_vl"
+
+    def write(self, objects: Sequence[LabelledBox], frame: Frame) -> str:
+        """Text for a list of objects, in their order.
+
+        Raises:
+            ValueError: A label is empty or holds what could be read as a special token.
+        """
+        parts = []
+        for label, group in groupby(objects, key=lambda item: item.label):
+            if not label or "<|" in label:
+                raise ValueError(f"a label in the Qwen2-VL form needs text without '<|', not {label!r}")
+            parts.append(f"<|object_ref_start|>{label}<|object_ref_end|>")
+            for item in group:
+                x1, y1, x2, y2 = _to_units(item.box, _PER_MILLE, _PER_MILLE)
+                parts.append(f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
+        return "".join(parts)
+
+    def read(self, text: str, frame: Frame) -> Listing:
+        """Objects found in any text whatever; never raises."""
+        text = text.strip()
+        items: list[ListedItem] = []
+        label: str | None = None
+        end, is_exact, awaits_box = 0, True, False
+        for token in _QWEN2_TOKEN.finditer(text):
+            is_exact = is_exact and token.start() == end
+            end = token.end()
+            if token["label"] is not None:
+                is_exact = is_exact and not awaits_box and token["label"] != label
+                label, awaits_box = token["label"], True
+                continue
+            if len(items) == MAX_OBJECTS:
+                return _NOTHING
+            is_exact = is_exact and label is not None
+            numbers = [float(token[side]) for side in ("x1", "y1", "x2", "y2")]
+            items.append(ListedItem(label=label, box=_from_units(numbers, _PER_MILLE, _PER_MILLE)))
+            awaits_box = False
+        return Listing(items=tuple(items), is_exact=is_exact and end == len(text) and not awaits_box)
+
+
+class _JsonCodec(Codec):
+    """A JSON list of `{"bbox_2d": [x1, y1, x2, y2], "label": "..."}`; a subclass says in which units."""
+
+    @abstractmethod
+    def units(self, frame: Frame) -> tuple[int, int]:
+        """Width and height of the image in the units that are written."""
+
+    def write(self, objects: Sequence[LabelledBox], frame: Frame) -> str:
+        """Text for a list of objects, in their order."""
+        units = self.units(frame)
+        return json.dumps([{"bbox_2d": list(_to_units(item.box, *units)), "label": item.label} for item in objects])
+
+    def read(self, text: str, frame: Frame) -> Listing:
+        """Objects found in any text whatever; never raises.
+
+        Either the whole text, a ```json fence aside, is a JSON list, or nothing is read.
+        """
+        text = text.strip()
+        if text.startswith(_FENCE_START) and text.endswith(_FENCE_END):
+            text = text[len(_FENCE_START) : -len(_FENCE_END)]
+        try:
+            # parse_int: int() refuses thousands of digits by an error and is slow on fewer; float() gives infinity
+            entries = json.loads(text, parse_int=float)
+        except (ValueError, RecursionError):
+            return _NOTHING
+        if not isinstance(entries, list) or len(entries) > MAX_OBJECTS:
+            return _NOTHING
+        units = self.units(frame)
+        return Listing(items=tuple(_json_item(entry, units) for entry in entries), is_exact=True)
+
+
+class Qwen25VLCodec(_JsonCodec):
+    """JSON in pixels of the image as the model sees it, after smart-resize.
+
+    >>> frame = Frame(width=1280, height=960, seen_width=644, seen_height=476)
+    >>> text = Qwen25VLCodec().write([LabelledBox(label="cat", box=(0.25, 0.5, 0.5, 1.0))], frame)
+    >>> text
+    '[{"bbox_2d": [161, 238, 322, 476], "label": "cat"}]'
+    >>> Qwen25VLCodec().read(text, frame)
+    Listing(items=(ListedItem(label='cat', box=(0.25, 0.5, 0.5, 1.0)),), is_exact=True)
+    >>> Qwen25VLCodec().read('Sure! ' + text, frame)
+    Listing(items=(), is_exact=False)
+    >>> Qwen25VLCodec().read('[{"bbox_2d": [0, 238, 9999, 476]}]', frame)  # clamped to the image, without a label
+    Listing(items=(ListedItem(label=None, box=(0.0, 0.5, 1.0, 1.0)),), is_exact=True)
+    """
+
+    name = "qwen2_5_vl"
+
+    def units(self, frame: Frame) -> tuple[int, int]:
+        """The seen size."""
+        return frame.seen_width, frame.seen_height
+
+
+class Qwen3VLCodec(_JsonCodec):
+    """The JSON of Qwen2.5-VL with numbers 0..1000 of the image's width and height.
+
+    >>> frame = Frame(width=1280, height=960, seen_width=1280, seen_height=960)
+    >>> Qwen3VLCodec().write([LabelledBox(label="cat", box=(0.25, 0.5, 0.5, 1.0))], frame)
+    '[{"bbox_2d": [250, 500, 500, 1000], "label": "cat"}]'
+    >>> Qwen3VLCodec().read("null", frame)
+    Listing(items=(), is_exact=False)
+    >>> Qwen3VLCodec().read("[]", frame)
+    Listing(items=(), is_exact=True)
+    """
+
+    name = "qwen3_vl"
+
+    def units(self, frame: Frame) -> tuple[int, int]:
+        """Per mille of both sides."""
+        return _PER_MILLE, _PER_MILLE
+
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Qwen2VLCodec(), Qwen25VLCodec(), Qwen3VLCodec())}
+"""Every codec by name."""
+
+
+def _to_units(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """A box in whole units: inside the image, never inverted, and at least one unit wide and high."""
+    x1, x2 = _interval(box[0] * width, box[2] * width, width)
+    y1, y2 = _interval(box[1] * height, box[3] * height, height)
+    return x1, y1, x2, y2
+
+
+def _interval(start: float, end: float, limit: int) -> tuple[int, int]:
+    """Whole numbers next to start and end in 0..limit; where they meet, the unit that holds the start."""
+    low, high = max(round(start), 0), min(round(end), limit)
+    if low >= high:
+        low = min(max(int(start), 0), limit - 1)
+        high = low + 1
+    return low, high
+
+
+def _from_units(numbers: Sequence[float], width: int, height: int) -> Box | None:
+    """A box in fractions, clamped to the image; None when it is not finite, inverted or empty."""
+    if not all(isfinite(number) for number in numbers):
+        return None
+    x1, x2 = (min(max(number / width, 0.0), 1.0) for number in numbers[::2])
+    y1, y2 = (min(max(number / height, 0.0), 1.0) for number in numbers[1::2])
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def _json_item(entry: object, units: tuple[int, int]) -> ListedItem:
+    """One entry of a parsed list, whatever it is."""
+    if not isinstance(entry, dict):
+        return ListedItem(label=None, box=None)
+    label, numbers = entry.get("label"), entry.get("bbox_2d")
+    if not isinstance(label, str) or _LONE_SURROGATE.search(label):
+        label = None
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(type(number) is float for number in numbers):
+        return ListedItem(label=label, box=None)
+    return ListedItem(label=label, box=_from_units(numbers, *units))

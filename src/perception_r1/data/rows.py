@@ -1,4 +1,25 @@
-"""One row of annotated data: checked access to its keys, pixels turned into fractions."""
+r"""One row of annotated data: checked access to its keys, pixels turned into fractions.
+
+The project's own format is JSON lines. Boxes are `[x1, y1, x2, y2]` and points `[x, y]` in pixels of the original
+image, upright (after its EXIF orientation), origin top left.
+
+    grounding   {"image": "a.jpg", "question": "red cup", "box": [10, 20, 50, 80]}
+    counting    {"image": "a.jpg", "label": "cup", "points": [[30, 50], [90, 50]]} and/or "count": 2, optionally "boxes"
+    detection   {"image": "a.jpg", "objects": [{"box": [10, 20, 50, 80], "label": "cup"}]}, maybe an empty list
+    ocr         {"image": "a.jpg", "text": "first line\nsecond line"}
+
+Every row may also have "width", "height" and "id".
+"""
+
+import math
+import reprlib
+from collections.abc import Mapping
+
+from perception_r1.task import Box, LabelledBox, Point
+
+_TOLERANCE = 1e-6
+"""Pixels by which a coordinate may lie outside the image: rounding of fractions that were turned into pixels."""
+_MAX_INTEGER = 2**31 - 1
 
 
 class RowError(ValueError):
@@ -6,6 +27,129 @@ class RowError(ValueError):
 
 
 class Row:
-    """A JSON object of the project's own data format with the size of its image."""
+    """A JSON object of the project's own data format with the size of its image in pixels.
 
-    def __init__(self, values: dict, width: int, height: int) -> None: ...
+    Every method raises `RowError` when its key is missing (or null), of the wrong type or out of range.
+    """
+
+    def __init__(self, values: Mapping[str, object], *, width: int, height: int) -> None:
+        self.values = values
+        self.width = width
+        self.height = height
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def text(self, key: str, *, may_be_empty: bool = False) -> str:
+        """A text that is not blank, unless it may be."""
+        return _text(self._get(key, "a text"), key, may_be_empty)
+
+    def integer(self, key: str, minimum: int = 0) -> int:
+        """A whole number."""
+        value = self._get(key, "a whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= _MAX_INTEGER:
+            raise RowError(f"{key}: must be a whole number of at least {minimum}, got {_show(value)}")
+        return value
+
+    def box(self, key: str) -> Box:
+        """A box in fractions of the image."""
+        return self._box(self._get(key, "a box [x1, y1, x2, y2] in pixels"), key)
+
+    def boxes(self, key: str) -> tuple[Box, ...]:
+        """Boxes in fractions of the image, maybe none."""
+        items = _list(self._get(key, "a list of boxes [x1, y1, x2, y2] in pixels"), key, "boxes")
+        return tuple(self._box(item, f"{key}[{index}]") for index, item in enumerate(items))
+
+    def points(self, key: str) -> tuple[Point, ...]:
+        """Points in fractions of the image, maybe none."""
+        items = _list(self._get(key, "a list of points [x, y] in pixels"), key, "points")
+        return tuple(self._point(item, f"{key}[{index}]") for index, item in enumerate(items))
+
+    def objects(self, key: str) -> tuple[LabelledBox, ...]:
+        """Labelled boxes in fractions of the image, maybe none."""
+        items = _list(self._get(key, 'a list of objects {"box": ..., "label": ...}'), key, "objects")
+        return tuple(self._object(item, f"{key}[{index}]") for index, item in enumerate(items))
+
+    def _get(self, key: str, wanted: str) -> object:
+        if key not in self:
+            raise RowError(f"{key}: is missing, the row needs {wanted} here")
+        return self.values[key]
+
+    def _object(self, value: object, name: str) -> LabelledBox:
+        if not isinstance(value, Mapping):
+            raise RowError(f'{name}: must be an object {{"box": ..., "label": ...}}, got {_show(value)}')
+        for key in ("box", "label"):
+            if value.get(key) is None:
+                raise RowError(f'{name}.{key}: is missing, an object needs both "box" and "label"')
+        label = _text(value["label"], f"{name}.label", may_be_empty=False)
+        return LabelledBox(label=label, box=self._box(value["box"], f"{name}.box"))
+
+    def _box(self, value: object, name: str) -> Box:
+        x1, y1, x2, y2 = _numbers(value, name, ("x1", "y1", "x2", "y2"))
+        self._check_inside(name, value, xs=(x1, x2), ys=(y1, y2))
+        box = self._across(x1), self._down(y1), self._across(x2), self._down(y2)
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise RowError(f"{name}: must have x1 < x2 and y1 < y2, got {_show(value)}")
+        return box
+
+    def _point(self, value: object, name: str) -> Point:
+        x, y = _numbers(value, name, ("x", "y"))
+        self._check_inside(name, value, xs=(x,), ys=(y,))
+        return self._across(x), self._down(y)
+
+    def _check_inside(self, name: str, value: object, *, xs: tuple[float, ...], ys: tuple[float, ...]) -> None:
+        low, right, bottom = -_TOLERANCE, self.width + _TOLERANCE, self.height + _TOLERANCE
+        if not (all(low <= x <= right for x in xs) and all(low <= y <= bottom for y in ys)):
+            raise RowError(
+                f"{name}: must lie inside the image of {self.width} x {self.height} pixels, got {_show(value)}"
+            )
+
+    def _across(self, x: float) -> float:
+        return min(1.0, max(0.0, x / self.width))
+
+    def _down(self, y: float) -> float:
+        return min(1.0, max(0.0, y / self.height))
+
+
+def _text(value: object, name: str, may_be_empty: bool) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{name}: must be a text, got {_show(value)}")
+    if not may_be_empty and not value.strip():
+        raise RowError(f"{name}: must not be blank, got {_show(value)}")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise RowError(f"{name}: must be valid Unicode, got half of a surrogate pair in {_show(value)}")
+    return value
+
+
+def _list(value: object, name: str, plural: str) -> list[object] | tuple[object, ...]:
+    if not isinstance(value, list | tuple):
+        raise RowError(f"{name}: must be a list of {plural}, got {_show(value)}")
+    return value
+
+
+def _numbers(value: object, name: str, axes: tuple[str, ...]) -> tuple[float, ...]:
+    """As many finite numbers as there are axes."""
+    wanted = f"[{', '.join(axes)}] in pixels"
+    if not isinstance(value, list | tuple) or len(value) != len(axes):
+        raise RowError(f"{name}: must be {wanted}, got {_show(value)}")
+    for axis, number in zip(axes, value, strict=True):
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise RowError(f"{name}: must be {wanted}, but {axis} is {_show(number)}, not a number")
+        if not _is_finite(number):
+            raise RowError(f"{name}: must be {wanted}, but {axis} is not a finite number")
+    return tuple(float(number) for number in value)
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
+
+
+def _show(value: object) -> str:
+    """A short form for messages; Python refuses to print a number of many thousand digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a value that is too long to show"

@@ -1,0 +1,85 @@
+"""The two checkpoints of a run: `last.ckpt`, to go on from, and `best.ckpt`, to use."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+FOLDER = "checkpoints"
+"""Folder of a run in which its checkpoints lie."""
+
+
+class Checkpoints(Checkpoint):
+    """Saves after each validation, at the end, and when a run is stopped between two steps.
+
+    A checkpoint always stands between two batches, with all updates of a rollout done, so that going on from it is
+    exact. A run that dies in the middle of a step therefore keeps the checkpoint before.
+
+    Args:
+        enabled: Write checkpoints at all.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.best_value = -math.inf
+        self.best_step = 0
+        self._is_inside_step = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here on weights and counters disagree."""
+        self._is_inside_step = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """From here on they agree again."""
+        self._is_inside_step = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save `best.ckpt` when the task's headline figure has improved, and `last.ckpt` in any case."""
+        if (
+            trainer.sanity_checking
+            or not trainer.training
+            and not trainer.validating
+            or not trainer.fit_loop.epoch_loop
+        ):
+            return
+        if trainer.state.fn != "fit":
+            return
+        value = trainer.callback_metrics.get(f"val/{pl_module.task.headline}")
+        if isinstance(value, Tensor) and float(value) > self.best_value:
+            self.best_value, self.best_step = float(value), trainer.global_step
+            self._save(trainer, "best.ckpt")
+        self._save(trainer, "last.ckpt")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of the run."""
+        self._save(trainer, "last.ckpt")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where the run was stopped, if that was between two steps."""
+        if trainer.state.fn == "fit" and trainer.global_step > 0 and not self._is_inside_step:
+            self._save(trainer, "last.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best figure so far survives a resume."""
+        return {"best_value": self.best_value, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best figure so far."""
+        self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        """Write beside, then rename: a kill in mid-write leaves the file before."""
+        if not self.enabled or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+            return
+        path = Path(trainer.log_dir) / FOLDER / name
+        beside = path.with_suffix(".part")
+        trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            os.replace(beside, path)
+        trainer.strategy.barrier()

@@ -1,0 +1,160 @@
+"""Two ways to show works in progress: bars that a terminal redraws, and plain lines for a file or another program."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from rich import progress
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+_SPEED_SECONDS = 3600
+"""Time left is judged by the pace of the last hour: single steps differ, and validations belong to the run."""
+_LINE_SHARE = 0.1
+"""A plain line comes whenever such a share of the whole is done ..."""
+_LINE_SECONDS = 1.0
+"""... but not sooner than this after the line before."""
+
+
+class Display(Protocol):
+    """Something that shows several works in progress, each under a name."""
+
+    def start(self, name: str, done: int, total: int | None) -> None:
+        """Begin a work of which `done` of `total` steps are done; the total of an endless one is None."""
+
+    def advance(self, name: str, done: int, figures: Mapping[str, float]) -> None:
+        """Show that `done` steps are done, and the figures of the last one."""
+
+    def finish(self, name: str) -> None:
+        """End one work."""
+
+    def close(self) -> None:
+        """End all works and leave the terminal in order."""
+
+
+def open_display(console: Console, line_seconds: float) -> Display:
+    """Bars where the console can redraw them, else plain lines at most `line_seconds` apart."""
+    return Bars(console) if console.is_interactive else Lines(console, line_seconds)
+
+
+class Bars:
+    """A bar per work and the figures on a line below.
+
+    Args:
+        console: The terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = _FiguredProgress(
+            progress.TextColumn("{task.description:<10}"),
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left", style="cyan"),
+            console=console,
+            expand=True,
+            speed_estimate_period=_SPEED_SECONDS,
+        )
+        self._works: dict[str, progress.TaskID] = {}
+        self._progress.start()
+
+    def start(self, name: str, done: int, total: int | None) -> None:
+        """Add a bar."""
+        self.finish(name)
+        self._works[name] = self._progress.add_task(name, total=total, completed=done)
+
+    def advance(self, name: str, done: int, figures: Mapping[str, float]) -> None:
+        """Move a bar; figures replace those shown before, no figures leave them."""
+        self._progress.update(self._works[name], completed=done)
+        if figures:
+            self._progress.figures = Text.assemble(
+                *(part for label, value in figures.items() for part in ((f"{label} ", "dim"), f"{value:.4g}   "))
+            )
+
+    def finish(self, name: str) -> None:
+        """Remove a bar."""
+        if name in self._works:
+            self._progress.remove_task(self._works.pop(name))
+
+    def close(self) -> None:
+        """Draw the bars a last time and give the cursor back."""
+        self._progress.stop()
+
+
+class _FiguredProgress(progress.Progress):
+    """Rich's progress bars with one more line."""
+
+    figures = Text()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield self.figures
+
+
+@dataclass(slots=True)
+class _Work:
+    """What plain lines remember of one work."""
+
+    done_at_start: int
+    total: int | None
+    started: float
+    last_time: float
+    last_share: float
+
+
+class Lines:
+    """A plain line now and then, for logs: at each tenth of the work, after some seconds, and at its end.
+
+    Args:
+        console: Where to write.
+        line_seconds: Longest time between two lines while there is progress.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, console: Console, line_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._line_seconds = line_seconds
+        self._clock = clock
+        self._works: dict[str, _Work] = {}
+
+    def start(self, name: str, done: int, total: int | None) -> None:
+        """Begin a work; its first line comes with progress."""
+        now = self._clock()
+        share = done / total if total else 0.0
+        self._works[name] = _Work(done, total, started=now, last_time=now, last_share=share)
+
+    def advance(self, name: str, done: int, figures: Mapping[str, float]) -> None:
+        """Write a line when one is due."""
+        work, now = self._works[name], self._clock()
+        share = done / work.total if work.total else 0.0
+        is_new_tenth = int(share / _LINE_SHARE + 1e-9) > int(work.last_share / _LINE_SHARE + 1e-9)
+        waited = now - work.last_time
+        if done != work.total and waited < self._line_seconds and not (is_new_tenth and waited >= _LINE_SECONDS):
+            return
+        work.last_time, work.last_share = now, share
+        parts = [_count(name, done, work.total), f"{_clock_time(now - work.started)} gone"]
+        if work.total and done > work.done_at_start:
+            pace = (now - work.started) / (done - work.done_at_start)
+            parts.append(f"{_clock_time(pace * (work.total - done))} left")
+        parts += [f"{label} {value:.4g}" for label, value in figures.items()]
+        self._console.print(", ".join(parts), soft_wrap=True, highlight=False, markup=False)
+
+    def finish(self, name: str) -> None:
+        """Forget a work; its last step has written its line."""
+        self._works.pop(name, None)
+
+    def close(self) -> None:
+        """Forget all works."""
+        self._works.clear()
+
+
+def _count(name: str, done: int, total: int | None) -> str:
+    return f"{name} {done}" if total is None else f"{name} {done}/{total} ({100 * done // max(1, total)}%)"
+
+
+def _clock_time(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))

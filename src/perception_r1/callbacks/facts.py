@@ -1,0 +1,95 @@
+"""Facts about the machine and the code that a run depends on, as plain data."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+_PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "numpy", "perception_r1")
+_GIT_SECONDS = 10
+"""A repository on a slow disk must not hold a run up."""
+
+
+class Git(TypedDict):
+    """State of a repository: the commit checked out and whether files differ from it."""
+
+    commit: str
+    is_dirty: bool
+
+
+class Gpu(TypedDict):
+    """One GPU."""
+
+    name: str
+    memory_gib: float
+
+
+class Hardware(TypedDict):
+    """The machine; memory in GiB, None where it is not known."""
+
+    cpu: str
+    cores: int | None
+    memory_gib: float | None
+    gpus: list[Gpu]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide what a run computes; None for one not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+def git_state(folder: Path) -> Git | None:
+    """Commit and dirtiness of the repository that holds a folder; None when there is none, or no git."""
+    commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    if commit is None or changes is None:
+        return None
+    return {"commit": commit, "is_dirty": bool(changes)}
+
+
+def hardware() -> Hardware:
+    """CPU, memory and GPUs of this machine."""
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in properties],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        num_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not POSIX, or a system that does not say
+        return None
+    return round(num_bytes / 2**30, 1)

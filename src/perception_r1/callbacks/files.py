@@ -1,0 +1,44 @@
+"""Where a run's files go and how they are written: what the callbacks share."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+"""Data that JSON can hold."""
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """The folder of this run, with events, checkpoints and pictures; None when the run keeps nothing.
+
+    To be called on all ranks at once: they agree on the folder of rank zero.
+    """
+    folder = trainer.log_dir
+    return Path(folder) if folder else None
+
+
+def write_json(path: Path, data: Json) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(finite(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def finite(data: Json) -> Json:
+    """The same data with null for what JSON has no word for.
+
+    >>> finite({"reward": float("nan"), "terms": (1.0, float("inf"))})
+    {'reward': None, 'terms': [1.0, None]}
+    """
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {str(key): finite(value) for key, value in data.items()}
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        return [finite(value) for value in data]
+    return data

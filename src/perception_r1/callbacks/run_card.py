@@ -1,0 +1,119 @@
+"""`run.json`: everything that says what a run was and what came of it, on one page of JSON."""
+
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from perception_r1.callbacks.before_after import BeforeAfter
+from perception_r1.callbacks.facts import git_state, hardware, versions
+from perception_r1.callbacks.files import run_folder, write_json
+
+_MAX_REASON = 300
+"""Longest reason of a failure, in characters: the traceback is in the log."""
+
+
+class RunCard(Callback):
+    """Write `run.json` into the run's folder when a fit starts, and complete it when it ends, however it ends."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._card: dict[str, Any] = {}
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is known before the first step."""
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        self._path = folder / "run.json"
+        self._started = time.monotonic()
+        self._card = {"status": "running", "start": _now(), **_set_up(trainer, pl_module)}
+        write_json(self._path, self._card)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Complete the card of a run that came to its end."""
+        self._complete("finished", trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Complete the card of a run that was stopped or failed."""
+        self._complete(status_of(exception), trainer, pl_module)
+
+    def _complete(self, status: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._path is None:
+            return
+        self._card |= {"status": status, "end": _now(), "seconds": round(time.monotonic() - self._started, 3)}
+        self._card |= _results(trainer, pl_module)
+        write_json(self._path, self._card)
+        self._path = None
+
+
+def status_of(exception: BaseException) -> str:
+    r"""How a run ended that an exception ended, in one sentence.
+
+    >>> status_of(ValueError("No images found.\nLook elsewhere."))
+    'failed: ValueError: No images found.'
+    """
+    if isinstance(exception, SIGTERMException):
+        return "stopped by SIGTERM"
+    if isinstance(exception, KeyboardInterrupt):
+        return "stopped by Ctrl-C"
+    lines = str(exception).strip().splitlines()
+    reason = f"{type(exception).__name__}: {lines[0]}" if lines else type(exception).__name__
+    return "failed: " + (reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + "...")
+
+
+def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What the run consists of."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    network = getattr(pl_module, "policy", None) or pl_module
+    parameters = list(network.parameters())
+    fingerprint = getattr(getattr(trainer, "datamodule", None), "fingerprint", None)
+    return {
+        "command": sys.argv,
+        "versions": versions(),
+        "git": git_state(Path.cwd()),
+        "hardware": hardware(),
+        "trainer": {
+            "strategy": type(trainer.strategy).__name__,
+            "accelerator": type(trainer.accelerator).__name__,
+            "devices": trainer.num_devices,
+            "nodes": trainer.num_nodes,
+            "precision": str(trainer.precision),
+        },
+        "seeds": {
+            "everything": int(seed) if seed else None,
+            "module": getattr(pl_module, "seed", None),
+            "torch": torch.initial_seed(),
+        },
+        "data": fingerprint() if fingerprint is not None else None,
+        "policy": {
+            "name": getattr(getattr(pl_module, "policy_config", None), "name", None),
+            "num_parameters": sum(parameter.numel() for parameter in parameters),
+            "num_trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        },
+        "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+    }
+
+
+def _results(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What came of it; the seconds of the phases and the skipped steps include those before a resume."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it
+    figures = next((callback for callback in callbacks if isinstance(callback, BeforeAfter)), None)
+    return {
+        "steps": trainer.global_step,
+        "num_skipped_steps": getattr(pl_module, "num_skipped_steps", None),
+        "phase_seconds": {name: round(value, 3) for name, value in getattr(pl_module, "phase_seconds", {}).items()},
+        "before": dict(figures.before) if figures else {},
+        "after": dict(figures.after) if figures else {},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,139 @@
+"""The command line: `perception-r1 fit|validate|test|predict` is a LightningCLI, `perception-r1 score` judges texts.
+
+It knows every other part and joins them: it registers the tasks, hands the data module's task to the module, warms the
+embedded policy up, and finds the checkpoint that `last` and `best` mean.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from perception_r1.callbacks.before_after import BeforeAfter
+from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints
+from perception_r1.callbacks.pictures import Pictures
+from perception_r1.callbacks.predictions import Predictions
+from perception_r1.callbacks.progress import Progress
+from perception_r1.callbacks.run_card import RunCard
+from perception_r1.data.module import TaskDataModule
+from perception_r1.embedded.warmup import EmbeddedConfig, warm_policy
+from perception_r1.errors import UserError
+from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
+from perception_r1.modules.base import PolicyModule
+from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the short names known
+
+EMBEDDED = "tiny"
+"""Name of the embedded policy."""
+
+_EPILOG = "Besides these, `perception-r1 score --help`: reward and terms of completions that came from anywhere."
+_SIGTERM_STATUS = 143
+
+
+class PerceptionCLI(LightningCLI):
+    """LightningCLI with this project's callbacks, links and names."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options besides trainer, model and data."""
+        parser.add_argument("--task", type=str, default="run", help="Name of the folder under logs/ for the runs.")
+        parser.add_class_arguments(EmbeddedConfig, "embedded")
+        for callback, group in (
+            (Progress, "progress"),
+            (Checkpoints, "checkpoints"),
+            (Pictures, "pictures"),
+            (BeforeAfter, "before_after"),
+            (RunCard, "run_card"),
+            (Predictions, "predictions"),
+        ):
+            parser.add_lightning_class_args(callback, group)
+        parser.link_arguments("data.task", "model.init_args.task", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Turn the checkpoint names `last` and `best` into files; a resumed run goes on in its own folder."""
+        config = self.config[self.subcommand]
+        name = config.get("ckpt_path")
+        if name not in ("last", "best"):
+            return
+        checkpoint = find_checkpoint(Path("logs") / config.task, name)
+        config.ckpt_path = str(checkpoint)
+        if self.subcommand == "fit" and config.trainer.logger:
+            config.trainer.logger.init_args.version = int(checkpoint.parents[1].name.rpartition("_")[2])
+
+    def after_instantiate_classes(self) -> None:
+        """Put the warmed-up folder where the configuration says `tiny`."""
+        config = self.config[self.subcommand]
+        if self.model.policy_config.name != EMBEDDED:
+            return
+        folder = warm_policy(
+            self.config_init[self.subcommand].embedded,
+            self.datamodule,
+            seed=config.seed_everything,
+            max_new_tokens=self.model.max_new_tokens,
+            callbacks=lambda: [Progress(metrics=["train/loss"])],
+        )
+        self.model.policy_config.name = str(folder)
+
+
+def find_checkpoint(runs: Path, name: str) -> Path:
+    """The newest checkpoint of this name among the runs of a task.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = sorted(runs.glob(f"version_*/{FOLDER}/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"No run under {runs} has a {FOLDER}/{name}.ckpt yet; train first, or give a file.")
+    return found[-1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the result is the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["score"]:
+        from perception_r1 import score  # needs no trainer: starts in a fraction of the time
+
+        return score.main(args[1:])
+    _quieten()
+    mode = {"parser_mode": "omegaconf+"}
+    try:
+        PerceptionCLI(
+            PolicyModule,
+            TaskDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={**mode, "epilog": _EPILOG, **{name: mode for name in ("fit", "validate", "test", "predict")}},
+            args=argv,
+        )
+    except SIGTERMException:
+        sys.stderr.write("Stopped by SIGTERM between two steps; go on with --ckpt_path last.\n")
+        return _SIGTERM_STATUS
+    except (UserError, MisconfigurationException) as error:
+        if os.environ.get("PERCEPTION_R1_TRACEBACK"):
+            raise
+        sys.stderr.write(f"perception-r1: error: {error}\n")
+        return 2
+    return 0
+
+
+def _quieten() -> None:
+    """Leave the screen to the progress display: no advertisements, no notes about workers or missing torchvision."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""From samples to batches: which samples make a batch on which device, and a training loader that can be resumed.
+
+Both samplers yield whole batches of indices. They are `DistributedSampler`s, so Lightning leaves them alone, and every
+device gets the same number of batches.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from perception_r1.data.images import load_image
+from perception_r1.task import Sample
+
+
+class LoaderState(TypedDict):
+    """Where a training loader stands: `num_batches` of `epoch` are handed out."""
+
+    epoch: int
+    num_batches: int
+    num_samples: int
+    samples_per_step: int
+
+
+class Batch:
+    """A few samples on their way to the module, which gets them as a list (`TaskDataModule.transfer_batch_to_device`).
+
+    It is no sequence: Lightning's precision plugins take sequences and dataclasses apart, look for tensors and then
+    fail to put frozen ones together again.
+    """
+
+    def __init__(self, samples: list[Sample[Any]]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Sample[Any]]:
+        return iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class BatchDataset(Dataset[Batch]):
+    """Samples by lists of indices, with their pictures loaded."""
+
+    def __init__(self, samples: Sequence[Sample[Any]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        return Batch([_with_picture(self.samples[index]) for index in indices])
+
+
+class TrainBatches(DistributedSampler[Any]):
+    """Full batches in an order that depends on nothing but (seed, epoch); the rest of an epoch is left out.
+
+    Step `k` of all devices together shows the same samples whatever their number, as long as `batch_size` times that
+    number stays the same.
+
+    Attributes:
+        start: The batch at which the next iteration starts.
+
+    Raises:
+        ValueError: There are fewer samples than one step of all devices takes.
+    """
+
+    def __init__(
+        self, num_samples: int, *, batch_size: int, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(_Sized(num_samples), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        self.size = num_samples
+        self.batch_size = batch_size
+        self.start = 0
+        self.samples_per_step = batch_size * world_size
+        if num_samples < self.samples_per_step:
+            raise ValueError(
+                f"{num_samples} training samples do not fill one step of {self.samples_per_step} (batch_size"
+                f" {batch_size} on {world_size} devices): lower batch_size or give more samples"
+            )
+
+    def __len__(self) -> int:
+        return self.size // self.samples_per_step
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self._order()
+        for batch in range(self.start, len(self)):
+            first = batch * self.samples_per_step + self.rank * self.batch_size
+            yield order[first : first + self.batch_size]
+
+    def _order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.size))
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        return torch.randperm(self.size, generator=generator).tolist()
+
+
+class EvalBatches(DistributedSampler[Any]):
+    """Every sample once, in order, in batches whose sizes differ by at most one.
+
+    Raises:
+        ValueError: Some device would have to get an empty batch.
+    """
+
+    def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(_Sized(num_samples), num_replicas=world_size, rank=rank, shuffle=False)
+        self.size = num_samples
+        self.num_batches = math.ceil(math.ceil(num_samples / world_size) / batch_size)
+        if num_samples < self.num_batches * world_size:
+            raise ValueError(
+                f"{num_samples} samples cannot be evaluated on {world_size} devices in batches of {batch_size}, one of"
+                " which would be empty: use fewer devices or a larger eval_batch_size"
+            )
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        num_shares = self.num_batches * self.num_replicas
+        for share in range(self.rank, num_shares, self.num_replicas):
+            yield list(range(share * self.size // num_shares, (share + 1) * self.size // num_shares))
+
+
+class EvalLoader(DataLoader[Batch]):
+    """Batches of an `EvalBatches` sampler; it never touches torch's global random state."""
+
+    def __init__(self, dataset: BatchDataset, sampler: DistributedSampler[Any], num_workers: int = 0) -> None:
+        super().__init__(
+            dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator()
+        )
+
+
+class TrainLoader(EvalLoader):
+    """Batches of a `TrainBatches` sampler; its state lets a resumed run go on with exactly the next batch.
+
+    Lightning makes the iterator before it calls `set_epoch`, and on resuming it loads the state before both. So an
+    iteration decides where it starts when its first batch is asked for: after the batches of the loaded state when that
+    tells of the current epoch, else at the beginning.
+    """
+
+    def __init__(self, dataset: BatchDataset, sampler: TrainBatches, num_workers: int = 0) -> None:
+        super().__init__(dataset, sampler, num_workers)
+        self._batches = sampler
+        self._num_handed_out = 0
+        self._loaded: LoaderState | None = None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        loaded, self._loaded = self._loaded, None
+        is_resumed = loaded is not None and loaded["epoch"] == self._batches.epoch
+        self._num_handed_out = loaded["num_batches"] if loaded is not None and is_resumed else 0
+        self._batches.start = self._num_handed_out
+        for batch in super().__iter__():
+            self._num_handed_out += 1
+            yield batch
+
+    def state_dict(self) -> LoaderState:
+        """What `load_state_dict` needs; the batches that workers have prepared but nobody has seen do not count."""
+        if self._loaded is not None:
+            return self._loaded
+        return LoaderState(
+            epoch=self._batches.epoch,
+            num_batches=self._num_handed_out,
+            num_samples=self._batches.size,
+            samples_per_step=self._batches.samples_per_step,
+        )
+
+    def load_state_dict(self, state: LoaderState) -> None:
+        """Make the next iteration go on where the state was taken.
+
+        Raises:
+            ValueError: The state belongs to other data or another number of samples per step.
+        """
+        current = self.state_dict()
+        for key in ("num_samples", "samples_per_step"):
+            if state[key] != current[key]:
+                raise ValueError(
+                    f"the checkpoint cannot be resumed with {key}={current[key]}, it was written with {state[key]}:"
+                    " restore the data and batch settings (batch_size x devices), or start from its weights only"
+                )
+        self._loaded = state
+
+
+class _Sized(Dataset[None]):
+    """Stands for the samples where a `DistributedSampler` only wants to know their number."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def _with_picture(sample: Sample[Any]) -> Sample[Any]:
+    return replace(sample, image=load_image(sample.image)) if isinstance(sample.image, Path) else sample

@@ -1,0 +1,245 @@
+"""Base of the tasks' data modules: made scenes or files in, checked splits and batches of samples out."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from perception_r1.data.jsonl import DataError, OnBadRow, load
+from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, EvalLoader, TrainBatches, TrainLoader
+from perception_r1.data.rows import Row
+from perception_r1.data.scenes import SceneSource, Split, World, scene_fingerprint
+from perception_r1.task import Sample, Task
+
+Samples = Sequence[Sample[Any]]
+
+_STAGES: dict[str | None, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+    None: ("train", "val", "test"),
+}
+
+
+class TaskDataModule(LightningDataModule):
+    """Samples of one task: made scenes, or with files the rows of those.
+
+    Every batch that reaches a module is a `list[Sample]` with pictures in RGB. Training batches come in an order that
+    depends on seed and epoch alone and is resumed exactly. Evaluation shows every sample once, on all devices together.
+
+    Args:
+        task: The task that reads the rows; public, so that the command line can hand it to the module.
+        world: The world of the made scenes.
+        train_file: JSON lines to train on instead of made scenes.
+        val_file: JSON lines to validate on; without it a share of train_file is held out.
+        test_file: JSON lines to test on; without it a share of train_file is held out.
+        num_train: Made scenes per training epoch.
+        num_val: Made scenes for validation.
+        num_test: Made scenes for testing.
+        held_out_share: Share of train_file's images for each split that has no file of its own. All rows of an image
+            are in the same split.
+        on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and reports them.
+        batch_size: Prompts per training step and device.
+        eval_batch_size: Most samples in an evaluation batch.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        seed: Seed of the made scenes and of the training order.
+        shuffle: Show the training samples in a new random order in every epoch.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        task: Task[Any, Any],
+        world: World,
+        *,
+        train_file: Path | None = None,
+        val_file: Path | None = None,
+        test_file: Path | None = None,
+        num_train: int = 8192,
+        num_val: int = 200,
+        num_test: int = 400,
+        held_out_share: float = 0.1,
+        on_bad_row: OnBadRow = "error",
+        batch_size: int = 8,
+        eval_batch_size: int = 100,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.world = world
+        files: dict[Split, Path | None] = {"train": train_file, "val": val_file, "test": test_file}
+        self.files: dict[Split, Path] = {split: Path(file) for split, file in files.items() if file is not None}
+        self.num_scenes: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
+        self.held_out_share = held_out_share
+        self.on_bad_row = on_bad_row
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shuffle = shuffle
+        self._samples: dict[Split, Samples] = {}
+        self._check_settings()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and check the splits of a stage; those that are there already are kept.
+
+        Raises:
+            DataError: A file cannot be used, or a split that the stage needs has no source.
+            ValueError: The world has too few different scenes.
+        """
+        for split in _STAGES[stage]:
+            if split not in self._samples and (stage is not None or self._has_source(split)):
+                self._samples |= self._load(split)
+
+    def samples(self, split: Split) -> Samples:
+        """The samples of a split that is set up; pictures of files are not loaded."""
+        if split not in self._samples:
+            raise RuntimeError(f"the {split} samples are not loaded: call setup first")
+        return self._samples[split]
+
+    def train_dataloader(self) -> TrainLoader:
+        """Full training batches for this device, resumable."""
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise ValueError("overfit_batches is not supported here: use few samples and shuffle=false instead")
+        samples = self.samples("train")
+        rank, world_size = self._place()
+        batches = TrainBatches(
+            len(samples),
+            batch_size=self.batch_size,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        return TrainLoader(BatchDataset(samples), batches, self.num_workers)
+
+    def val_dataloader(self) -> EvalLoader:
+        """Validation batches for this device."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> EvalLoader:
+        """Test batches for this device."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> EvalLoader:
+        """The test batches: predictions are made for the test split."""
+        return self._eval_loader("test")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> list[Sample[Any]]:
+        """Unwrap the samples; pictures stay on the CPU until the policy encodes them."""
+        return batch.samples
+
+    def made(self, batch_size: int) -> "TaskDataModule":
+        """The made scenes of the same task and seed, whatever files there are: what the embedded policy starts from."""
+        return type(self)(self.task, self.world, seed=self.seed, batch_size=batch_size)
+
+    def fingerprint(self) -> str:
+        """A hex digest of everything that determines the samples of all splits; it needs no setup."""
+        if self.files:
+            parts = [f"{split} {_sha256(path)}" for split, path in self.files.items()]
+            parts += [str(self.held_out_share), self.on_bad_row]
+        else:
+            sizes = self.num_scenes.items()
+            parts = [scene_fingerprint(self.world, split, self.seed, size) for split, size in sizes]
+        return _digest("\n".join(parts).encode()).hex()
+
+    def _check_settings(self) -> None:
+        sizes = {f"num_{split}": size for split, size in self.num_scenes.items()}
+        for name, value in {**sizes, "batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value in {"num_workers": self.num_workers, "seed": self.seed}.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not 0 < self.held_out_share < 0.5:
+            raise ValueError(f"held_out_share must be more than 0 and less than 0.5, got {self.held_out_share}")
+
+    def _has_source(self, split: Split) -> bool:
+        return not self.files or split in self.files or "train" in self.files
+
+    def _load(self, split: Split) -> dict[Split, Samples]:
+        """The samples of a split, and of those that come from the same file."""
+        if not self.files:
+            size = self.num_scenes[split]
+            return {split: _SceneSamples(self.task, SceneSource(self.world, split, self.seed, size))}
+        if not self._has_source(split):
+            raise DataError(f"the {split} samples have no source: give {split}_file or train_file")
+        if split != "train" and split in self.files:
+            return {split: load(self.files[split], self.task, self.on_bad_row)}
+        held_out: list[Split] = [name for name in ("val", "test") if name not in self.files]
+        samples = load(self.files["train"], self.task, self.on_bad_row)
+        return _divide(samples, self.files["train"], held_out, self.held_out_share)
+
+    def _eval_loader(self, split: Split) -> EvalLoader:
+        samples = self.samples(split)
+        rank, world_size = self._place()
+        batches = EvalBatches(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
+        return EvalLoader(BatchDataset(samples), batches, self.num_workers)
+
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process and number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+class _SceneSamples(Samples):
+    """The scenes of a source as samples, drawn when they are asked for."""
+
+    def __init__(self, task: Task[Any, Any], source: SceneSource) -> None:
+        self.task = task
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Any:
+        scene = self.source[index]
+        width, height = scene.image.size
+        query, target = self.task.read_row(Row(scene.values, width=width, height=height))
+        return Sample(
+            id=f"{self.source.split}-{index}", image=scene.image, width=width, height=height, query=query, target=target
+        )
+
+
+def _divide(samples: Samples, path: Path, held_out: Sequence[Split], share: float) -> dict[Split, Samples]:
+    """Samples of one file by split: images in the order of a hash of their paths, the first to the held-out splits.
+
+    Raises:
+        DataError: There are fewer images than splits.
+    """
+    images = sorted({_image_key(sample, path) for sample in samples}, key=lambda name: _digest(name.encode()))
+    if len(images) <= len(held_out):
+        raise DataError(
+            f"{path}: has rows of {len(images)} different images, but holding out {' and '.join(held_out)} needs at"
+            f" least {len(held_out) + 1}: add images or give {' and '.join(f'{split}_file' for split in held_out)}"
+        )
+    num_held_out = max(1, int(share * len(images)))
+    split_of: dict[str, Split] = dict.fromkeys(images, "train")
+    for position, split in enumerate(held_out):
+        split_of |= dict.fromkeys(images[position * num_held_out : (position + 1) * num_held_out], split)
+    splits: dict[Split, list[Sample[Any]]] = {split: [] for split in ("train", *held_out)}
+    for sample in samples:
+        splits[split_of[_image_key(sample, path)]].append(sample)
+    return dict(splits)
+
+
+def _image_key(sample: Sample[Any], path: Path) -> str:
+    """The image's path from the data file's folder: the same on every machine."""
+    return os.path.relpath(str(sample.image), path.parent)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

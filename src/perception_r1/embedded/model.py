@@ -1,0 +1,183 @@
+"""A folder in the hub's layout with a tiny, randomly initialised model of the real family and its own tokenizer.
+
+Sizes and initialisation are those with which two minutes on one core teach something; everything else is the family's.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from perception_r1.policy.processor import Processor
+
+Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+"""The special tokens of the Qwen-VL families, in their order."""
+
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}{% else %}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part['type'] == 'text' -%}{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{% endif %}<|im_end|>
+{% endfor -%}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+_PATCH, _MERGE = 14, 2
+_HIDDEN, _LAYERS, _HEADS, _FEED_FORWARD = 96, 3, 4, 256
+_VISION_DEPTH, _VISION_HIDDEN, _VISION_HEADS = 2, 64, 4
+_INIT_STD = 0.06
+_ROPE_THETA = 10.0
+"""Small, for the distances that matter here are a few image tokens."""
+
+
+def build_model_folder(
+    folder: Path, *, family: Family, seed: int, corpus: Iterable[str] = (), whole_tokens: Sequence[str] = ()
+) -> None:
+    """Write config, random weights, generation config, tokenizer and image processor.
+
+    Args:
+        folder: Where to write.
+        family: Architecture.
+        seed: Of the weights.
+        corpus: Texts from which the tokenizer learns its merges.
+        whole_tokens: Strings that become one plain token each, which shortens answers without changing their text.
+    """
+    tokenizer = build_tokenizer(corpus, whole_tokens)
+    patch = 16 if family == "qwen3_vl" else _PATCH
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=patch,
+        merge_size=_MERGE,
+        size={"shortest_edge": (patch * _MERGE) ** 2, "longest_edge": 1280 * (patch * _MERGE) ** 2},
+    )
+    torch.manual_seed(seed)
+    model = build_model(family, tokenizer)
+    model.save_pretrained(folder)
+    Processor(tokenizer, image_processor).save(folder)
+
+
+def build_tokenizer(corpus: Iterable[str], whole_tokens: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """A byte-level tokenizer as Qwen's, with merges learnt from the corpus only."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    roles = ["user\n", "assistant\n", "system\n"] * 2
+    learner.train_from_iterator([*roles, *corpus], trainer)
+    vocabulary, merges = _learnt(learner)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole_tokens])
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(family: Family, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
+    """The family's own architecture at a tiny size, with random weights."""
+    token = tokenizer.convert_tokens_to_ids
+    head = _HIDDEN // _HEADS
+    sections = [head // 2 - 2 * (head * 3 // 16), head * 3 // 16, head * 3 // 16]
+    rope = {"rope_type": "default", "rope_theta": _ROPE_THETA, "mrope_section": sections}
+    text: dict[str, Any] = {
+        "vocab_size": -(-len(tokenizer) // 32) * 32,
+        "hidden_size": _HIDDEN,
+        "intermediate_size": _FEED_FORWARD,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _HEADS,
+        "max_position_embeddings": 8192,
+        "initializer_range": _INIT_STD,
+        "rope_parameters": rope | ({"mrope_interleaved": True} if family == "qwen3_vl" else {}),
+        "bos_token_id": token("<|endoftext|>"),
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+        "tie_word_embeddings": True,
+    }
+    config_class, model_class, vision = _family_parts(family)
+    config = config_class(
+        text_config=text | ({"head_dim": head} if family == "qwen3_vl" else {}),
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+        initializer_range=_INIT_STD,
+    )
+    model = model_class(config)
+    model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]
+    model.generation_config.pad_token_id = token("<|endoftext|>")
+    return model
+
+
+def _family_parts(family: Family) -> tuple[Any, Any, dict[str, Any]]:
+    """Config class, model class and vision settings."""
+    common = {
+        "depth": _VISION_DEPTH,
+        "num_heads": _VISION_HEADS,
+        "spatial_merge_size": _MERGE,
+        "temporal_patch_size": 2,
+        "initializer_range": _INIT_STD,
+    }
+    if family == "qwen2_vl":
+        sizes = {"embed_dim": _VISION_HIDDEN, "hidden_size": _HIDDEN, "mlp_ratio": 4, "patch_size": _PATCH}
+        return Qwen2VLConfig, Qwen2VLForConditionalGeneration, common | sizes
+    sizes = {"hidden_size": _VISION_HIDDEN, "intermediate_size": 3 * _VISION_HIDDEN, "out_hidden_size": _HIDDEN}
+    if family == "qwen2_5_vl":
+        windows = {"patch_size": _PATCH, "window_size": 112, "fullatt_block_indexes": [_VISION_DEPTH - 1]}
+        return Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, common | sizes | windows
+    deepstack = {"patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
+    return Qwen3VLConfig, Qwen3VLForConditionalGeneration, common | sizes | deepstack
+
+
+def _learnt(learner: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    import json
+
+    model = json.loads(learner.to_str())["model"]
+    return model["vocab"], [(first, second) for first, second in model["merges"]]

@@ -1,0 +1,5 @@
+"""The one kind of error that a user can cause: the command line prints its sentence and exits with status 2."""
+
+
+class UserError(ValueError):
+    """A setting, a file or a model that cannot be used; the message says what is wrong, where, and what would be right."""

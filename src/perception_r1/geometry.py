@@ -1,0 +1,150 @@
+"""Boxes, their overlap, and the matching of predictions with targets: pure functions that every task shares.
+
+Boxes are xyxy and points xy, in fractions of the image (see `task.py`). A box here has a positive area: codecs and row
+readers let no other one through.
+
+Legend: N predictions, M targets.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from perception_r1.task import Box, Frame, Point
+
+Matching = Literal["bipartite", "sequential"]
+"""How predictions meet targets: by least total cost, or the k-th with the k-th (the paper's ablation)."""
+
+
+def center(box: Box) -> Point:
+    """The middle of a box.
+
+    >>> center((0.0, 0.0, 0.5, 1.0))
+    (0.25, 0.5)
+    """
+    x1, y1, x2, y2 = box
+    return (x1 + x2) / 2, (y1 + y2) / 2
+
+
+def iou(first: Box, second: Box) -> float:
+    """Intersection over union of two boxes, 0..1.
+
+    >>> iou((0.0, 0.0, 0.5, 0.5), (0.0, 0.0, 0.5, 1.0))
+    0.5
+    >>> iou((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5))  # a shared edge is no overlap
+    0.0
+    """
+    return float(iou_matrix([first], [second])[0, 0])
+
+
+def iou_matrix(first: Sequence[Box], second: Sequence[Box]) -> NDArray[np.float64]:
+    """Intersection over union of every pair.
+
+    Args:
+        first: N boxes.
+        second: M boxes.
+
+    Returns:
+        [N, M], each entry 0..1.
+    """
+    intersection, union, _ = _areas(first, second)
+    return intersection / union
+
+
+def giou_matrix(first: Sequence[Box], second: Sequence[Box]) -> NDArray[np.float64]:
+    """Generalised IoU (Rezatofighi et al. 2019) of every pair: IoU less the empty share of the box around both.
+
+    Args:
+        first: N boxes.
+        second: M boxes.
+
+    Returns:
+        [N, M], each entry in -1..1.
+    """
+    intersection, union, hull = _areas(first, second)
+    return intersection / union - (hull - union) / hull
+
+
+def size_distances(first: Sequence[Box], second: Sequence[Box]) -> NDArray[np.float64]:
+    """L1 distance of every pair's (center x, center y, width, height).
+
+    Args:
+        first: N boxes.
+        second: M boxes.
+
+    Returns:
+        [N, M].
+    """
+    return np.abs(_cxcywh(first)[:, None] - _cxcywh(second)[None]).sum(axis=-1)
+
+
+def point_distances(first: Sequence[Point], second: Sequence[Point]) -> NDArray[np.float64]:
+    """Euclidean distance of every pair, in fractions of the image's sides.
+
+    Args:
+        first: N points.
+        second: M points.
+
+    Returns:
+        [N, M].
+    """
+    a = np.asarray(first, dtype=np.float64).reshape(-1, 2)
+    b = np.asarray(second, dtype=np.float64).reshape(-1, 2)
+    return np.hypot(a[:, None, 0] - b[None, :, 0], a[:, None, 1] - b[None, :, 1])
+
+
+def match(cost: NDArray[np.float64], mode: Matching) -> list[tuple[int, int]]:
+    """Pairs (prediction, target); min(N, M) of them, in the order of the predictions.
+
+    Args:
+        cost: [N, M], finite.
+        mode: "bipartite" for the assignment of least total cost, "sequential" for the k-th with the k-th.
+
+    >>> cost = np.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> match(cost, "bipartite")
+    [(0, 1), (1, 0)]
+    >>> match(cost, "sequential")
+    [(0, 0), (1, 1)]
+    >>> match(np.zeros((3, 0)), "bipartite")
+    []
+    """
+    if mode == "sequential":
+        return [(k, k) for k in range(min(cost.shape))]
+    rows, columns = linear_sum_assignment(cost)
+    return [(int(row), int(column)) for row, column in zip(rows, columns, strict=True)]
+
+
+def to_pixels(box: Box, frame: Frame) -> list[float]:
+    """A box in pixels of the original image, to two decimals, for people and files.
+
+    >>> to_pixels((0.1, 0.5, 1.0, 1.0), Frame(width=333, height=100, seen_width=336, seen_height=112))
+    [33.3, 50.0, 333.0, 100.0]
+    """
+    sides = (frame.width, frame.height, frame.width, frame.height)
+    return [round(value * side, 2) for value, side in zip(box, sides, strict=True)]
+
+
+def _areas(
+    first: Sequence[Box], second: Sequence[Box]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Areas of intersection, union and hull of every pair, each [N, M]."""
+    a, b = _array(first)[:, None], _array(second)[None]  # [N, 1, 4], [1, M, 4]
+    overlap = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    span = np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])
+    intersection = overlap.clip(min=0).prod(axis=-1)
+    own = (a[..., 2:] - a[..., :2]).prod(axis=-1) + (b[..., 2:] - b[..., :2]).prod(axis=-1)
+    return intersection, own - intersection, span.prod(axis=-1)
+
+
+def _cxcywh(boxes: Sequence[Box]) -> NDArray[np.float64]:
+    """Center and size of each box, [N, 4]."""
+    corners = _array(boxes)
+    return np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
+
+
+def _array(boxes: Sequence[Box]) -> NDArray[np.float64]:
+    """Boxes as [N, 4], also when there are none."""
+    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)

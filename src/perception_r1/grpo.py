@@ -1,0 +1,137 @@
+"""The arithmetic of GRPO: tensors in, tensors out.
+
+    advantage   A_i = (r_i - mean(r_group)) / (std(r_group) + 1e-4), std unbiased
+    objective   min(ratio * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A) - beta * kl      per token
+    ratio       exp(logp - logp_old)
+    kl          exp(ref - logp) - (ref - logp) - 1                                          the k3 estimator
+
+The loss is the negative objective, summed with the token weights of `token_weights`. Deviation from DeepSeekMath's
+GRPO (arXiv 2402.03300): none for aggregation "grpo"; "dapo" and "dr_grpo" follow arXiv 2503.14476 and 2503.20783.
+
+Legend: B prompts, G completions per prompt, N = B*G completions, T completion tokens (longest).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["grpo", "dapo", "dr_grpo"]
+
+_STD_FLOOR = 1e-4
+
+
+def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
+    """How much better each completion is than its group.
+
+    Args:
+        rewards: [N] rewards, the G completions of a prompt after one another.
+        group_size: G, at least 2.
+        scale: Divide by the group's standard deviation.
+
+    Returns:
+        [N] advantages; zero throughout a group of equal rewards.
+
+    Raises:
+        ValueError: The group is too small, or the rewards cannot be grouped.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.5, 0.5]), 2).round(decimals=3)
+    tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size is {group_size}; a completion is compared with its group, so it must be 2 or more.")
+    if rewards.ndim != 1 or len(rewards) % group_size:
+        raise ValueError(f"{tuple(rewards.shape)} rewards cannot be grouped by {group_size}.")
+    groups = rewards.view(-1, group_size)  # [B, G]
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale:
+        centred = centred / (groups.std(1, keepdim=True) + _STD_FLOOR)
+    return centred.flatten()
+
+
+def token_weights(lengths: Tensor, *, aggregation: Aggregation, max_new_tokens: int) -> Tensor:
+    """Weight of each completion's every token in the loss of a whole batch.
+
+    The weights of a batch do not depend on how it is cut into micro-batches, so neither do its gradients.
+
+    Args:
+        lengths: [N] tokens of each completion.
+        aggregation: "grpo": mean over a completion's tokens, then over completions; "dapo": mean over all tokens;
+            "dr_grpo": sum over tokens divided by a constant, N * max_new_tokens.
+        max_new_tokens: The constant of "dr_grpo".
+
+    Returns:
+        [N] weights.
+    """
+    count = len(lengths)
+    if aggregation == "grpo":
+        return 1.0 / (lengths * count)
+    if aggregation == "dapo":
+        return torch.full_like(lengths, 1.0, dtype=torch.float32) / lengths.sum()
+    return torch.full_like(lengths, 1.0, dtype=torch.float32) / (count * max_new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossParts:
+    """A loss and what is logged about it: sums over tokens, so that parts of a batch can be added.
+
+    Attributes:
+        loss: Scalar with gradient.
+        kl_sum: Sum of the k3 estimates over all tokens.
+        clipped_sum: Number of tokens whose ratio was clipped.
+    """
+
+    loss: Tensor
+    kl_sum: Tensor
+    clipped_sum: Tensor
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    *,
+    advantages: Tensor,
+    weights: Tensor,
+    is_token: Tensor,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+) -> LossParts:
+    """The clipped objective with its KL penalty, as a loss.
+
+    Args:
+        logprobs: [N, T] of the policy, with gradient.
+        old_logprobs: [N, T] of the policy that wrote the completions.
+        reference_logprobs: [N, T] of the frozen reference; None when `kl_coef` is 0.
+        advantages: [N].
+        weights: [N] weight of each token of a completion.
+        is_token: [N, T] True up to and including a completion's first end token.
+        clip_low: eps_low.
+        clip_high: eps_high.
+        kl_coef: beta.
+    """
+    ratio = (logprobs - old_logprobs).exp()  # [N, T]
+    gain = advantages[:, None]
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(ratio * gain, clipped_ratio * gain)
+    kl = k3_kl(logprobs, reference_logprobs) if reference_logprobs is not None else torch.zeros_like(logprobs)
+    per_token = kl_coef * kl - objective
+    with torch.no_grad():
+        is_clipped = (ratio * gain > clipped_ratio * gain) & is_token
+    return LossParts(
+        loss=(per_token * weights[:, None]).masked_fill(~is_token, 0.0).sum(),
+        kl_sum=kl.detach().masked_fill(~is_token, 0.0).sum(),
+        clipped_sum=is_clipped.sum(),
+    )
+
+
+def k3_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(policy || reference) per token: unbiased and never negative.
+
+    >>> k3_kl(torch.tensor([-1.0]), torch.tensor([-1.0]))
+    tensor([0.])
+    """
+    difference = reference_logprobs - logprobs
+    return difference.exp() - difference - 1

@@ -1,0 +1,301 @@
+"""What both trainings share: the policy, its optimiser and schedule, greedy evaluation, exact checkpoints."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from perception_r1.metrics import task_metrics
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
+from perception_r1.scoring import Outcome, judge
+from perception_r1.task import Sample, Task
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""Updates that may be skipped one after another before training stops: by then the weights do not recover."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the optimiser steps: linear warm-up, then decay.
+
+    Attributes:
+        warmup_steps: Steps of linear growth to the optimiser's learning rate.
+        decay: Shape of the way down after the warm-up, over all steps of the run.
+        final_ratio: Learning rate at the end, as a share of the optimiser's.
+    """
+
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    final_ratio: float = 0.05
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """Learning rate of one step as a share of the optimiser's.
+
+        >>> schedule = ScheduleConfig(warmup_steps=2, decay="linear", final_ratio=0.0)
+        >>> [schedule.factor(step, 6) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        left = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.final_ratio + (1 - self.final_ratio) * left
+
+
+class PolicyModule(LightningModule):
+    """A policy that answers a task's samples, is evaluated greedily and is updated by hand.
+
+    Args:
+        task: The task of the data module; the command line hands it over.
+        policy: Which model is trained, and what of it.
+        optimizer: Optimiser of the trainable weights.
+        schedule: Learning rate over the steps.
+        max_new_tokens: Longest completion, end token included.
+        max_grad_norm: Gradients are scaled down to this norm.
+        seed: Seed of sampling and dropout; a resumed run continues their sequence.
+    """
+
+    def __init__(
+        self,
+        task: Task[Any, Any],
+        *,
+        policy: PolicyConfig,
+        optimizer: OptimizerCallable,
+        schedule: ScheduleConfig,
+        max_new_tokens: int,
+        max_grad_norm: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+        if max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0.")
+        self.automatic_optimization = False
+        self.task = task
+        self.policy_config = policy
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.max_new_tokens = max_new_tokens
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        self.policy: Policy | None = None  # type: ignore[assignment]
+        self.train_metrics = task_metrics(task)
+        self.eval_metrics = task_metrics(task)
+        self.phase_seconds: dict[str, float] = {}
+        self.num_skipped_steps = 0
+        self._skipped_in_a_row = 0
+
+    # ---------------------------------------------------------------------------------------------- set-up
+
+    def configure_model(self) -> None:
+        """Load the policy; once, whichever of fit, validate, test and predict comes first."""
+        if self.policy is None:
+            self.policy = Policy.load(self.policy_config)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Optimiser over what is trained, with the schedule stepped at every update."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = self.optimizer_factory(trained)
+        num_steps = self.num_planned_steps()
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def num_planned_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        by_epochs = math.inf
+        if self.trainer.max_epochs is not None and self.trainer.max_epochs >= 0:
+            by_epochs = self.trainer.num_training_batches * self.trainer.max_epochs * self.updates_per_batch
+            if math.isinf(self.trainer.num_training_batches):
+                self.trainer.fit_loop.setup_data()
+                by_epochs = self.trainer.num_training_batches * self.trainer.max_epochs * self.updates_per_batch
+        by_steps = self.trainer.max_steps if self.trainer.max_steps >= 0 else math.inf
+        planned = min(by_epochs, by_steps)
+        if math.isinf(planned):
+            raise ValueError("Set trainer.max_steps or trainer.max_epochs: the learning rate decays over a known length.")
+        return int(planned)
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimiser steps per batch of the data module."""
+        return 1
+
+    def on_fit_start(self) -> None:
+        """Refuse trainer settings that would have no effect here."""
+        if self.trainer.gradient_clip_val is not None:
+            raise ValueError("trainer.gradient_clip_val has no effect here; set model.max_grad_norm instead.")
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches has no effect here; set data.batch_size to the prompts of one step and "
+                "model.micro_batch_size to those computed at once."
+            )
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision 16-mixed is not supported; use bf16-mixed or 32-true.")
+
+    # -------------------------------------------------------------------------------------------- one update
+
+    def apply_gradients(self, loss: float) -> dict[str, float]:
+        """Clip, step the optimiser and the learning rate; skip an update that is not finite, count it and name it.
+
+        Args:
+            loss: Value of the loss whose gradients are in place.
+
+        Returns:
+            The gradient norm before clipping and the learning rate used, for the log.
+
+        Raises:
+            RuntimeError: Too many updates in a row were skipped.
+        """
+        optimizer = self.optimizers()
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
+        learning_rate = optimizer.param_groups[0]["lr"]
+        is_finite = self.trainer.strategy.reduce_boolean_decision(math.isfinite(loss) and bool(norm.isfinite()))
+        if is_finite:
+            self._skipped_in_a_row = 0
+        else:
+            optimizer.zero_grad(set_to_none=True)  # the step below then counts, but moves no weight
+            self._count_skipped("loss" if not math.isfinite(loss) else "gradient")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        return {"grad_norm": float(norm), "lr": learning_rate, "skipped_steps": float(self.num_skipped_steps)}
+
+    def _count_skipped(self, what: str) -> None:
+        self.num_skipped_steps += 1
+        self._skipped_in_a_row += 1
+        self.print(f"Step {self.global_step}: the {what} is not finite; the update is skipped.")
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"{MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower the learning rate or max_grad_norm "
+                "and go on from an earlier checkpoint."
+            )
+
+    # ---------------------------------------------------------------------------------------------- evaluation
+
+    def answer(self, samples: Sequence[Sample[Any]]) -> list[Outcome]:
+        """Greedy completions of loaded samples, scored."""
+        prompts = self.policy.encode(self.task, samples)
+        rollout = self.policy.roll_out(
+            prompts, group_size=1, max_new_tokens=self.max_new_tokens, seeds=[0] * len(samples), is_greedy=True
+        )
+        return judge(
+            self.task,
+            self.policy.codec,
+            samples=samples,
+            frames=prompts.frames,
+            completions=self.policy.processor.decode(rollout.completions),
+            lengths=[len(completion) for completion in rollout.completions],
+            truncated=rollout.is_truncated,
+        )
+
+    def evaluate(self, batches: Iterable[list[Sample[Any]]]) -> dict[str, float]:
+        """Greedy figures over a whole data set, outside of any loop of the trainer."""
+        metrics = task_metrics(self.task).to(self.policy.device)
+        was_training = self.training
+        self.eval()
+        for batch in batches:
+            update_metrics(metrics, self.answer(batch))
+        self.train(was_training)
+        return {name: float(value) for name, value in metrics.compute().items()}
+
+    def validation_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:
+        """Answer greedily and accumulate; the same step serves validate and test."""
+        outcomes = self.answer(batch)
+        update_metrics(self.eval_metrics, outcomes)
+        return outcomes
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the whole split."""
+        self._log_eval_metrics("val")
+
+    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:
+        """As `validation_step`, on the test split."""
+        return self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of the whole split."""
+        self._log_eval_metrics("test")
+
+    def predict_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:
+        """Greedy completions, scored."""
+        return self.answer(batch)
+
+    def _log_eval_metrics(self, stage: str) -> None:
+        figures = tag_figures(stage, self.eval_metrics.compute(), self.task)
+        self.eval_metrics.reset()
+        self.log_dict(figures, sync_dist=False, batch_size=1)
+
+    # ----------------------------------------------------------------------------------------------- logging
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the seconds of a part of the training step."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def log_train(self, figures: Mapping[str, float | Tensor]) -> None:
+        """Log figures of this step under `train/`, means over the ranks."""
+        self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=1, sync_dist=True)
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What training changes, and no more: frozen weights come from the model's folder again."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Restore exactly the entries that `state_dict` gives.
+
+        Raises:
+            ValueError: An entry is missing or unexpected.
+        """
+        expected = self.state_dict()
+        missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
+        if missing or unexpected:
+            kind, names = ("misses", missing) if missing else ("has unexpected", unexpected)
+            raise ValueError(
+                f"The checkpoint {kind} {len(names)} entries, first {names[0]}: it was written with another model, "
+                "adapter or frozen part."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the counters of the run."""
+        checkpoint["run"] = {"phase_seconds": dict(self.phase_seconds), "num_skipped_steps": self.num_skipped_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the counters of the run up again."""
+        self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
+        self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]
+
+
+def update_metrics(metrics: Any, outcomes: Sequence[Outcome]) -> None:
+    """Feed outcomes to a task's metrics."""
+    metrics.update(
+        scores=[outcome.score for outcome in outcomes],
+        predictions=[outcome.prediction for outcome in outcomes],
+        targets=[outcome.sample.target for outcome in outcomes],
+        frames=[outcome.frame for outcome in outcomes],
+    )
+
+
+def tag_figures(stage: str, figures: Mapping[str, Any], task: Task[Any, Any]) -> dict[str, Any]:
+    """TensorBoard tags: the reward's terms stand below the reward, all else directly below the stage."""
+    return {f"{stage}/reward/{name}" if name in task.term_names else f"{stage}/{name}": v for name, v in figures.items()}

@@ -1,0 +1,77 @@
+"""PromptBatch: prompts with their pictures as tensors, able to slice, repeat and move itself.
+
+Legend: B prompts, P prompt tokens (longest), I images of all prompts, N patches of all images, D values per patch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perception_r1.task import Frame
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptBatch:
+    """Left-padded prompts; images in the order of the prompts, each of its own size.
+
+    Attributes:
+        input_ids: [B, P] token ids, padded on the left.
+        attention_mask: [B, P] 1 for tokens, 0 for padding.
+        mm_token_type_ids: [B, P] 1 where an image feature stands, 0 elsewhere.
+        pixel_values: [N, D] patches of all images, one after another.
+        image_grid_thw: [I, 3] patches of each image in time, height and width.
+        num_images: Images of each prompt, B entries.
+        frames: Sizes of the first image of each prompt, B entries.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    mm_token_type_ids: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    num_images: tuple[int, ...]
+    frames: tuple[Frame, ...]
+
+    def __len__(self) -> int:
+        return len(self.num_images)
+
+    @property
+    def is_padded(self) -> bool:
+        """Some prompt is shorter than the longest."""
+        return not bool(self.attention_mask.all())
+
+    def select(self, indices: Sequence[int]) -> "PromptBatch":
+        """The prompts at these places, in this order, without padding that none of them needs."""
+        width = int(self.attention_mask[list(indices)].sum(1).max())
+        images = self._images_by_prompt()
+        patches = self.image_grid_thw.prod(1).tolist()
+        starts = [0, *torch.tensor(patches).cumsum(0).tolist()]
+        chosen = [image for index in indices for image in images[index]]
+        rows = torch.as_tensor(list(indices), device=self.input_ids.device)
+        return PromptBatch(
+            input_ids=self.input_ids[rows, -width:],
+            attention_mask=self.attention_mask[rows, -width:],
+            mm_token_type_ids=self.mm_token_type_ids[rows, -width:],
+            pixel_values=torch.cat([self.pixel_values[starts[i] : starts[i + 1]] for i in chosen]),
+            image_grid_thw=self.image_grid_thw[chosen],
+            num_images=tuple(self.num_images[index] for index in indices),
+            frames=tuple(self.frames[index] for index in indices),
+        )
+
+    def to(self, device: torch.device | str) -> "PromptBatch":
+        """The same batch on another device."""
+        return PromptBatch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            mm_token_type_ids=self.mm_token_type_ids.to(device),
+            pixel_values=self.pixel_values.to(device),
+            image_grid_thw=self.image_grid_thw.to(device),
+            num_images=self.num_images,
+            frames=self.frames,
+        )
+
+    def _images_by_prompt(self) -> list[range]:
+        ends = torch.tensor(self.num_images).cumsum(0).tolist()
+        return [range(end - count, end) for end, count in zip(ends, self.num_images, strict=True)]

@@ -1,0 +1,125 @@
+"""From a hub id or folder to a network: family, dtype, adapter, what is trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+CODEC_BY_FAMILY = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}
+"""Model type in a folder's config.json -> codec in which the family writes boxes."""
+
+TEXT_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Every linear layer of the language model, by the names of transformers."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """A low-rank adapter instead of full fine-tuning.
+
+    Attributes:
+        rank: Rank of the update of each adapted matrix.
+        alpha: Scale of the update is alpha / rank.
+        dropout: Dropout before the adapter's first matrix.
+        targets: Regular expression over module names; by default all linear layers of the language model.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str = TEXT_LINEARS
+
+
+@dataclass(kw_only=True)
+class PolicyConfig:
+    """Which model is trained, and what of it.
+
+    Attributes:
+        name: Hub id (Qwen/Qwen2-VL-2B-Instruct), a local folder in the hub's layout, or `tiny`: the embedded policy,
+            built and warmed up here.
+        dtype: Type of the weights. Mixed precision is the trainer's own setting (`--trainer.precision bf16-mixed`).
+        attention: Attention implementation of transformers.
+        freeze_vision: Leave the vision tower as it is.
+        gradient_checkpointing: Recompute activations in backward: less memory, about a third more time.
+        lora: Train a low-rank adapter; null trains the weights themselves.
+        min_pixels: Smaller pictures are enlarged to this many pixels; null keeps the model's bound.
+        max_pixels: Larger pictures are shrunk to this many pixels; null keeps the model's bound.
+        max_prompt_tokens: A longer prompt is an error; a prompt is never cut. Null accepts any length.
+    """
+
+    name: str = "tiny"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    freeze_vision: bool = False
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_prompt_tokens: int | None = None
+
+
+def load_model(config: PolicyConfig) -> PreTrainedModel:
+    """Weights of the policy, without adapter, everything trainable.
+
+    Raises:
+        ValueError: The folder does not exist, its family is not one of ours, or weights are missing or unexpected.
+    """
+    family = model_family(config.name)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        config.name,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attention,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            names = sorted(str(key) for key in report[kind])
+            raise ValueError(
+                f"{config.name} does not fit {family}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
+            )
+    return model
+
+
+def model_family(name: str) -> str:
+    """Model type of a hub id or folder, which must be a key of `CODEC_BY_FAMILY`.
+
+    Raises:
+        ValueError: Nothing is there, or it is no family that is known here.
+    """
+    looks_like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_a_folder and not Path(name).is_dir():
+        raise ValueError(f"There is no model folder {name}.")
+    try:
+        family = AutoConfig.from_pretrained(name).model_type
+    except OSError as error:
+        raise ValueError(
+            f"No model configuration could be read from {name}: give a hub id, a folder with a config.json, or tiny."
+        ) from error
+    if family not in CODEC_BY_FAMILY:
+        raise ValueError(f"{name} is of the family {family}; known families: {', '.join(CODEC_BY_FAMILY)}.")
+    return family
+
+
+def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> torch.nn.Module:
+    """Freeze, adapt and checkpoint as the configuration says; the result is the module to train.
+
+    Raises:
+        ValueError: The adapter's target expression fits no module.
+    """
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if config.lora is None:
+        return model
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    adapter = PeftLoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.targets,
+    )
+    return get_peft_model(model, adapter)

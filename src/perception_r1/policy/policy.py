@@ -1,0 +1,136 @@
+"""The policy: a vision-language model that writes completions and says how probable they are."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perception_r1.codecs import CODECS, Codec
+from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.load import (
+    CODEC_BY_FAMILY,
+    PolicyConfig,
+    load_model,
+    model_family,
+    prepare_for_training,
+)
+from perception_r1.policy.logprobs import completion_logprobs
+from perception_r1.policy.processor import Processor
+from perception_r1.policy.rollout import Rollout, Sampling, roll_out
+from perception_r1.task import Sample, Task
+
+_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+class Policy(nn.Module):
+    """A network with its processor and its codec.
+
+    Args:
+        network: The causal model, or a peft model around it.
+        processor: Text and pictures to tensors.
+        codec: How the family writes boxes.
+        max_prompt_tokens: Longest prompt that is accepted.
+    """
+
+    def __init__(
+        self, network: nn.Module, processor: Processor, codec: Codec, *, max_prompt_tokens: int | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.processor = processor
+        self.codec = codec
+        self.max_prompt_tokens = max_prompt_tokens
+        config = self.model.config
+        banned = sorted({getattr(config, name) for name in _VISION_TOKENS if getattr(config, name, None) is not None})
+        self.register_buffer("banned", torch.tensor(banned), persistent=False)
+        self.register_buffer("end_token_ids", torch.tensor(self._end_tokens()), persistent=False)
+
+    @classmethod
+    def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> "Policy":
+        """Read a policy from a hub id or folder.
+
+        Args:
+            config: Which model, and what of it is trained.
+            is_trained: False: no adapter, and every weight frozen (a reference).
+        """
+        codec = CODECS[CODEC_BY_FAMILY[model_family(config.name)]]
+        network: nn.Module = load_model(config)
+        network = prepare_for_training(network, config) if is_trained else network.requires_grad_(False)
+        processor = Processor.load(config.name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+        return cls(network, processor, codec, max_prompt_tokens=config.max_prompt_tokens)
+
+    @property
+    def model(self) -> Any:
+        """The causal model of transformers, inside its adapter if it has one."""
+        return self.network.get_base_model() if hasattr(self.network, "get_base_model") else self.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.banned.device
+
+    def encode(self, task: Task[Any, Any], samples: Sequence[Sample[Any]]) -> PromptBatch:
+        """Prompts for samples whose pictures are loaded, on the policy's device.
+
+        Raises:
+            ValueError: A prompt is too long.
+        """
+        chats = [task.messages(sample) for sample in samples]
+        images = [[sample.image] for sample in samples]
+        return self.processor.encode(chats, images, max_tokens=self.max_prompt_tokens).to(self.device)
+
+    def encode_answers(self, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch) -> list[Tensor]:
+        """The ideal completion of each sample, closed by the end token that the model itself writes first."""
+        texts = [
+            task.answer(sample, self.codec, frame) for sample, frame in zip(samples, prompts.frames, strict=True)
+        ]
+        rows = self.processor.encode_answers(texts, int(self.end_token_ids[0]))
+        return [row.to(self.device) for row in rows]
+
+    def roll_out(
+        self,
+        prompts: PromptBatch,
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+        is_greedy: bool = False,
+    ) -> Rollout:
+        """Write `group_size` completions of each prompt; see `policy/rollout.py`."""
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            end_token_ids=self.end_token_ids,
+            banned=self.banned,
+            temperature=1.0 if is_greedy else temperature,
+            is_greedy=is_greedy,
+        )
+        return roll_out(self.model, prompts, group_size=group_size, sampling=sampling, seeds=seeds)
+
+    def forward(self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`."""
+        return completion_logprobs(self.model, prompts, completions, banned=self.banned, temperature=temperature)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator["Policy"]:
+        """The policy before training: the same network with its adapter switched off."""
+        with self.network.disable_adapter():
+            yield self
+
+    def save(self, folder: Path) -> None:
+        """Write a folder in the hub's layout that `load` and transformers read; an adapter is saved as such."""
+        self.network.save_pretrained(folder)
+        self.processor.save(folder)
+
+    def _end_tokens(self) -> list[int]:
+        """All tokens that end a completion, the one which closes a chat turn first."""
+        tokenizer = self.processor.tokenizer
+        listed = self.model.generation_config.eos_token_id
+        listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+        if tokenizer.eos_token_id is None and not listed:
+            raise ValueError("Neither the generation config nor the tokenizer names an end token.")
+        first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else listed[0]
+        return list(dict.fromkeys([first, *listed]))

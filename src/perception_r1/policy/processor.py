@@ -1,0 +1,127 @@
+"""Chat messages and pictures to PromptBatch, token ids to text: tokenizer and image processor of a model folder.
+
+The hub's own processor classes want a video processor, which wants torchvision; pictures need neither.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from perception_r1.policy.batch import PromptBatch
+from perception_r1.task import Frame
+
+IMAGE_TOKEN = "<|image_pad|>"
+
+
+class Processor:
+    """Text and pictures in, tensors out, and back to text.
+
+    Args:
+        tokenizer: The model's tokenizer, with its chat template.
+        image_processor: The model's image processor.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil) -> None:
+        if tokenizer.chat_template is None:
+            raise ValueError("The tokenizer has no chat template; use the folder of an instruction-tuned model.")
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    @classmethod
+    def load(cls, name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> "Processor":
+        """Read tokenizer and image processor from a hub id or a folder.
+
+        Args:
+            name: Hub id or folder.
+            min_pixels: Smaller pictures are enlarged to this many pixels; None keeps the model's own bound.
+            max_pixels: Larger pictures are shrunk to this many pixels; None keeps the model's own bound.
+
+        Raises:
+            ValueError: `min_pixels` exceeds `max_pixels`.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        low = min_pixels or image_processor.size["shortest_edge"]
+        high = max_pixels or image_processor.size["longest_edge"]
+        if low > high:
+            raise ValueError(f"min_pixels ({low}) must not exceed max_pixels ({high}).")
+        image_processor.size = {"shortest_edge": low, "longest_edge": high}
+        return cls(tokenizer, image_processor)
+
+    def save(self, folder: Path) -> None:
+        """Write the files of tokenizer and image processor in the hub's layout."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def encode(
+        self, chats: Sequence[list[dict[str, Any]]], images: Sequence[Sequence[Image.Image]], *, max_tokens: int | None
+    ) -> PromptBatch:
+        """Prompts ready for an answer.
+
+        Args:
+            chats: Messages of each prompt.
+            images: RGB pictures of each prompt, at least one, in the order in which its messages name them.
+            max_tokens: Longest prompt that is accepted; a prompt is never cut.
+
+        Raises:
+            ValueError: A prompt is longer than `max_tokens`, or its text names another number of pictures.
+        """
+        pictures = [image for group in images for image in group]
+        pixels = self.image_processor(images=pictures, return_tensors="pt")
+        grid = pixels["image_grid_thw"]
+        tokens = iter((grid.prod(1) // self.image_processor.merge_size**2).tolist())
+        texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True)
+        expanded = [
+            _expand(text, [next(tokens) for _ in group]) for text, group in zip(texts, images, strict=True)
+        ]
+        encoded = self.tokenizer(
+            expanded, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+        )
+        longest = int(encoded["attention_mask"].sum(1).max())
+        if max_tokens is not None and longest > max_tokens:
+            raise ValueError(
+                f"A prompt has {longest} tokens but max_prompt_tokens is {max_tokens}; raise it or lower max_pixels."
+            )
+        num_images = tuple(len(group) for group in images)
+        first = torch.tensor((0, *num_images[:-1])).cumsum(0).tolist()
+        return PromptBatch(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            mm_token_type_ids=(encoded["input_ids"] == self.image_token_id).int(),
+            pixel_values=pixels["pixel_values"],
+            image_grid_thw=grid,
+            num_images=num_images,
+            frames=tuple(self._frame(group[0], grid[i]) for group, i in zip(images, first, strict=True)),
+        )
+
+    def encode_answers(self, texts: Sequence[str], end_token_id: int) -> list[Tensor]:
+        """Token ids of answers, each closed by the end token: what SFT teaches."""
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [torch.tensor([*row, end_token_id]) for row in rows]
+
+    def decode(self, completions: Sequence[Tensor]) -> list[str]:
+        """Text of completions; special tokens stay, for boxes are written with them."""
+        rows = [completion.tolist() for completion in completions]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _frame(self, image: Image.Image, grid: Tensor) -> Frame:
+        _, rows, columns = (int(n) * self.image_processor.patch_size for n in grid)
+        return Frame(width=image.width, height=image.height, seen_width=columns, seen_height=rows)
+
+
+def _expand(text: str, num_tokens: list[int]) -> str:
+    """The prompt's text with each picture's placeholder repeated once per feature of the picture."""
+    parts = text.split(IMAGE_TOKEN)
+    if len(parts) != len(num_tokens) + 1:
+        raise ValueError(
+            f"A prompt names {len(parts) - 1} pictures but has {len(num_tokens)}; "
+            f"does its text contain {IMAGE_TOKEN}, or does the chat template ignore pictures?"
+        )
+    return parts[0] + "".join(IMAGE_TOKEN * n + part for n, part in zip(num_tokens, parts[1:], strict=True))

@@ -1,0 +1,272 @@
+"""`perception-r1 score`: reward, terms and figures of completions that came from anywhere, without a model.
+
+The file has rows of the data format (see `data/rows.py`), each with a "completion". The road is that of training and
+validation from the completion on (`scoring.judge`), so the numbers are the same. Everything is read and checked before
+the first line is written.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+
+from perception_r1.codecs import CODECS, Codec, Qwen25VLCodec
+from perception_r1.data.images import ImageError, check_image
+from perception_r1.data.rows import Row, RowError
+from perception_r1.errors import UserError
+from perception_r1.metrics import task_metrics
+from perception_r1.scoring import Outcome, judge
+from perception_r1.task import Frame, Sample, Task
+from perception_r1.tasks import TASKS
+from perception_r1.tasks.detection import COCO_NAMES, Detection
+
+ValueT = TypeVar("ValueT")
+
+_MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280
+"""Least and most pixels after smart-resize, as Qwen2.5-VL's own processor has them."""
+_TEXT_ONLY = {"text"}
+"""Keys of rows that say nothing about places; a task with no others can do without the size of the image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Line:
+    """One row of the file, its JSON read but nothing else."""
+
+    number: int
+    values: dict[str, object]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Score a file: one JSON line per row to stdout, a summary to stderr.
+
+    Returns:
+        0, or 2 after a user's error, which is told in one sentence on stderr.
+    """
+    try:
+        options = _parse(argv)
+        lines = _read_lines(options.file)
+        task, codec = _make_task(options, lines), CODECS[options.codec]
+        rows = [_read_row(line, task, codec, options) for line in lines]
+    except UserError as error:
+        sys.stderr.write(f"perception-r1 score: error: {error}\n")
+        return 2
+    except SystemExit as end:  # --help
+        return int(end.code or 0)
+    samples, frames, completions = zip(*rows, strict=True)
+    outcomes = judge(task, codec, samples=samples, frames=frames, completions=completions)
+    for line, outcome in zip(lines, outcomes, strict=True):
+        sys.stdout.write(json.dumps(_described(line, outcome, task), allow_nan=False) + "\n")
+    sys.stderr.write(_summary(task, outcomes))
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> jsonargparse.Namespace:
+    """Options of the command line; the task's own come from the fields of its class.
+
+    Raises:
+        UserError: The command line is wrong.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog="perception-r1 score",
+        description="Score completions from a file: one JSON line per row, and a summary on stderr.",
+        epilog="With --task, this help also shows the options of the task.",
+        exit_on_error=False,
+    )
+    parser.add_argument("file", type=Path, help='JSON lines of the data format, each with a "completion".')
+    parser.add_argument("--task", required=True, help=f"One of {', '.join(TASKS)}.")
+    parser.add_argument("--codec", required=True, help=f"The form of the completions, one of {', '.join(CODECS)}.")
+    parser.add_argument("--min_pixels", type=int, default=_MIN_PIXELS, help="Least pixels of a resized image.")
+    parser.add_argument("--max_pixels", type=int, default=_MAX_PIXELS, help="Most pixels of a resized image.")
+    task_name = _named_task(argv)
+    if task_name is not None:
+        parser.add_class_arguments(_known("--task", task_name, TASKS), as_group=True)
+    try:
+        options = parser.parse_args(list(argv))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(_plain(str(error))) from error
+    _known("--codec", options.codec, CODECS)
+    if not 0 < options.min_pixels <= options.max_pixels:
+        raise UserError(
+            f"--min_pixels must be from 1 to --max_pixels, not {options.min_pixels} with {options.max_pixels}"
+        )
+    return options
+
+
+def _plain(message: str) -> str:
+    r"""A parser's message on one line, in the words of the command line.
+
+    >>> _plain("Parser key \"think\":\n  Expected a <class 'bool'>. Got value: maybe")
+    '--think: Expected a bool. Got value: maybe'
+    """
+    message = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split()))
+    return re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
+
+
+def _named_task(argv: Sequence[str]) -> str | None:
+    """The value of `--task`, looked up before its options can be known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--task")
+    try:
+        return parser.parse_known_args(list(argv))[0].task
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+
+
+def _known(option: str, name: str, choices: Mapping[str, ValueT]) -> ValueT:
+    """What the name of an option stands for.
+
+    Raises:
+        UserError: Nothing has this name.
+    """
+    if name not in choices:
+        raise UserError(f"{option} must be one of {', '.join(choices)}, not {name!r}")
+    return choices[name]
+
+
+def _make_task(options: jsonargparse.Namespace, lines: Sequence[_Line]) -> Task[Any, Any]:
+    """The chosen task with its options; detection also knows the labels that the file itself uses.
+
+    Raises:
+        UserError: The task refuses its options.
+    """
+    task_class = TASKS[options.task]
+    values = {field.name: options[field.name] for field in fields(task_class)}
+    if task_class is Detection and values["categories"] is None:
+        values["categories"] = tuple(dict.fromkeys([*COCO_NAMES, *_own_labels(lines)]))
+    try:
+        return task_class(**values)
+    except ValueError as error:
+        raise UserError(f"options of {options.task}: {error}") from error
+
+
+def _own_labels(lines: Sequence[_Line]) -> list[str]:
+    """Labels of the file's objects in the order in which they come; what is malformed is left for `read_row`."""
+    objects = [item for line in lines if isinstance(found := line.values.get("objects"), list) for item in found]
+    labels = [item.get("label") for item in objects if isinstance(item, dict)]
+    return [label for label in labels if isinstance(label, str)]
+
+
+def _read_lines(path: Path) -> list[_Line]:
+    """The rows of a file, blank lines left out.
+
+    Raises:
+        UserError: The file cannot be read, has no rows, or a line is no JSON object.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split inside JSON strings
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: must be UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines = [_read_line(path, number, text) for number, text in enumerate(texts, start=1) if text.strip()]
+    if not lines:
+        raise UserError(f"{path}: is empty, it needs one JSON object per line")
+    return lines
+
+
+def _read_line(path: Path, number: int, text: str) -> _Line:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number}: the line must be a JSON object ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:{number}: the line must be a JSON object in braces")
+    return _Line(number=number, values=values)
+
+
+def _read_row(
+    line: _Line, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace
+) -> tuple[Sample[Any], Frame, str]:
+    """Sample, frame and completion of one line.
+
+    Raises:
+        UserError: A key is missing or wrong; names file, line and key.
+    """
+    try:
+        completion = _completion(line)
+        frame = _frame(line, task, codec, options)
+        row = Row(line.values, width=frame.width, height=frame.height)
+        query, target = task.read_row(row)
+    except (RowError, ImageError) as error:
+        raise UserError(f"{options.file}:{line.number}: {error}") from error
+    sample = Sample(
+        id=str(line.values.get("id", line.number)),
+        image=options.file.parent / str(line.values.get("image", "")),  # never opened: the size is known
+        width=frame.width,
+        height=frame.height,
+        query=query,
+        target=target,
+    )
+    return sample, frame, completion
+
+
+def _completion(line: _Line) -> str:
+    """The text to score, which may be anything."""
+    completion = line.values.get("completion")
+    if not isinstance(completion, str):
+        fault = "is missing, the row needs the text to score" if completion is None else "must be a text"
+        raise RowError(f"completion: {fault}")
+    return completion
+
+
+def _frame(line: _Line, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace) -> Frame:
+    """Sizes of the image: from "width" and "height", else from the file of "image"."""
+    row = Row(line.values, width=1, height=1)
+    if "width" in row or "height" in row:
+        width, height = row.integer("width", minimum=1), row.integer("height", minimum=1)
+    elif set(task.row_keys) <= _TEXT_ONLY:
+        width = height = 1
+    elif "image" in row:
+        width, height = check_image(options.file.parent / row.text("image"))
+    else:
+        raise RowError("width: is missing, the row needs width and height, or an image to take them from")
+    seen_width, seen_height = width, height
+    if isinstance(codec, Qwen25VLCodec) and not set(task.row_keys) <= _TEXT_ONLY:
+        seen_width, seen_height = _seen_size(width, height, options)
+    return Frame(width=width, height=height, seen_width=seen_width, seen_height=seen_height)
+
+
+def _seen_size(width: int, height: int, options: jsonargparse.Namespace) -> tuple[int, int]:
+    """The size of an image after Qwen2.5-VL's smart-resize."""
+    # imported here, as it takes seconds that the other codecs need not wait
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    try:
+        seen_height, seen_width = smart_resize(
+            height, width, min_pixels=options.min_pixels, max_pixels=options.max_pixels
+        )
+    except ValueError as error:
+        raise RowError(f"width: does not go with this height ({error})") from error
+    return seen_width, seen_height
+
+
+def _described(line: _Line, outcome: Outcome, task: Task[Any, Any]) -> dict[str, object]:
+    """One line of the output."""
+    return {
+        **({"id": line.values["id"]} if "id" in line.values else {}),
+        "reward": outcome.score.reward,
+        "terms": dict(outcome.score.terms),
+        "figures": dict(outcome.score.figures),
+        "prediction": task.describe(outcome.prediction, outcome.frame),
+    }
+
+
+def _summary(task: Task[Any, Any], outcomes: Sequence[Outcome]) -> str:
+    """Means and metrics of the whole file, one a line."""
+    metrics = task_metrics(task)
+    metrics.update(
+        scores=[outcome.score for outcome in outcomes],
+        predictions=[outcome.prediction for outcome in outcomes],
+        targets=[outcome.sample.target for outcome in outcomes],
+        frames=[outcome.frame for outcome in outcomes],
+    )
+    values = {name: f"{float(value):.6g}" for name, value in metrics.compute().items()}
+    width = max(len(name) for name in values)
+    rows = "".join(f"  {name:<{width}}  {value}\n" for name, value in values.items())
+    return f"{task.name}: {len(outcomes)} completions\n{rows}"

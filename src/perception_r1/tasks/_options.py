@@ -1,0 +1,37 @@
+"""Checks of the options that tasks have in common; each says in one sentence what is wrong and what would be right."""
+
+from math import isfinite
+from typing import get_args
+
+from perception_r1.geometry import Matching
+
+
+def check_weights(**weights: float) -> None:
+    """Refuse a weight that is negative or not finite.
+
+    Raises:
+        ValueError: Names the weight.
+
+    >>> check_weights(iou_weight=0.5)
+    >>> check_weights(iou_weight=-1)
+    Traceback (most recent call last):
+    ValueError: iou_weight must be a number from 0 on, not -1
+    """
+    for name, weight in weights.items():
+        if not (isfinite(weight) and weight >= 0):
+            raise ValueError(f"{name} must be a number from 0 on, not {weight}")
+
+
+def check_matching(matching: str) -> None:
+    """Refuse an unknown way of matching.
+
+    Raises:
+        ValueError: Names the known ways.
+
+    >>> check_matching("bipartite")
+    >>> check_matching("greedy")
+    Traceback (most recent call last):
+    ValueError: matching must be one of bipartite, sequential, not 'greedy'
+    """
+    if matching not in get_args(Matching):
+        raise ValueError(f"matching must be one of {', '.join(get_args(Matching))}, not {matching!r}")

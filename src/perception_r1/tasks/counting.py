@@ -1,0 +1,211 @@
+"""Counting: a box around every object of one kind. Reward = format * ratio of the counts * closeness of the places."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from math import sqrt
+
+from perception_r1.codecs import Codec
+from perception_r1.data.module import TaskDataModule
+from perception_r1.data.rows import Row, RowError
+from perception_r1.data.scenes import CountingWorld
+from perception_r1.geometry import Matching, center, match, point_distances, to_pixels
+from perception_r1.task import Box, Frame, LabelledBox, Mark, Point, Sample, Score, Task
+from perception_r1.tasks._options import check_matching
+
+_HALF_SIDE = 0.02
+"""Half the side of the square that stands for a point, in fractions of the image."""
+_LEAST_HALF_SIDE = 0.002
+"""Near an edge the square shrinks to keep its center on the point, but no further than this, to remain a box."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountingTarget:
+    """How many objects there are and, where the data tells, where they are.
+
+    Attributes:
+        count: Number of objects.
+        points: A point on each object, or None where only the number is known.
+        boxes: A box around each object, or None; its centers are then the points.
+    """
+
+    count: int
+    points: tuple[Point, ...] | None = None
+    boxes: tuple[Box, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountingPrediction:
+    """The objects that an answer lists.
+
+    Attributes:
+        count: Number of boxes listed, invalid ones included.
+        boxes: The valid ones.
+        label: The name that the answer gives to its first box, or nothing.
+        is_well_formed: The whole answer is one label followed by one or more boxes, all of them valid.
+    """
+
+    count: int
+    boxes: tuple[Box, ...]
+    label: str
+    is_well_formed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Task[CountingTarget, CountingPrediction]):
+    """Output a box around every object of one kind.
+
+    Reward = format * ratio * closeness.
+
+    - format: the whole answer is one label followed by one or more valid boxes.
+    - ratio: min(n, m) / max(n, m) for n boxes listed and m objects; 0 when there are none of either.
+    - closeness: 1 - mean distance between the centers of boxes and their points / sqrt(2), with both sides of the image
+      taken as 1; it is 1 where the data gives a count without points.
+
+    >>> task, target = Counting(), CountingTarget(count=2, points=((0.25, 0.25), (0.75, 0.75)))
+    >>> boxes = ((0.5, 0.5, 1.0, 1.0), (0.0, 0.0, 0.5, 0.5))
+    >>> task.score(CountingPrediction(count=2, boxes=boxes, label="cup", is_well_formed=True), target).reward
+    1.0
+    >>> Counting(matching="sequential").score(
+    ...     CountingPrediction(count=2, boxes=boxes, label="cup", is_well_formed=True), target).reward
+    0.5
+    >>> task.score(CountingPrediction(count=2, boxes=boxes, label="cup", is_well_formed=False), target).reward
+    0.0
+    >>> task.score(None, target).reward
+    0.0
+
+    Attributes:
+        matching: How boxes meet points: "bipartite" for the least total distance, "sequential" for the k-th box with
+            the k-th point.
+    """
+
+    matching: Matching = "bipartite"
+
+    name = "counting"
+    term_names = ("format", "ratio", "closeness")
+    figure_names = ("count_accuracy", "absolute_error", "count", "false_positives", "false_negatives")
+    headline = "count_accuracy"
+    row_keys = ("label", "points", "count", "boxes")
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense.
+
+        Raises:
+            ValueError: The matching is unknown.
+        """
+        check_matching(self.matching)
+
+    def read_row(self, row: Row) -> tuple[str, CountingTarget]:
+        """The kind of "label"; places from "boxes" or "points", the number from them or from "count"."""
+        label = row.text("label")
+        boxes = row.boxes("boxes") if "boxes" in row else None
+        points = row.points("points") if "points" in row else None
+        numbers = {
+            "boxes": None if boxes is None else len(boxes),
+            "points": None if points is None else len(points),
+            "count": row.integer("count", minimum=0) if "count" in row else None,
+        }
+        known = {key: number for key, number in numbers.items() if number is not None}
+        if not known:
+            raise RowError("points: is missing, the row needs points, boxes or a count")
+        if len(set(known.values())) > 1:
+            told = ", ".join(f"{key} gives {number}" for key, number in known.items())
+            raise RowError(f"{next(iter(known))}: must tell the same number of objects as all the row, but {told}")
+        if boxes is not None:
+            points = tuple(center(box) for box in boxes)
+        return label, CountingTarget(count=next(iter(known.values())), points=points, boxes=boxes)
+
+    def prompt(self, query: str) -> str:
+        """The user's text, without the picture."""
+        return f"Output all the bounding boxes of the {query}"
+
+    def write(self, sample: Sample[CountingTarget], codec: Codec, frame: Frame) -> str:
+        """The boxes, or small squares centered on the points, each labelled with the kind.
+
+        Raises:
+            ValueError: The sample gives neither boxes nor points.
+        """
+        boxes, points = sample.target.boxes, sample.target.points
+        if boxes is None:
+            if points is None:
+                raise ValueError(
+                    f"sample {sample.id}: an answer to learn from needs points or boxes, not a count alone"
+                )
+            boxes = tuple(_square(point) for point in points)
+        return codec.write([LabelledBox(label=sample.query, box=box) for box in boxes], frame)
+
+    def read(self, text: str, codec: Codec, frame: Frame) -> CountingPrediction | None:
+        """Every box of the text; None when it lists nothing at all."""
+        listing = codec.read(text, frame)
+        if not listing.items:
+            return None
+        labels = {item.label for item in listing.items}
+        boxes = tuple(item.box for item in listing.items if item.box is not None)
+        return CountingPrediction(
+            count=len(listing.items),
+            boxes=boxes,
+            label=listing.items[0].label or "",
+            is_well_formed=(
+                listing.is_exact and len(boxes) == len(listing.items) and len(labels) == 1 and None not in labels
+            ),
+        )
+
+    def score(self, prediction: CountingPrediction | None, target: CountingTarget) -> Score:
+        """Format, ratio and closeness; a count is right only in a well-formed answer."""
+        count = prediction.count if prediction is not None else 0
+        is_well_formed = prediction is not None and prediction.is_well_formed
+        terms = {
+            "format": float(is_well_formed),
+            "ratio": min(count, target.count) / max(count, target.count) if count and target.count else 0.0,
+            "closeness": self._closeness(prediction.boxes, target) if prediction is not None else 0.0,
+        }
+        figures = {
+            "count_accuracy": float(is_well_formed and count == target.count),
+            "absolute_error": float(abs(count - target.count)),
+            "count": float(count),
+            "false_positives": float(max(count - target.count, 0)),
+            "false_negatives": float(max(target.count - count, 0)),
+        }
+        return Score(reward=terms["format"] * terms["ratio"] * terms["closeness"], terms=terms, figures=figures)
+
+    def marks(self, answer: CountingTarget | CountingPrediction) -> Sequence[Mark]:
+        """Boxes where they are known, points otherwise."""
+        if isinstance(answer, CountingPrediction):
+            return [Mark(shape=box, caption=answer.label) for box in answer.boxes]
+        return [Mark(shape=shape) for shape in answer.boxes or answer.points or ()]
+
+    def describe(self, prediction: CountingPrediction | None, frame: Frame) -> dict[str, object] | None:
+        """`{"count": n, "boxes": [[x1, y1, x2, y2], ...]}`, the valid boxes in pixels of the original image."""
+        if prediction is None:
+            return None
+        return {"count": prediction.count, "boxes": [to_pixels(box, frame) for box in prediction.boxes]}
+
+    def _closeness(self, boxes: Sequence[Box], target: CountingTarget) -> float:
+        """1 - mean distance of the matched centers and points, over the diagonal; 0 with nothing to match."""
+        if not boxes or not target.count:
+            return 0.0
+        if target.points is None:
+            return 1.0
+        distances = point_distances([center(box) for box in boxes], target.points)
+        pairs = match(distances, self.matching)
+        return 1.0 - sum(float(distances[pair]) for pair in pairs) / len(pairs) / sqrt(2)
+
+
+def _square(point: Point) -> Box:
+    """A small box centered on a point, inside the image; within a hair of the edge it may be off by a thousandth."""
+    x, y = point
+    half = max(min(_HALF_SIDE, x, 1 - x, y, 1 - y), _LEAST_HALF_SIDE)
+    return max(x - half, 0.0), max(y - half, 0.0), min(x + half, 1.0), min(y + half, 1.0)
+
+
+class CountingData(TaskDataModule):
+    """Images with the objects of one kind, as points or as a number.
+
+    Args:
+        task: Options of the task.
+        world: The made scenes.
+        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
+    """
+
+    def __init__(self, task: Counting = Counting(), world: CountingWorld = CountingWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
+        super().__init__(task, world, **kwargs)

@@ -1,0 +1,275 @@
+"""Detection: a labelled box for every object. Reward = format + F1 + class + IoU, weighted, less what is missing."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from functools import cached_property
+from pathlib import Path
+
+from torchmetrics import Metric
+
+from perception_r1.codecs import Codec
+from perception_r1.data.module import TaskDataModule
+from perception_r1.data.rows import Row, RowError
+from perception_r1.data.scenes import DetectionWorld
+from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
+from perception_r1.metrics import BoxAP
+from perception_r1.task import Frame, LabelledBox, Mark, Sample, Score, Task
+from perception_r1.tasks._options import check_matching, check_weights
+
+# fmt: off
+COCO_NAMES: tuple[str, ...] = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)
+"""The 80 categories of COCO 2017, in COCO's order."""
+# fmt: on
+
+_PAIR_IOU = 0.5
+"""A matched pair stands when its IoU is greater than this."""
+_SIZE_COST, _LABEL_COST, _OVERLAP_COST = 5.0, 1.0, 2.0
+"""Weights of L1 distance, equal labels and GIoU in the cost of a match (DETR's, which the paper takes over)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectionTarget:
+    """Every object of the image; may be none."""
+
+    objects: tuple[LabelledBox, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectionPrediction:
+    """The objects that an answer lists.
+
+    Attributes:
+        objects: The valid ones: a known label and a valid box.
+        num_listed: Number of entries listed, invalid ones included.
+        is_exact: The whole answer is a list in the codec's form.
+    """
+
+    objects: tuple[LabelledBox, ...]
+    num_listed: int
+    is_exact: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection(Task[DetectionTarget, DetectionPrediction]):
+    """Output a labelled box for every object of the categories.
+
+    Reward = format_weight * format + f1_weight * F1 + class_weight * class + iou_weight * IoU - missing_weight *
+    missing, at least 0 and at most the sum of the four weights (3 by default). Valid objects meet targets by least
+    total cost; a pair stands when its IoU is greater than 0.5.
+
+    - format: share of the listed entries that are valid; 0 when there is text around the list.
+    - F1: of the pairs among the valid objects (precision) and among the targets (recall), whatever the labels.
+    - class: share of the pairs whose labels agree.
+    - IoU: mean over the pairs.
+    - missing: share of the targets without a pair.
+
+    On an image without objects an empty list gets full marks.
+
+    >>> task = Detection(categories=("cat", "dog"))
+    >>> cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))
+    >>> dog = LabelledBox(label="dog", box=(0.5, 0.5, 1.0, 1.0))
+    >>> target = DetectionTarget(objects=(cat, dog))
+    >>> task.score(DetectionPrediction(objects=(dog, cat), num_listed=2, is_exact=True), target).reward
+    3.0
+    >>> score = task.score(DetectionPrediction(objects=(cat,), num_listed=2, is_exact=True), target)
+    >>> {name: round(value, 2) for name, value in score.terms.items()}
+    {'format': 0.5, 'f1': 0.67, 'class': 1.0, 'iou': 1.0, 'missing': 0.5}
+    >>> empty = DetectionPrediction(objects=(), num_listed=0, is_exact=True)
+    >>> task.score(empty, DetectionTarget(objects=())).reward
+    3.0
+    >>> task.score(None, DetectionTarget(objects=())).reward
+    0.0
+
+    Attributes:
+        categories: Names of the known categories; the 80 of COCO unless given.
+        matching: How predictions meet targets: "bipartite" for the least total cost, "sequential" for the k-th with the
+            k-th.
+        format_weight: Weight of the share of listed entries that are valid.
+        f1_weight: Weight of F1.
+        class_weight: Weight of the share of pairs with the right label.
+        iou_weight: Weight of the pairs' mean IoU.
+        missing_weight: Penalty for the share of targets that have no pair; 0 turns it off.
+    """
+
+    categories: tuple[str, ...] | None = None
+    matching: Matching = "bipartite"
+    format_weight: float = 0.25
+    f1_weight: float = 0.75
+    class_weight: float = 1.0
+    iou_weight: float = 1.0
+    missing_weight: float = 0.5
+
+    name = "detection"
+    term_names = ("format", "f1", "class", "iou", "missing")
+    figure_names = ("precision", "recall", "num_boxes", "false_positives", "false_negatives")
+    headline = "ap50"
+    row_keys = ("objects",)
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense.
+
+        Raises:
+            ValueError: There are no categories, one is there twice, the matching is unknown or a weight is negative.
+        """
+        if not self.category_names or len(set(self.category_names)) < len(self.category_names):
+            raise ValueError("categories must hold at least one name, and none twice")
+        check_matching(self.matching)
+        check_weights(
+            format_weight=self.format_weight,
+            f1_weight=self.f1_weight,
+            class_weight=self.class_weight,
+            iou_weight=self.iou_weight,
+            missing_weight=self.missing_weight,
+        )
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """Names of the known categories."""
+        return COCO_NAMES if self.categories is None else tuple(self.categories)
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.category_names)
+
+    def read_row(self, row: Row) -> tuple[str, DetectionTarget]:
+        """No query, and the labelled boxes of "objects"."""
+        objects = row.objects("objects")
+        for item in objects:
+            if item.label not in self._known:
+                raise RowError(
+                    f"objects: must have labels among the {len(self.category_names)} categories, got {item.label!r}"
+                )
+        return "", DetectionTarget(objects=objects)
+
+    def prompt(self, query: str) -> str:
+        """The user's text, without the picture."""
+        return f"Please output bbox coordinates and names of {', '.join(self.category_names)}."
+
+    def write(self, sample: Sample[DetectionTarget], codec: Codec, frame: Frame) -> str:
+        """All objects in the order of the data."""
+        return codec.write(sample.target.objects, frame)
+
+    def read(self, text: str, codec: Codec, frame: Frame) -> DetectionPrediction | None:
+        """Every valid object of the text; None when it is no list and lists nothing."""
+        listing = codec.read(text, frame)
+        if not listing.items and not listing.is_exact:
+            return None
+        objects = tuple(
+            LabelledBox(label=item.label, box=item.box)
+            for item in listing.items
+            if item.label is not None and item.label in self._known and item.box is not None
+        )
+        return DetectionPrediction(objects=objects, num_listed=len(listing.items), is_exact=listing.is_exact)
+
+    def score(self, prediction: DetectionPrediction | None, target: DetectionTarget) -> Score:
+        """The five terms; precision and recall are those of F1, whatever the labels."""
+        objects = prediction.objects if prediction is not None else ()
+        labels_agree, overlaps = self._pairs(objects, target.objects)
+        num_pairs, num_boxes, num_targets = len(overlaps), len(objects), len(target.objects)
+        is_rightly_empty = prediction is not None and prediction.num_listed == num_targets == 0
+        precision = num_pairs / num_boxes if num_boxes else float(is_rightly_empty)
+        recall = num_pairs / num_targets if num_targets else float(is_rightly_empty)
+        terms = {
+            "format": _format(prediction),
+            "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+            "class": sum(labels_agree) / num_pairs if num_pairs else float(is_rightly_empty),
+            "iou": sum(overlaps) / num_pairs if num_pairs else float(is_rightly_empty),
+            "missing": 1 - num_pairs / num_targets if num_targets else 0.0,
+        }
+        figures = {
+            "precision": precision,
+            "recall": recall,
+            "num_boxes": float(num_boxes),
+            "false_positives": float(num_boxes - num_pairs),
+            "false_negatives": float(num_targets - num_pairs),
+        }
+        return Score(reward=self._reward(terms), terms=terms, figures=figures)
+
+    def marks(self, answer: DetectionTarget | DetectionPrediction) -> Sequence[Mark]:
+        """Every object with its name."""
+        return [Mark(shape=item.box, caption=item.label) for item in answer.objects]
+
+    def describe(self, prediction: DetectionPrediction | None, frame: Frame) -> dict[str, object] | None:
+        """`{"objects": [{"box": [x1, y1, x2, y2], "label": "..."}, ...]}`, the valid ones as the data writes them."""
+        if prediction is None:
+            return None
+        return {"objects": [{"box": to_pixels(item.box, frame), "label": item.label} for item in prediction.objects]}
+
+    def metrics(self) -> dict[str, Metric]:
+        """COCO's average precision over the data set."""
+        return {"ap": BoxAP(self.category_names)}
+
+    def _pairs(self, objects: Sequence[LabelledBox], targets: Sequence[LabelledBox]) -> tuple[list[bool], list[float]]:
+        """Whether the labels agree, and the IoU, of each pair that stands."""
+        boxes, target_boxes = [item.box for item in objects], [item.box for item in targets]
+        overlaps = iou_matrix(boxes, target_boxes)
+        cost = _SIZE_COST * size_distances(boxes, target_boxes) - _OVERLAP_COST * giou_matrix(boxes, target_boxes)
+        for k, item in enumerate(objects):
+            cost[k] -= [_LABEL_COST * (item.label == other.label) for other in targets]
+        pairs = [(k, j) for k, j in match(cost, self.matching) if overlaps[k, j] > _PAIR_IOU]
+        return [objects[k].label == targets[j].label for k, j in pairs], [float(overlaps[pair]) for pair in pairs]
+
+    def _reward(self, terms: dict[str, float]) -> float:
+        """The weighted sum, from 0 to what a perfect answer gets."""
+        weights = {
+            "format": self.format_weight,
+            "f1": self.f1_weight,
+            "class": self.class_weight,
+            "iou": self.iou_weight,
+        }
+        gain = sum(weight * terms[name] for name, weight in weights.items())
+        return min(max(gain - self.missing_weight * terms["missing"], 0.0), sum(weights.values()))
+
+
+def _format(prediction: DetectionPrediction | None) -> float:
+    """Share of the listed entries that are valid; an empty list is a valid one."""
+    if prediction is None or not prediction.is_exact:
+        return 0.0
+    return len(prediction.objects) / prediction.num_listed if prediction.num_listed else 1.0
+
+
+class DetectionData(TaskDataModule):
+    """Images with all their labelled objects.
+
+    Without `task.categories` the known names are those of the made scenes or, with files, all that the files use.
+
+    Args:
+        task: Options of the task.
+        world: The made scenes.
+        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
+    """
+
+    def __init__(self, task: Detection = Detection(), world: DetectionWorld = DetectionWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
+        if task.categories is None:
+            files = [kwargs.get(f"{split}_file") for split in ("train", "val", "test")]
+            found = labels_of([Path(file) for file in files if file is not None]) or world.labels
+            task = replace(task, categories=found)
+        super().__init__(task, world, **kwargs)
+
+    def made(self, batch_size: int) -> "TaskDataModule":
+        """The made scenes have their own names."""
+        scenes = DetectionData(replace(self.task, categories=None), self.world, seed=self.seed, batch_size=batch_size)
+        return scenes
+
+
+def labels_of(files: Sequence[Path]) -> tuple[str, ...]:
+    """Every label in data files, sorted; rows that cannot be read are passed over, for loading names them."""
+    labels = set()
+    for file in files:
+        with contextlib.suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                    labels |= {item["label"] for item in json.loads(line)["objects"] if isinstance(item["label"], str)}
+    return tuple(sorted(labels))

@@ -1,0 +1,150 @@
+"""Grounding: one box for the thing that a phrase names. Reward = format + IoU^2."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perception_r1.codecs import Codec
+from perception_r1.data.module import TaskDataModule
+from perception_r1.data.rows import Row
+from perception_r1.data.scenes import GroundingWorld
+from perception_r1.geometry import center, iou, to_pixels
+from perception_r1.task import Box, Frame, LabelledBox, Mark, Sample, Score, Task
+from perception_r1.tasks._options import check_weights
+
+_THRESHOLDS = {"accuracy_50": 0.50, "accuracy_75": 0.75, "accuracy_95": 0.95}
+"""IoU from which on a box counts as right."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroundingTarget:
+    """The one right box."""
+
+    box: Box
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroundingPrediction:
+    """What an answer points at.
+
+    Attributes:
+        boxes: Every valid box that was listed; a good answer has one.
+        label: The name that the answer gives to its first valid box, or nothing.
+        is_well_formed: The whole answer is exactly one labelled box.
+    """
+
+    boxes: tuple[Box, ...]
+    label: str
+    is_well_formed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grounding(Task[GroundingTarget, GroundingPrediction]):
+    """Output the bounding box of what a phrase names.
+
+    Reward = format_weight * format + iou_weight * IoU^2. With no valid box, or more than one, the IoU is 0.
+
+    >>> task, target = Grounding(), GroundingTarget(box=(0.0, 0.0, 0.5, 1.0))
+    >>> good = GroundingPrediction(boxes=((0.0, 0.0, 0.5, 0.5),), label="cup", is_well_formed=True)
+    >>> task.score(good, target).reward
+    1.25
+    >>> wordy = GroundingPrediction(boxes=((0.0, 0.0, 0.5, 1.0),), label="cup", is_well_formed=False)
+    >>> task.score(wordy, target).reward
+    1.0
+    >>> task.score(None, target).reward
+    0.0
+
+    Attributes:
+        format_weight: Weight of the format term: 1 when the whole text is exactly one labelled box.
+        iou_weight: Weight of the squared IoU.
+    """
+
+    format_weight: float = 1.0
+    iou_weight: float = 1.0
+
+    name = "grounding"
+    term_names = ("format", "iou")
+    figure_names = (*_THRESHOLDS, "center_accuracy", "false_positives", "false_negatives")
+    headline = "accuracy_50"
+    row_keys = ("question", "box")
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense.
+
+        Raises:
+            ValueError: A weight is negative or not finite.
+        """
+        check_weights(format_weight=self.format_weight, iou_weight=self.iou_weight)
+
+    def read_row(self, row: Row) -> tuple[str, GroundingTarget]:
+        """The phrase of "question" and the box of "box"."""
+        return row.text("question"), GroundingTarget(box=row.box("box"))
+
+    def prompt(self, query: str) -> str:
+        """The user's text, without the picture."""
+        return f"Output the bounding box of the {query} in the image."
+
+    def write(self, sample: Sample[GroundingTarget], codec: Codec, frame: Frame) -> str:
+        """The right box, labelled with the phrase."""
+        return codec.write([LabelledBox(label=sample.query, box=sample.target.box)], frame)
+
+    def read(self, text: str, codec: Codec, frame: Frame) -> GroundingPrediction | None:
+        """Every valid box of the text; None when it lists nothing at all."""
+        listing = codec.read(text, frame)
+        if not listing.items:
+            return None
+        named = [(item.label, item.box) for item in listing.items if item.box is not None]
+        return GroundingPrediction(
+            boxes=tuple(box for _, box in named),
+            label=named[0][0] or "" if named else "",
+            is_well_formed=listing.is_exact and len(listing.items) == len(named) == 1 and named[0][0] is not None,
+        )
+
+    def score(self, prediction: GroundingPrediction | None, target: GroundingTarget) -> Score:
+        """Format and IoU; an accuracy is the share of boxes with at least that IoU.
+
+        The center is right when it lies in the target box (the public code's convention).
+        """
+        boxes = prediction.boxes if prediction is not None else ()
+        is_single = len(boxes) == 1
+        overlap = iou(boxes[0], target.box) if is_single else 0.0
+        hit = overlap >= _THRESHOLDS["accuracy_50"]
+        terms = {"format": float(prediction is not None and prediction.is_well_formed), "iou": overlap}
+        figures = {name: float(overlap >= threshold) for name, threshold in _THRESHOLDS.items()} | {
+            "center_accuracy": float(is_single and _holds_center(target.box, boxes[0])),
+            "false_positives": float(len(boxes) - hit),
+            "false_negatives": float(not hit),
+        }
+        reward = self.format_weight * terms["format"] + self.iou_weight * overlap**2
+        return Score(reward=reward, terms=terms, figures=figures)
+
+    def marks(self, answer: GroundingTarget | GroundingPrediction) -> Sequence[Mark]:
+        """The box of a target, every box of a prediction."""
+        if isinstance(answer, GroundingTarget):
+            return [Mark(shape=answer.box)]
+        return [Mark(shape=box, caption=answer.label) for box in answer.boxes]
+
+    def describe(self, prediction: GroundingPrediction | None, frame: Frame) -> dict[str, list[list[float]]] | None:
+        """`{"boxes": [[x1, y1, x2, y2], ...]}`, every valid box in pixels of the original image."""
+        if prediction is None:
+            return None
+        return {"boxes": [to_pixels(box, frame) for box in prediction.boxes]}
+
+
+def _holds_center(outer: Box, box: Box) -> bool:
+    """Whether the middle of a box lies in another, edges included."""
+    x, y = center(box)
+    return outer[0] <= x <= outer[2] and outer[1] <= y <= outer[3]
+
+
+class GroundingData(TaskDataModule):
+    """Images with a question and the box that answers it.
+
+    Args:
+        task: Options of the task.
+        world: The made scenes.
+        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
+    """
+
+    def __init__(self, task: Grounding = Grounding(), world: GroundingWorld = GroundingWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
+        super().__init__(task, world, **kwargs)

@@ -1,0 +1,94 @@
+"""OCR: the text of a page. Reward = 1 - edit distance / length of the longer text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+from perception_r1.codecs import Codec
+from perception_r1.data.module import TaskDataModule
+from perception_r1.data.rows import Row
+from perception_r1.data.scenes import TextWorld
+from perception_r1.task import Frame, Mark, Sample, Score, Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OcrTarget:
+    """The text of the page, which may be empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ocr(Task[OcrTarget, str]):
+    """Output the text of a page.
+
+    A prediction is the answer's text as it is, spaces and line breaks at its ends included: they are characters of the
+    page like all others. The codec plays no part.
+
+    Reward = 1 - edit distance on characters / length of the longer text; two empty texts agree.
+
+    >>> task = Ocr()
+    >>> task.score("on quick", OcrTarget(text="on quick")).reward
+    1.0
+    >>> task.score("n quzxk", OcrTarget(text="on quick")).reward
+    0.625
+    >>> task.score("", OcrTarget(text="")).reward
+    1.0
+    >>> task.score(None, OcrTarget(text="")).reward  # no answer at all: too long, or without its tags
+    0.0
+    """
+
+    name = "ocr"
+    term_names = ("similarity",)
+    figure_names = ("edit_distance", "exact_match")
+    headline = "similarity"
+    row_keys = ("text",)
+
+    def read_row(self, row: Row) -> tuple[str, OcrTarget]:
+        """No query, and the text of "text"."""
+        return "", OcrTarget(text=row.text("text", may_be_empty=True))
+
+    def prompt(self, query: str) -> str:
+        """The user's text, without the picture."""
+        return "OCR this image."
+
+    def write(self, sample: Sample[OcrTarget], codec: Codec, frame: Frame) -> str:
+        """The page's text."""
+        return sample.target.text
+
+    def read(self, text: str, codec: Codec, frame: Frame) -> str | None:
+        """The text as it is."""
+        return text
+
+    def score(self, prediction: str | None, target: OcrTarget) -> Score:
+        """Similarity, and the edit distance (0..1) that it is one less."""
+        distance = 1.0 if prediction is None else Levenshtein.normalized_distance(prediction, target.text)
+        similarity = 1.0 - distance
+        return Score(
+            reward=similarity,
+            terms={"similarity": similarity},
+            figures={"edit_distance": distance, "exact_match": float(prediction == target.text)},
+        )
+
+    def marks(self, answer: OcrTarget | str) -> Sequence[Mark]:
+        """Nothing: the text has no place in the picture."""
+        return []
+
+    def describe(self, prediction: str | None, frame: Frame) -> dict[str, str] | None:
+        """`{"text": "..."}`."""
+        return None if prediction is None else {"text": prediction}
+
+
+class OcrData(TaskDataModule):
+    """Images with their text.
+
+    Args:
+        task: Options of the task.
+        world: The made scenes.
+        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
+    """
+
+    def __init__(self, task: Ocr = Ocr(), world: TextWorld = TextWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
+        super().__init__(task, world, **kwargs)

@@ -1,0 +1,153 @@
+"""A toy task, module and data: enough of the real ones for a callback to see."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from perception_r1.scoring import Outcome
+from perception_r1.task import Box, Frame, Mark, Sample, Score, Task
+
+FRAME = Frame(width=64, height=48, seen_width=64, seen_height=48)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyTask(Task[Box, Box]):
+    name: ClassVar[str] = "toy"
+    term_names: ClassVar[tuple[str, ...]] = ("format",)
+    figure_names: ClassVar[tuple[str, ...]] = ("accuracy",)
+    headline: ClassVar[str] = "accuracy"
+    row_keys: ClassVar[tuple[str, ...]] = ()
+
+    def read_row(self, row: Any) -> tuple[str, Box]:
+        raise NotImplementedError
+
+    def prompt(self, query: str) -> str:
+        return f"Where is the {query}?"
+
+    def write(self, sample: Sample[Box], codec: Any, frame: Frame) -> str:
+        return json.dumps(sample.target)
+
+    def read(self, text: str, codec: Any, frame: Frame) -> Box | None:
+        return None
+
+    def score(self, prediction: Box | None, target: Box) -> Score:
+        value = float(prediction == target)
+        return Score(reward=value, terms={"format": value}, figures={"accuracy": value})
+
+    def marks(self, answer: Box) -> Sequence[Mark]:
+        return [Mark(shape=answer, caption="thing")]
+
+    def describe(self, prediction: Box | None, frame: Frame) -> Any:
+        return None if prediction is None else list(prediction)
+
+
+def toy_samples(count: int) -> list[Sample[Box]]:
+    image = Image.new("RGB", (64, 48), (200, 200, 200))
+    return [
+        Sample(id=f"toy-{index}", image=image, width=64, height=48, query="thing", target=(0.25, 0.25, 0.75, 0.75))
+        for index in range(count)
+    ]
+
+
+def toy_outcome(sample: Sample[Box], completion: str = "there", *, is_right: bool = True) -> Outcome:
+    prediction = sample.target if is_right else None
+    return Outcome(
+        sample=sample,
+        frame=FRAME,
+        completion=completion,
+        prediction=prediction,
+        score=ToyTask().score(prediction, sample.target),
+        num_tokens=len(completion),
+    )
+
+
+class ToyData(LightningDataModule):
+    """Batches of two samples, as lists."""
+
+    def _loader(self, num_batches: int) -> DataLoader[Any]:
+        return DataLoader(toy_samples(2 * num_batches), batch_size=2, collate_fn=list)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(4)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader(3)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader(3)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader(3)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+    def fingerprint(self) -> str:
+        return "abc123"
+
+
+class ToyModule(LightningModule):
+    """Learns nothing, logs what the real ones log; it is right after the first training step."""
+
+    def __init__(self, fail_at: int | None = None, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.task = ToyTask()
+        self.layer = torch.nn.Linear(2, 1)
+        self.layer.bias.requires_grad_(False)
+        self.phase_seconds = {"rollout": 1.5}
+        self.num_skipped_steps = 1
+        self.fail_at = fail_at
+        self.error = error or RuntimeError("The toy broke.\nBadly.")
+        self.num_evaluated: list[int] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.layer.weight], lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == self.fail_at:
+            raise self.error
+        self.log_dict({"train/reward": self.global_step + 0.5, "train/kl": 0.01, "train/reward/format": 1.0})
+        return self.layer(torch.ones(1, 2)).sum()
+
+    def answer(self, batch: list[Sample[Box]]) -> list[Outcome]:
+        return [toy_outcome(sample, is_right=self.global_step > 0) for sample in batch]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> list[Outcome]:
+        return self.answer(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> list[Outcome]:
+        return self.answer(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[Outcome]:
+        return self.answer(batch)
+
+    def evaluate(self, batches: Any) -> dict[str, float]:
+        outcomes = [outcome for batch in batches for outcome in self.answer(batch)]
+        self.num_evaluated.append(len(outcomes))
+        accuracy = sum(outcome.score.figures["accuracy"] for outcome in outcomes) / len(outcomes)
+        return {"errors": 1.0 - accuracy, "accuracy": accuracy}
+
+
+def toy_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
+    """A quick trainer on the CPU that logs to TensorBoard in `folder/run`."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": TensorBoardLogger(folder, name="", version="run"),
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 1,
+        "val_check_interval": 2,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": any(hasattr(callback, "get_metrics") for callback in callbacks),
+    }
+    return Trainer(callbacks=callbacks, **(defaults | options))

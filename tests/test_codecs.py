@@ -1,0 +1,199 @@
+import json
+import time
+
+import pytest
+from hostile import WORST, texts
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perception_r1.codecs import CODECS, MAX_OBJECTS, ListedItem, Listing
+from perception_r1.task import Frame, LabelledBox
+
+FRAME = Frame(width=2000, height=1000, seen_width=700, seen_height=350)
+NOTHING = Listing(items=(), is_exact=False)
+REF = "<|object_ref_start|>cat<|object_ref_end|>"
+BOX = "<|box_start|>(100,200),(300,400)<|box_end|>"
+ITEM = ListedItem(label="cat", box=(0.1, 0.2, 0.3, 0.4))
+
+
+def qwen2(text: str) -> Listing:
+    return CODECS["qwen2_vl"].read(text, FRAME)
+
+
+def qwen3(text: str) -> Listing:
+    return CODECS["qwen3_vl"].read(text, FRAME)
+
+
+def test_codecs_go_by_their_names():
+    assert list(CODECS) == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+    assert all(codec.name == name for name, codec in CODECS.items())
+
+
+def test_each_family_writes_its_own_units():
+    objects = [LabelledBox(label="cat", box=(0.1, 0.2, 0.3, 0.4)), LabelledBox(label="cat", box=(0.5, 0.0, 1.0, 1.0))]
+    assert CODECS["qwen2_vl"].write(objects, FRAME) == REF + BOX + "<|box_start|>(500,0),(1000,1000)<|box_end|>"
+    assert json.loads(CODECS["qwen2_5_vl"].write(objects, FRAME)) == [
+        {"bbox_2d": [70, 70, 210, 140], "label": "cat"},
+        {"bbox_2d": [350, 0, 700, 350], "label": "cat"},
+    ]
+    assert json.loads(CODECS["qwen3_vl"].write(objects, FRAME)) == [
+        {"bbox_2d": [100, 200, 300, 400], "label": "cat"},
+        {"bbox_2d": [500, 0, 1000, 1000], "label": "cat"},
+    ]
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_an_empty_list_reads_back_as_an_exact_empty_list(codec):
+    assert codec.read(codec.write([], FRAME), FRAME) == Listing(items=(), is_exact=True)
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@given(data=st.data(), side=st.integers(28, 3000))
+def test_every_valid_box_reads_back_within_a_unit(codec, data, side):
+    frame = Frame(width=900, height=900, seen_width=side, seen_height=side)
+    unit = 1 / (side if codec.name == "qwen2_5_vl" else 1000)
+    edge = st.floats(0, 1)
+    interval = st.tuples(edge, edge).filter(lambda ends: ends[0] < ends[1])
+    boxes = data.draw(st.lists(st.tuples(interval, interval), max_size=6))
+    objects = [LabelledBox(label=f"l{k % 2}", box=(x[0], y[0], x[1], y[1])) for k, (x, y) in enumerate(boxes)]
+    listing = codec.read(codec.write(objects, frame), frame)
+    assert listing.is_exact
+    assert [item.label for item in listing.items] == [item.label for item in objects]
+    for item, wanted in zip(listing.items, objects, strict=True):
+        assert item.box is not None
+        assert item.box == pytest.approx(wanted.box, abs=unit * 1.000001)
+
+
+@pytest.mark.parametrize("label", ["", "a<|box_start|>", "<|im_end|>", "<|"])
+def test_qwen2_refuses_labels_that_would_break_its_form(label):
+    with pytest.raises(ValueError, match="label"):
+        CODECS["qwen2_vl"].write([LabelledBox(label=label, box=(0.0, 0.0, 1.0, 1.0))], FRAME)
+
+
+@pytest.mark.parametrize("label", ["a < b", "<b>", "a|b", "最左边的猫", 'say "hi"', "two\nlines", "```json", "[]"])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_odd_labels_survive(codec, label):
+    item = LabelledBox(label=label, box=(0.1, 0.2, 0.5, 0.4))
+    assert codec.read(codec.write([item], FRAME), FRAME).items[0].label == label
+
+
+@pytest.mark.parametrize(
+    ("text", "is_exact"),
+    [
+        (REF + BOX, True),
+        (f"  {REF}{BOX}\n", True),
+        (REF + "<|box_start|>( 100.0 , 200 ),(300 ,400.000)<|box_end|>", True),
+        (f"I see {REF}{BOX}", False),
+        (f"{REF}{BOX}.", False),
+        (f"{REF} {BOX}", False),
+        (f"{REF}{BOX}{REF}", False),
+        (f"{REF}{REF}{BOX}", False),
+        (f"{REF}{BOX}<|box_start|>(1,2),(3,4)", False),
+        (f"{REF}<|box_start|>(a,b),(c,d)<|box_end|>{BOX}", False),
+    ],
+)
+def test_qwen2_finds_complete_boxes_and_knows_exact_text(text, is_exact):
+    assert qwen2(text) == Listing(items=(ITEM,), is_exact=is_exact)
+
+
+def test_qwen2_boxes_take_the_label_before_them():
+    other = "<|object_ref_start|>dog<|object_ref_end|>"
+    assert [item.label for item in qwen2(BOX + REF + BOX + BOX + other + BOX).items] == [None, "cat", "cat", "dog"]
+    assert qwen2(REF + BOX + BOX + other + BOX).is_exact
+    assert not qwen2(BOX).is_exact
+    assert not qwen2(REF + BOX + REF + BOX).is_exact, "boxes of one label follow it directly"
+    assert qwen2(REF + BOX + other + BOX + REF + BOX).is_exact
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|box_start|>(1,2,3,4)<|box_end|>", "(1,2),(3,4)", "<|box_start|>", "<box_start>(1,2),(3,4)<box_end>", "im_end",
+     "box_start", "<|box_start|>(1,2),(3,4)|box_end|>", "<|box_start|>(٣,2),(4,5)<|box_end|>",
+     "<|box_start|>(1e0,2),(4,5)<|box_end|>", "<|box_start|>(nan,2),(4,5)<|box_end|>"],
+)  # fmt: skip
+def test_qwen2_is_not_fooled_by_what_only_looks_like_a_box(text):
+    assert qwen2(text) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("numbers", "box"),
+    [
+        ((-5, 10, 2000, 20), (0.0, 0.01, 1.0, 0.02)),
+        ((900, 900, 100, 100), None),
+        ((10, 10, 10, 20), None),
+        ((1200, 10, 1300, 20), None),
+        ((-20, 10, -10, 20), None),
+        ((10, 10, "9" * 400, 20), None),
+    ],
+)
+def test_boxes_are_clamped_and_bad_ones_are_listed_as_none(numbers, box):
+    x1, y1, x2, y2 = numbers
+    assert qwen2(f"{REF}<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>") == Listing(
+        items=(ListedItem(label="cat", box=box),), is_exact=True
+    )
+    assert qwen3(f'[{{"label": "cat", "bbox_2d": [{x1}, {y1}, {x2}, {y2}]}}]') == Listing(
+        items=(ListedItem(label="cat", box=box),), is_exact=True
+    )
+
+
+GOOD = '{"bbox_2d": [100, 200, 300, 400], "label": "cat"}'
+
+
+@pytest.mark.parametrize(
+    ("entry", "item"),
+    [
+        (GOOD, ITEM),
+        ('{"label": "cat", "score": [1, {}], "bbox_2d": [100.0, 200, 3e2, 400]}', ITEM),
+        ('{"bbox_2d": [100, 200, 300, 400]}', ListedItem(label=None, box=ITEM.box)),
+        ('{"bbox_2d": [100, 200, 300, 400], "label": 3}', ListedItem(label=None, box=ITEM.box)),
+        ('{"bbox_2d": [100, 200, 300, 400], "label": "\\ud800"}', ListedItem(label=None, box=ITEM.box)),
+        ('{"label": "cat"}', ListedItem(label="cat", box=None)),
+        ('{"bbox_2d": [100, 200, 300], "label": "cat"}', ListedItem(label="cat", box=None)),
+        ('{"bbox_2d": [100, 200, 300, "400"], "label": "cat"}', ListedItem(label="cat", box=None)),
+        ('{"bbox_2d": [false, 0, true, 400], "label": "cat"}', ListedItem(label="cat", box=None)),
+        ('{"bbox_2d": [100, 200, Infinity, 400], "label": "cat"}', ListedItem(label="cat", box=None)),
+        ('{"bbox_2d": [NaN, 200, 300, 400], "label": "cat"}', ListedItem(label="cat", box=None)),
+        ('{"bbox_2d": "100, 200, 300, 400", "label": "cat"}', ListedItem(label="cat", box=None)),
+        ("[]", ListedItem(label=None, box=None)),
+        ("7", ListedItem(label=None, box=None)),
+    ],
+)
+def test_json_entries_are_judged_one_by_one(entry, item):
+    assert qwen3(f"[{entry}, {GOOD}]") == Listing(items=(item, ITEM), is_exact=True)
+
+
+@pytest.mark.parametrize("text", [f"```json\n[{GOOD}]\n```", f"```json [{GOOD}]```", f"\n[{GOOD}] "])
+def test_json_may_stand_in_a_fence(text):
+    assert qwen3(text) == Listing(items=(ITEM,), is_exact=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "null", "7", GOOD, f"[{GOOD}", f"[{GOOD}] done", f"Here: [{GOOD}]", f"```json\n[{GOOD}]", "```json```",
+     f"```python\n[{GOOD}]\n```", f"[{GOOD},]", "[__import__('os')]"],
+)  # fmt: skip
+def test_what_is_no_json_list_lists_nothing(text):
+    assert qwen3(text) == NOTHING
+
+
+def test_more_objects_than_anyone_needs_are_no_answer():
+    assert len(qwen2(REF + BOX * MAX_OBJECTS).items) == len(qwen3(f"[{','.join([GOOD] * MAX_OBJECTS)}]").items) == 512
+    assert qwen2(REF + BOX * (MAX_OBJECTS + 1)) == NOTHING
+    assert qwen3(f"[{','.join([GOOD] * (MAX_OBJECTS + 1))}]") == NOTHING
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@given(text=texts)
+def test_hostile_text_never_raises(codec, text):
+    listing = codec.read(text, FRAME)
+    for item in listing.items:
+        assert item.box is None or (0 <= item.box[0] < item.box[2] <= 1 and 0 <= item.box[1] < item.box[3] <= 1)
+        assert item.label is None or item.label in text or codec.name != "qwen2_vl"
+
+
+@pytest.mark.parametrize("text", WORST.values(), ids=WORST)
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_worst_cases_take_no_time(codec, text):
+    start = time.process_time()
+    assert len(codec.read(text, FRAME).items) <= MAX_OBJECTS
+    assert time.process_time() - start < 0.5  # ten times the 50 ms that would still be fine; measured: below 10 ms
