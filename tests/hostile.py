@@ -6,9 +6,10 @@ from perception_r1.task import MAX_TEXT
 
 PIECES = [
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|im_end|>", "<|endoftext|>", "<|",
-    "<think>", "</think>", "<answer>", "</answer>", "```json", "```", "dog", "<|object_ref_start|>dog<|object_ref_end|>",
-    "<|box_start|>(1,2),(300,400)<|box_end|>", "(1,2),(3,4)", "(", ")", ",", " ", "\n", ".", "-", "1", "1000", "9" * 400,
-    "1.5", "1e999", "NaN", "-Infinity", "[", "]", "{", "}", ":", '"', "\\", '"label"', '"bbox_2d"', '"label": "dog"',
+    "<think>", "</think>", "<answer>", "</answer>", "```json", "```", "dog",
+    "<|object_ref_start|>dog<|object_ref_end|>", "<|box_start|>(1,2),(300,400)<|box_end|>", "(1,2),(3,4)", "(", ")",
+    ",", " ", "\n", ".", "-", "1", "1000", "9" * 400, "1.5",
+    "1e999", "NaN", "-Infinity", "[", "]", "{", "}", ":", '"', "\\", '"label"', '"bbox_2d"', '"label": "dog"',
     '{"bbox_2d": [1, 2, 300, 400], "label": "dog"}', '{"bbox_2d": [1, 2, NaN, 1e999], "label": "\\ud800"}', "true",
     "null", "[[[[", "\u0661\u0662", "\x00", "\u200b", "\u2028", "\ud800", "\U0001f600", "__import__('os')",
 ]  # fmt: skip

@@ -2,12 +2,12 @@ import json
 import time
 
 import pytest
-from hostile import WORST, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_r1.codecs import CODECS, MAX_OBJECTS, ListedItem, Listing
 from perception_r1.task import Frame, LabelledBox
+from tests.hostile import WORST, texts
 
 FRAME = Frame(width=2000, height=1000, seen_width=700, seen_height=350)
 NOTHING = Listing(items=(), is_exact=False)

@@ -266,7 +266,8 @@ def _summary(task: Task[Any, Any], outcomes: Sequence[Outcome]) -> str:
         targets=[outcome.sample.target for outcome in outcomes],
         frames=[outcome.frame for outcome in outcomes],
     )
-    values = {name: f"{float(value):.6g}" for name, value in metrics.compute().items()}
+    values = metrics.compute()
+    own = {name: values[name] for name in ("reward", *task.term_names, *task.figure_names)}  # first, in their order
     width = max(len(name) for name in values)
-    rows = "".join(f"  {name:<{width}}  {value}\n" for name, value in values.items())
+    rows = "".join(f"  {name:<{width}}  {float(value):.6g}\n" for name, value in (own | values).items())
     return f"{task.name}: {len(outcomes)} completions\n{rows}"

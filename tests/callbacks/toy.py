@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from perception_r1.data.loading import Batch
 from perception_r1.scoring import Outcome
 from perception_r1.task import Box, Frame, Mark, Sample, Score, Task
 
@@ -70,10 +71,10 @@ def toy_outcome(sample: Sample[Box], completion: str = "there", *, is_right: boo
 
 
 class ToyData(LightningDataModule):
-    """Batches of two samples, as lists."""
+    """Batches of two samples, wrapped and unwrapped as the real ones are."""
 
     def _loader(self, num_batches: int) -> DataLoader[Any]:
-        return DataLoader(toy_samples(2 * num_batches), batch_size=2, collate_fn=list)
+        return DataLoader(toy_samples(2 * num_batches), batch_size=2, collate_fn=Batch)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(4)
@@ -87,8 +88,8 @@ class ToyData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader(3)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> list[Sample[Any]]:
+        return batch.samples
 
     def fingerprint(self) -> str:
         return "abc123"

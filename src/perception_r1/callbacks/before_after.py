@@ -55,7 +55,7 @@ class BeforeAfter(Callback):
             task = cast("PolicyModule", pl_module).task
             console.print(before_after_table(self.before, self.after, headline=task.headline))
         for name, place in places.items():
-            console.print(Text.assemble((f"{name:<12}", "bold"), place), soft_wrap=True)
+            console.print(Text.assemble((f"{name:<13}", "bold"), place), soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The figures from before training, for a resumed run."""
@@ -97,16 +97,13 @@ def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[s
     if datamodule is None or not is_overridden("test_dataloader", datamodule):
         return {}
     datamodule.setup("test")  # a fit sets up the other splits only
-    datamodule.setup("test")
     loader = datamodule.test_dataloader()
     num_batches = _limit(trainer, len(loader))
     if num_batches == 0:
         return {}
     batches = (datamodule.transfer_batch_to_device(batch, pl_module.device, 0) for batch in islice(loader, num_batches))
     console = get_console() if trainer.is_global_zero else Console(quiet=True)
-    return cast("PolicyModule", pl_module).evaluate(
-        _shown(batches, console, when, num_batches)
-    )
+    return cast("PolicyModule", pl_module).evaluate(_shown(batches, console, when, num_batches))
 
 
 def _limit(trainer: Trainer, num_batches: int) -> int:
@@ -119,7 +116,7 @@ def _limit(trainer: Trainer, num_batches: int) -> int:
 def _shown(batches: Iterable[Any], console: Console, when: str, total: int) -> Iterator[Any]:
     """Pass batches on and say how far it is: a status line in a terminal, else one plain line."""
     text = f"Evaluating on the test split {when}"
-    if not console.is_terminal:
+    if not console.is_interactive:
         console.print(f"{text}: {total} batches", highlight=False)
         yield from batches
         return

@@ -22,7 +22,8 @@ _BATCH_END = "\n"
 class Predictions(Callback):
     """Write every outcome of `predict` to `predictions.jsonl` in the run's folder.
 
-    Each rank writes its own part as it goes; rank zero joins them in the order of the data set.
+    Each rank writes its own part as it goes; rank zero joins them in the order of the data set. `Trainer.predict` then
+    returns nothing: it would hold all pictures in memory, and it cannot move frozen records.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Predictions(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's part."""
+        trainer.predict_loop.return_predictions = False
         self._folder = run_folder(trainer)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ class RunCard(Callback):
             return
         self._path = folder / "run.json"
         self._started = time.monotonic()
-        self._card = {"status": "running", "start": _now(), **_set_up(trainer, pl_module)}
+        self._card = {"status": "running", "start": _now(), "end": None, "seconds": None, **_set_up(trainer, pl_module)}
         write_json(self._path, self._card)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

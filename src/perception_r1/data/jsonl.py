@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _NUM_SHOWN = 5
 """Sentences about left-out rows in the warning; a broken file would otherwise fill the screen."""
 _NUM_SILENT = 2000
-"""Rows that are read without a progress bar: about a second of work."""
+"""Rows that are read without a progress bar: a few seconds of work."""
 
 
 class DataError(ValueError):
@@ -69,7 +69,8 @@ def load(path: Path, task: Task[TargetT, Any], on_bad_row: OnBadRow = "error") -
     ids: dict[str, int] = {}
     pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
     try:
-        sizes = {line.image: pool.submit(check_image, line.image) for line in lines if line.problem is None}
+        images = dict.fromkeys(line.image for line in lines if line.problem is None)  # each once, in order
+        sizes = {image: pool.submit(check_image, image) for image in images}
         is_silent = len(lines) < _NUM_SILENT or getattr(rank_zero_only, "rank", 0) != 0
         for line in track(lines, f"Checking {path}", disable=is_silent):
             try:

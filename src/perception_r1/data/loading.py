@@ -125,25 +125,23 @@ class EvalBatches(DistributedSampler[Any]):
             yield list(range(share * self.size // num_shares, (share + 1) * self.size // num_shares))
 
 
-class EvalLoader(DataLoader[Batch]):
-    """Batches of an `EvalBatches` sampler; it never touches torch's global random state."""
-
-    def __init__(self, dataset: BatchDataset, sampler: DistributedSampler[Any], num_workers: int = 0) -> None:
-        super().__init__(
-            dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator()
-        )
+def eval_loader(dataset: BatchDataset, sampler: EvalBatches, num_workers: int = 0) -> DataLoader[Batch]:
+    """A loader that never touches torch's global random state; a plain one, as Lightning rebuilds it for prediction."""
+    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator())
 
 
-class TrainLoader(EvalLoader):
+class TrainLoader(DataLoader[Batch]):
     """Batches of a `TrainBatches` sampler; its state lets a resumed run go on with exactly the next batch.
 
     Lightning makes the iterator before it calls `set_epoch`, and on resuming it loads the state before both. So an
     iteration decides where it starts when its first batch is asked for: after the batches of the loaded state when that
-    tells of the current epoch, else at the beginning.
+    tells of the current epoch, else at the beginning. It never touches torch's global random state.
     """
 
     def __init__(self, dataset: BatchDataset, sampler: TrainBatches, num_workers: int = 0) -> None:
-        super().__init__(dataset, sampler, num_workers)
+        super().__init__(
+            dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator()
+        )
         self._batches = sampler
         self._num_handed_out = 0
         self._loaded: LoaderState | None = None

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
 
 from perception_r1.data.jsonl import DataError, OnBadRow, load
-from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, EvalLoader, TrainBatches, TrainLoader
+from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
 from perception_r1.data.rows import Row
 from perception_r1.data.scenes import SceneSource, Split, World, scene_fingerprint
 from perception_r1.task import Sample, Task
@@ -108,8 +109,6 @@ class TaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Full training batches for this device, resumable."""
-        if getattr(self.trainer, "overfit_batches", 0):
-            raise ValueError("overfit_batches is not supported here: use few samples and shuffle=false instead")
         samples = self.samples("train")
         rank, world_size = self._place()
         batches = TrainBatches(
@@ -122,15 +121,15 @@ class TaskDataModule(LightningDataModule):
         )
         return TrainLoader(BatchDataset(samples), batches, self.num_workers)
 
-    def val_dataloader(self) -> EvalLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> EvalLoader:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches for this device."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> EvalLoader:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """The test batches: predictions are made for the test split."""
         return self._eval_loader("test")
 
@@ -179,14 +178,20 @@ class TaskDataModule(LightningDataModule):
         samples = load(self.files["train"], self.task, self.on_bad_row)
         return _divide(samples, self.files["train"], held_out, self.held_out_share)
 
-    def _eval_loader(self, split: Split) -> EvalLoader:
+    def _eval_loader(self, split: Split) -> DataLoader[Batch]:
         samples = self.samples(split)
         rank, world_size = self._place()
         batches = EvalBatches(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
-        return EvalLoader(BatchDataset(samples), batches, self.num_workers)
+        return eval_loader(BatchDataset(samples), batches, self.num_workers)
 
     def _place(self) -> tuple[int, int]:
-        """Rank of this process and number of processes."""
+        """Rank of this process and number of processes.
+
+        Raises:
+            ValueError: The trainer is set to swap the samplers for its own.
+        """
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise ValueError("overfit_batches is not supported: use few samples and shuffle=false instead")
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 

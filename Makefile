@@ -1,0 +1,64 @@
+# perception-r1: `make train TASK=counting` does everything that it needs; `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+TASK ?= counting
+MODEL ?= tiny
+DATA ?=
+SEED ?= 0
+CKPT ?= best
+ARGS ?=
+PYTHON ?= python3
+# The CPU build where the index has one for this version; for a GPU say TORCH="torch==2.13.0 --index-url URL-of-a-CUDA-build".
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# MODEL is the name of a file in configs/model, a hub id or a folder; configs/MODEL/TASK.yaml holds what both deviate in.
+CONFIG := -c configs/default.yaml -c configs/task/$(TASK).yaml
+CONFIG += $(if $(wildcard configs/model/$(MODEL).yaml),-c configs/model/$(MODEL).yaml,--model.policy.name $(MODEL))
+CONFIG += $(addprefix -c ,$(wildcard configs/$(MODEL)/$(TASK).yaml))
+OPTIONS := --seed_everything $(SEED) $(if $(DATA),--data.train_file $(DATA)) $(ARGS)
+
+.PHONY: help install train sft eval tensorboard test lint format clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl SEED=0 CKPT=best|last|file ARGS='--any.option value'"
+
+install: $(INSTALLED) ## Install everything into .venv
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+train: $(INSTALLED) ## Train TASK with GRPO
+	$(BIN)/perception-r1 fit $(CONFIG) $(OPTIONS)
+
+sft: $(INSTALLED) ## Train TASK with supervised fine-tuning
+	$(BIN)/perception-r1 fit $(CONFIG) -c configs/sft.yaml $(OPTIONS)
+
+eval: $(INSTALLED) ## Evaluate CKPT of TASK on the test split, greedily
+	$(BIN)/perception-r1 test $(CONFIG) --ckpt_path $(CKPT) $(OPTIONS)
+
+tensorboard: $(INSTALLED) ## Look at all runs
+	$(BIN)/tensorboard --logdir logs
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/pytest -n 2
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches and the environment, keep logs
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -1,0 +1,142 @@
+import itertools
+from collections.abc import Iterable
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
+from perception_r1.task import Sample
+
+sizes = st.integers(1, 60)
+batch_sizes = st.integers(1, 9)
+world_sizes = st.integers(1, 4)
+
+
+def samples(count: int) -> list[Sample[str]]:
+    image = Image.new("RGB", (4, 4))
+    return [Sample(id=str(i), image=image, width=4, height=4, query="", target="") for i in range(count)]
+
+
+def train_loader(num_samples: int = 23, num_workers: int = 0, **kwargs: int) -> TrainLoader:
+    settings = {"batch_size": 4, "shuffle": True, "seed": 0, **kwargs}
+    return TrainLoader(BatchDataset(samples(num_samples)), TrainBatches(num_samples, **settings), num_workers)
+
+
+def ids(loader: Iterable[Batch]) -> list[list[str]]:
+    return [[sample.id for sample in batch] for batch in loader]
+
+
+@given(size=sizes, batch_size=batch_sizes, world_size=world_sizes, epoch=st.integers(0, 3), shuffle=st.booleans())
+def test_a_training_epoch_shows_every_sample_at_most_once_in_full_batches(size, batch_size, world_size, epoch, shuffle):
+    assume(size >= batch_size * world_size)
+    ranks = [
+        TrainBatches(size, batch_size=batch_size, shuffle=shuffle, seed=1, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.set_epoch(epoch)
+    batches = [list(rank) for rank in ranks]
+    assert {len(rank) for rank in batches} == {len(ranks[0])} == {size // (batch_size * world_size)}
+    assert {len(batch) for rank in batches for batch in rank} == {batch_size}
+    seen = [index for rank in batches for batch in rank for index in batch]
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(range(size))
+    one = TrainBatches(size, batch_size=batch_size * world_size, shuffle=shuffle, seed=1)
+    one.set_epoch(epoch)
+    steps = [list(itertools.chain(*step)) for step in zip(*batches, strict=True)]
+    assert steps == list(one), "the steps of all devices together do not depend on their number"
+
+
+@given(size=sizes, batch_size=batch_sizes, world_size=world_sizes)
+def test_evaluation_shows_every_sample_once_in_equally_many_even_batches(size, batch_size, world_size):
+    try:
+        ranks = [
+            list(EvalBatches(size, batch_size=batch_size, rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]
+    except ValueError:
+        assert size < world_size or batch_size == 1
+        return
+    lengths = [len(batch) for rank in ranks for batch in rank]
+    assert sorted(index for rank in ranks for batch in rank for index in batch) == list(range(size))
+    assert len({len(rank) for rank in ranks}) == 1
+    assert 1 <= min(lengths) <= max(lengths) <= min(batch_size, min(lengths) + 1)
+
+
+def test_the_order_changes_with_epoch_and_seed_and_only_with_them():
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        batches = TrainBatches(40, batch_size=4, shuffle=True, seed=seed)
+        batches.set_epoch(epoch)
+        return list(batches)
+
+    assert order(0, 0) == order(0, 0)
+    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
+    assert list(TrainBatches(5, batch_size=2, shuffle=False, seed=0)) == [[0, 1], [2, 3]]
+
+
+def test_too_few_samples_for_one_step_are_an_error():
+    with pytest.raises(ValueError, match=r"7 training samples do not fill one step of 8 \(batch_size 4 on 2 devices\)"):
+        TrainBatches(7, batch_size=4, shuffle=True, seed=0, world_size=2)
+    with pytest.raises(ValueError, match="3 samples cannot be evaluated on 4 devices"):
+        EvalBatches(3, batch_size=2, world_size=4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_seen", [0, 1, 3, 5])
+def test_a_loader_goes_on_after_the_batches_it_handed_out(num_workers, num_seen):
+    whole, first, second = train_loader(), train_loader(num_workers=num_workers), train_loader(num_workers=num_workers)
+    for loader in (whole, first, second):
+        loader.sampler.set_epoch(1)
+    seen = [[sample.id for sample in batch] for batch in itertools.islice(first, num_seen)]
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
+    assert seen + ids(second) == ids(whole)
+    assert ids(second) == ids(whole), "the next pass starts at the beginning"
+
+
+def test_a_state_of_another_epoch_starts_at_the_beginning():
+    first, second, whole = train_loader(), train_loader(), train_loader()
+    next(iter(first))
+    second.load_state_dict(first.state_dict())
+    second.sampler.set_epoch(1)
+    whole.sampler.set_epoch(1)
+    assert ids(second) == ids(whole)
+
+
+def test_the_epoch_is_read_when_the_first_batch_is_asked_for():
+    loader, whole = train_loader(), train_loader()
+    batches = iter(loader)
+    loader.sampler.set_epoch(2)
+    whole.sampler.set_epoch(2)
+    assert [[sample.id for sample in batch] for batch in batches] == ids(whole)
+
+
+def test_a_state_of_other_data_or_another_batch_size_is_refused():
+    state = train_loader().state_dict()
+    with pytest.raises(ValueError, match="with num_samples=24, it was written with 23"):
+        train_loader(24).load_state_dict(state)
+    with pytest.raises(ValueError, match="with samples_per_step=2, it was written with 4"):
+        train_loader(batch_size=2).load_state_dict(state)
+    train_loader(batch_size=2, world_size=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_leaves_the_global_random_state_alone(num_workers):
+    before = torch.get_rng_state()
+    ids(train_loader(num_workers=num_workers))
+    ids(eval_loader(BatchDataset(samples(5)), EvalBatches(5, batch_size=2), num_workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_pictures_are_loaded_into_the_batch_but_not_into_the_samples(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("L", (5, 3), 7).save(path)
+    dataset = BatchDataset([Sample(id="a", image=path, width=5, height=3, query="q", target="t")])
+    (sample,) = dataset[[0]]
+    assert (sample.image.mode, sample.image.size, sample.image.getpixel((0, 0))) == ("RGB", (5, 3), (7, 7, 7))
+    assert (sample.id, sample.query, sample.target) == ("a", "q", "t")
+    assert dataset.samples[0].image == path

@@ -1,0 +1,297 @@
+import itertools
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from perception_r1.data.jsonl import DataError
+from perception_r1.data.module import TaskDataModule
+from perception_r1.data.scenes import DetectionWorld, TextWorld
+from perception_r1.task import Sample
+
+WORLD = TextWorld()
+STEPS_PER_EPOCH = 5
+
+
+class Recorder(LightningModule):
+    """Notes the ids of every batch; the optimiser steps in the loop or in the module."""
+
+    def __init__(self, automatic: bool = True) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.automatic_optimization = automatic
+        self.seen: list[list[str]] = []
+        self.evaluated: list[str] = []
+
+    def training_step(self, batch, batch_idx):
+        assert isinstance(batch, list)
+        assert all(isinstance(sample, Sample) and sample.image.mode == "RGB" for sample in batch)
+        self.seen.append([sample.id for sample in batch])
+        loss = self.layer(torch.ones(1, dtype=self.layer.weight.dtype)).sum()
+        if self.automatic_optimization:
+            return loss
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return None
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluated += [sample.id for sample in batch]
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return [sample.id for sample in batch]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data(task, **kwargs) -> TaskDataModule:
+    settings = {"num_train": 5 * 3 + 2, "num_val": 4, "num_test": 5, "batch_size": 3, "eval_batch_size": 2, **kwargs}
+    return TaskDataModule(task, WORLD, **settings)
+
+
+def trainer(folder: Path, *, callbacks=(), **kwargs) -> Trainer:
+    settings = {"max_epochs": 3, "accelerator": "cpu", "devices": 1, **kwargs}
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        logger=False,
+        **settings,
+    )
+
+
+def fit(task, folder: Path, *, automatic=True, num_workers=0, ckpt_path=None, callbacks=(), **kwargs) -> Recorder:
+    model = Recorder(automatic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(folder, callbacks=callbacks, **kwargs).fit(
+            model, datamodule=data(task, num_workers=num_workers), ckpt_path=ckpt_path
+        )
+    return model
+
+
+def every_step(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_run_resumed_at_any_step_sees_the_samples_of_an_uninterrupted_one(task, tmp_path, automatic):
+    whole = fit(task, tmp_path, automatic=automatic, callbacks=[every_step(tmp_path)])
+    assert len(whole.seen) == 3 * STEPS_PER_EPOCH
+    epochs = [whole.seen[start : start + STEPS_PER_EPOCH] for start in range(0, 15, STEPS_PER_EPOCH)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    for step in range(1, 3 * STEPS_PER_EPOCH):
+        resumed = fit(task, tmp_path, automatic=automatic, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.seen == whole.seen[step:], f"resumed after step {step}"
+
+
+@pytest.mark.parametrize("step", [3, 5, 6])
+def test_a_run_with_workers_is_resumed_exactly(task, tmp_path, step):
+    whole = fit(task, tmp_path)
+    fit(task, tmp_path, num_workers=2, max_steps=step, max_epochs=None, callbacks=[every_step(tmp_path)])
+    resumed = fit(task, tmp_path, num_workers=2, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert resumed.seen == whole.seen[step:]
+
+
+@pytest.mark.parametrize("limit", [1.0, 3])
+def test_a_run_resumed_from_the_end_of_an_epoch_goes_on_with_the_next(task, tmp_path, limit):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    settings = {"limit_train_batches": limit}
+    whole = fit(task, tmp_path, callbacks=[checkpoint], **settings)
+    steps = len(whole.seen) // 3
+    for epoch in (0, 1):
+        resumed = fit(task, tmp_path, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **settings)
+        assert resumed.seen == whole.seen[(epoch + 1) * steps :]
+
+
+def test_a_run_resumed_after_a_validation_within_an_epoch_goes_on_exactly(task, tmp_path):
+    settings = {"val_check_interval": 2, "limit_train_batches": 5}
+    checkpoint = ModelCheckpoint(
+        tmp_path, filename="{step}", save_on_train_epoch_end=False, every_n_epochs=1, save_top_k=-1
+    )
+    whole = fit(task, tmp_path, callbacks=[checkpoint], **settings)
+    names = sorted(int(path.stem.split("=")[1]) for path in tmp_path.glob("step=*.ckpt"))
+    assert len(names) == 6
+    for step in names:
+        resumed = fit(task, tmp_path, ckpt_path=tmp_path / f"step={step}.ckpt", **settings)
+        assert resumed.seen == whole.seen[step:], f"resumed after step {step}"
+
+
+def test_resuming_twice_within_one_epoch_goes_on_exactly(task, tmp_path):
+    whole = fit(task, tmp_path)
+    fit(task, tmp_path, max_steps=1, max_epochs=None, callbacks=[every_step(tmp_path)])
+    for step in (2, 4, 7):
+        previous = max(int(path.stem.split("=")[1]) for path in tmp_path.glob("step=*.ckpt"))
+        model = fit(
+            task,
+            tmp_path,
+            max_steps=step,
+            max_epochs=None,
+            callbacks=[every_step(tmp_path)],
+            ckpt_path=tmp_path / f"step={previous}.ckpt",
+        )
+        assert model.seen == whole.seen[previous:step]
+
+
+def test_resuming_with_another_batch_size_is_refused(task, tmp_path):
+    fit(task, tmp_path, max_steps=2, max_epochs=None, callbacks=[every_step(tmp_path)])
+    with pytest.raises(ValueError, match="samples_per_step=2, it was written with 3"):
+        trainer(tmp_path).fit(Recorder(), datamodule=data(task, batch_size=2), ckpt_path=tmp_path / "step=2.ckpt")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_every_precision_hands_the_samples_over_whole(task, tmp_path, precision):
+    assert len(fit(task, tmp_path, max_epochs=1, precision=precision).seen) == STEPS_PER_EPOCH
+
+
+def test_validation_test_and_prediction_show_every_sample_once_in_order(task, tmp_path):
+    model, module = Recorder(), data(task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path).validate(model, datamodule=module, verbose=False)
+        trainer(tmp_path).test(model, datamodule=module, verbose=False)
+        predicted = trainer(tmp_path).predict(model, datamodule=module)
+    assert model.evaluated == [f"val-{i}" for i in range(4)] + [f"test-{i}" for i in range(5)]
+    assert list(itertools.chain(*predicted)) == [f"test-{i}" for i in range(5)]
+
+
+def test_overfit_batches_is_refused(task, tmp_path):
+    with pytest.raises(ValueError, match="overfit_batches is not supported"):
+        trainer(tmp_path, overfit_batches=2).fit(Recorder(), datamodule=data(task))
+
+
+def test_made_scenes_become_samples_with_the_rows_target(task):
+    module = data(task)
+    module.setup("fit")
+    (sample, *_), *_ = module.val_dataloader()
+    assert sample.id == "val-0"
+    assert sample.target == module.samples("val").source[0].values["text"]
+    assert (sample.width, sample.height) == sample.image.size == (84, 28)
+    with pytest.raises(RuntimeError, match="the test samples are not loaded"):
+        module.test_dataloader()
+
+
+def test_batches_before_a_trainer_is_attached_are_those_of_one_device(task):
+    module = data(task)
+    module.setup()
+    assert [len(batch) for batch in module.train_dataloader()] == [3] * 5
+    assert [len(batch) for batch in module.test_dataloader()] == [1, 2, 2]
+
+
+def rows(num_images: int, per_image: int = 2) -> list[dict]:
+    return [
+        {"image": f"{image}.png", "text": "t", "id": f"{image}/{k}"}
+        for image in range(num_images)
+        for k in range(per_image)
+    ]
+
+
+def ids(module: TaskDataModule, split: str) -> set[str]:
+    return {sample.id for sample in module.samples(split)}
+
+
+def test_rows_of_one_image_are_in_one_split_and_every_row_is_in_one(task, write_rows):
+    module = data(task, train_file=write_rows(rows(30), num_images=30))
+    module.setup()
+    images = {split: {name.split("/")[0] for name in ids(module, split)} for split in ("train", "val", "test")}
+    assert {split: len(found) for split, found in images.items()} == {"train": 24, "val": 3, "test": 3}
+    assert len(images["train"] | images["val"] | images["test"]) == 30
+    assert sum(len(module.samples(split)) for split in images) == 60
+
+
+def test_the_division_depends_on_neither_the_folder_nor_the_stage(task, write_rows, tmp_path):
+    path = write_rows(rows(20), num_images=20)
+    (tmp_path / "elsewhere").mkdir()
+    for file in [path, *tmp_path.glob("*.png")]:
+        (tmp_path / "elsewhere" / file.name).write_bytes(file.read_bytes())
+    here, there = data(task, train_file=path), data(task, train_file=tmp_path / "elsewhere" / path.name)
+    here.setup()
+    there.setup("test")
+    assert ids(here, "test") == ids(there, "test")
+    assert here.fingerprint() == there.fingerprint()
+
+
+def test_split_files_are_taken_whole_and_nothing_else_is_held_out(task, write_rows):
+    val = write_rows(rows(2), "val.jsonl")
+    test = write_rows(rows(1), "test.jsonl")
+    module = data(task, train_file=write_rows(rows(10), num_images=10), val_file=val, test_file=test)
+    module.setup()
+    assert [len(module.samples(split)) for split in ("train", "val", "test")] == [20, 4, 2]
+    module = data(task, train_file=write_rows(rows(10), num_images=10), test_file=test)
+    module.setup()
+    assert [len(module.samples(split)) for split in ("train", "val", "test")] == [18, 2, 2]
+
+
+def test_too_few_images_to_hold_some_out_are_an_error(task, write_rows):
+    module = data(task, train_file=write_rows(rows(2)))
+    with pytest.raises(DataError, match=r"2 different images, but holding out val and test needs at least 3"):
+        module.setup("fit")
+    three = data(task, train_file=write_rows(rows(3)))
+    three.setup()
+    assert [len(three.samples(split)) for split in ("train", "val", "test")] == [2, 2, 2]
+
+
+def test_an_evaluation_file_alone_serves_evaluation_and_not_training(task, write_rows, tmp_path):
+    module = data(task, test_file=write_rows(rows(3)))
+    model = Recorder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path).test(model, datamodule=module, verbose=False)
+    assert len(model.evaluated) == 6
+    with pytest.raises(DataError, match="the train samples have no source: give train_file"):
+        module.setup("fit")
+    with pytest.raises(DataError, match="the val samples have no source: give val_file or train_file"):
+        module.setup("validate")
+
+
+def test_a_bad_row_stops_the_run_before_training_or_is_left_out(task, write_rows):
+    path = write_rows([*rows(3), {"image": "0.png"}])
+    with pytest.raises(DataError, match=r"data\.jsonl:7: text: is missing"):
+        data(task, train_file=path).setup("fit")
+    module = data(task, train_file=path, on_bad_row="skip")
+    module.setup()
+    assert sum(len(module.samples(split)) for split in ("train", "val", "test")) == 6
+
+
+def test_fingerprint_changes_with_scenes_and_with_file_contents(task, write_rows):
+    path = write_rows(rows(3))
+    prints = [
+        data(task).fingerprint(),
+        data(task, seed=1).fingerprint(),
+        data(task, num_train=20).fingerprint(),
+        TaskDataModule(task, DetectionWorld()).fingerprint(),
+        data(task, train_file=path).fingerprint(),
+        data(task, train_file=path, held_out_share=0.2).fingerprint(),
+        data(task, test_file=path).fingerprint(),
+    ]
+    path.write_text(path.read_text() + "\n")
+    prints.append(data(task, train_file=path).fingerprint())
+    assert len(set(prints)) == len(prints)
+    assert data(task).fingerprint() == data(task, num_workers=2, batch_size=5).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("batch_size", 0),
+        ("eval_batch_size", 0),
+        ("num_val", 0),
+        ("num_workers", -1),
+        ("seed", -1),
+        ("held_out_share", 0.5),
+        ("held_out_share", 0.0),
+    ],
+)
+def test_settings_out_of_range_are_refused(task, setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} must "):
+        data(task, **{setting: value})

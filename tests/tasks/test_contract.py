@@ -1,0 +1,136 @@
+"""What holds for every task in the folder with every codec; a new task needs a sample here and nothing else."""
+
+import json
+from dataclasses import is_dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perception_r1.codecs import CODECS
+from perception_r1.metrics import task_metrics
+from perception_r1.task import MAX_TEXT, Frame, LabelledBox, Sample, Score, Task
+from perception_r1.tasks import TASKS
+from perception_r1.tasks.counting import CountingTarget
+from perception_r1.tasks.detection import DetectionTarget
+from perception_r1.tasks.grounding import GroundingTarget
+from perception_r1.tasks.ocr import OcrTarget
+from tests.hostile import WORST, texts
+
+# sides on which hundredths of the image are whole numbers in every codec's units
+FRAME = Frame(width=400, height=300, seen_width=700, seen_height=1400)
+CUPS = ((0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.0, 1.0))
+PLACES = ((0.25, 0.5), (0.5, 0.25), (0.75, 0.75))
+OBJECTS = (
+    LabelledBox(label="cup", box=CUPS[0]),
+    LabelledBox(label="dog", box=CUPS[1]),
+    LabelledBox(label="cup", box=CUPS[1]),
+)
+TARGETS: dict[str, tuple[float, list[tuple[str, Any]]]] = {
+    "grounding": (2.0, [("red cup", GroundingTarget(box=CUPS[0]))]),
+    "counting": (
+        1.0,
+        [
+            ("cup", CountingTarget(count=3, points=PLACES)),
+            ("cup", CountingTarget(count=2, points=((0.2, 0.3), (0.75, 0.75)), boxes=CUPS)),
+        ],
+    ),
+    "detection": (3.0, [("", DetectionTarget(objects=OBJECTS)), ("", DetectionTarget(objects=()))]),
+    "ocr": (1.0, [("", OcrTarget(text="two\nlines")), ("", OcrTarget(text=""))]),
+}
+"""Full marks and samples of every task."""
+GARBAGE = ["hello", "\x00", "{}", "null", "[1", "<|box_start|>(1,2,3,4)<|box_end|>", "9" * 5000, "[" * 5000, "<answer>"]
+
+CASES = [(name, *case) for name, (_, cases) in TARGETS.items() for case in cases]
+codecs = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+tasks = pytest.mark.parametrize("name", TASKS)
+thinking = pytest.mark.parametrize("think", [False, True], ids=["plain", "think"])
+
+
+def make(name: str, query: str, target: Any) -> Sample[Any]:
+    return Sample(id="1", image=Path("none.png"), width=400, height=300, query=query, target=target)
+
+
+def check_names(task: Task[Any, Any], score: Score) -> None:
+    assert tuple(score.terms) == task.term_names
+    assert tuple(score.figures) == task.figure_names
+    assert all(isfinite(value) for value in (score.reward, *score.terms.values(), *score.figures.values()))
+
+
+def test_every_task_has_samples():
+    assert set(TARGETS) == set(TASKS)
+
+
+@thinking
+@codecs
+@pytest.mark.parametrize(("name", "query", "target"), CASES)
+def test_the_answer_reads_back_with_full_marks(name, query, target, codec, think):
+    task, sample = TASKS[name](think=think), make(name, query, target)
+    for end in ("", "<|im_end|>", "<|im_end|><|endoftext|>\n"):
+        prediction = task.parse(task.answer(sample, codec, FRAME) + end, codec, FRAME)
+        score = task.score(prediction, target)
+        assert score.reward == pytest.approx(TARGETS[name][0])
+        check_names(task, score)
+        json.dumps(task.describe(prediction, FRAME))
+        assert all(len(mark.shape) in (2, 4) for mark in [*task.marks(target), *task.marks(prediction)])
+
+
+@codecs
+@pytest.mark.parametrize(("name", "query", "target"), CASES)
+def test_an_answer_without_the_tags_asked_for_is_worth_nothing(name, query, target, codec):
+    task, sample = TASKS[name](think=True), make(name, query, target)
+    text = TASKS[name]().answer(sample, codec, FRAME)
+    for variant in (text, f"<answer>{text}</answer>", f"<think></think>{text}", f"<think><answer>{text}</answer>"):
+        assert task.parse(variant, codec, FRAME) is None
+        assert task.score(None, target).reward == 0
+
+
+@thinking
+@codecs
+@tasks
+@pytest.mark.parametrize("text", [*GARBAGE, "a" * (MAX_TEXT + 1)], ids=lambda text: text[:10])
+def test_garbage_scores_zero(name, codec, think, text):
+    task = TASKS[name](think=think)
+    target = OcrTarget(text="ßðø") if name == "ocr" else TARGETS[name][1][0][1]
+    score = task.score(task.parse(text, codec, FRAME), target)
+    assert score.reward == 0
+    check_names(task, score)
+
+
+@codecs
+@tasks
+@given(text=texts, think=st.booleans())
+def test_hostile_text_is_scored_without_a_complaint(name, codec, text, think):
+    task = TASKS[name](think=think)
+    prediction = task.parse(text, codec, FRAME)
+    for _, target in TARGETS[name][1]:
+        score = task.score(prediction, target)
+        check_names(task, score)
+        assert 0 <= score.reward <= TARGETS[name][0]
+    json.dumps(task.describe(prediction, FRAME), allow_nan=False)
+
+
+@tasks
+@pytest.mark.parametrize("text", WORST.values(), ids=WORST)
+def test_worst_cases_are_scored_without_a_complaint(name, text):
+    for codec in CODECS.values():
+        task = TASKS[name]()
+        check_names(task, task.score(task.parse(text, codec, FRAME), TARGETS[name][1][0][1]))
+
+
+@tasks
+def test_names_are_all_different_and_the_headline_is_one_of_them(name):
+    task = TASKS[name]()
+    assert is_dataclass(task)
+    metrics = task_metrics(task)
+    target = TARGETS[name][1][0][1]
+    metrics.update(scores=[task.score(None, target)], predictions=[None], targets=[target], frames=[FRAME])
+    values = metrics.compute()
+    own = ["reward", *task.term_names, *task.figure_names]
+    assert len(set(own)) == len(own)
+    assert set(own) <= set(values)
+    assert task.headline in values
+    assert all(value.ndim == 0 for value in values.values())

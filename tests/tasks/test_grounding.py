@@ -1,0 +1,101 @@
+import pytest
+
+from perception_r1.codecs import CODECS
+from perception_r1.data.rows import Row, RowError
+from perception_r1.task import Frame, Mark, Sample
+from perception_r1.tasks.grounding import Grounding, GroundingPrediction, GroundingTarget
+from tests.tasks import golden
+
+FRAME = Frame(width=200, height=100, seen_width=196, seen_height=112)
+REF = "<|object_ref_start|>cup<|object_ref_end|>"
+LEFT = "<|box_start|>(0,0),(500,1000)<|box_end|>"
+TARGET = GroundingTarget(box=(0.0, 0.0, 0.5, 1.0))
+
+
+def parse(text: str) -> GroundingPrediction | None:
+    return Grounding().parse(text, CODECS["qwen2_vl"], FRAME)
+
+
+@pytest.mark.parametrize("values", golden.read("grounding"), ids=str)
+def test_golden_vectors(values):
+    found = golden.flat(golden.score(Grounding(), "qwen2_vl", values))
+    assert {name: found[name] for name in values["expect"]} == pytest.approx(values["expect"], abs=1e-6)
+
+
+def test_row_and_prompt():
+    row = Row({"question": "red cup", "box": [0, 0, 100, 100]}, width=200, height=100)
+    assert Grounding().read_row(row) == ("red cup", TARGET)
+    assert Grounding().prompt("red cup") == "Output the bounding box of the red cup in the image."
+    with pytest.raises(RowError, match="question"):
+        Grounding().read_row(Row({"box": [0, 0, 100, 100]}, width=200, height=100))
+
+
+@pytest.mark.parametrize(
+    ("text", "num_boxes", "is_well_formed"),
+    [
+        (REF + LEFT, 1, True),
+        (LEFT, 1, False),
+        (REF + LEFT + ".", 1, False),
+        (REF + LEFT + LEFT, 2, False),
+        (REF + "<|box_start|>(5,5),(1,1)<|box_end|>", 0, False),
+        (REF + LEFT + "<|box_start|>(5,5),(1,1)<|box_end|>", 1, False),
+    ],
+)
+def test_well_formed_is_exactly_one_labelled_box(text, num_boxes, is_well_formed):
+    prediction = parse(text)
+    assert prediction is not None
+    assert len(prediction.boxes) == num_boxes
+    assert prediction.is_well_formed == is_well_formed
+
+
+def test_a_json_answer_needs_its_label_too():
+    codec, task = CODECS["qwen3_vl"], Grounding()
+    good = task.parse('[{"bbox_2d": [0, 0, 500, 1000], "label": "cup"}]', codec, FRAME)
+    unnamed = task.parse('[{"bbox_2d": [0, 0, 500, 1000]}]', codec, FRAME)
+    assert task.score(good, TARGET).reward == 2
+    assert task.score(unnamed, TARGET).reward == 1
+
+
+def test_weights_scale_the_terms():
+    task = Grounding(format_weight=0.5, iou_weight=3.0)
+    prediction = GroundingPrediction(boxes=((0.0, 0.0, 0.25, 1.0),), label="cup", is_well_formed=True)
+    assert task.score(prediction, TARGET).reward == pytest.approx(0.5 + 3 * 0.5**2)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "figures"),
+    [
+        # IoU 1, 0.8, 0.5 and 0.4 with the left half; the last has its center in it all the same
+        (((0.0, 0.0, 0.5, 1.0),), (1, 1, 1, 1, 0, 0)),
+        (((0.0, 0.0, 0.4, 1.0),), (1, 1, 0, 1, 0, 0)),
+        (((0.0, 0.0, 0.25, 1.0),), (1, 0, 0, 1, 0, 0)),
+        (((0.0, 0.0, 0.2, 1.0),), (0, 0, 0, 1, 1, 1)),
+        (((0.5, 0.0, 1.0, 1.0),), (0, 0, 0, 0, 1, 1)),
+        (((0.0, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 1.0)), (0, 0, 0, 0, 2, 1)),
+        ((), (0, 0, 0, 0, 0, 1)),
+    ],
+)
+def test_figures_worked_by_hand(boxes, figures):
+    prediction = GroundingPrediction(boxes=boxes, label="cup", is_well_formed=len(boxes) == 1)
+    found = Grounding().score(prediction, TARGET).figures
+    assert tuple(found[name] for name in Grounding.figure_names) == figures
+
+
+def test_marks_and_description():
+    prediction = parse(REF + LEFT)
+    assert prediction is not None
+    assert list(Grounding().marks(prediction)) == [Mark(shape=TARGET.box, caption="cup")]
+    assert list(Grounding().marks(TARGET)) == [Mark(shape=TARGET.box)]
+    assert Grounding().describe(prediction, FRAME) == {"boxes": [[0.0, 0.0, 100.0, 100.0]]}
+    assert Grounding().describe(None, FRAME) is None
+
+
+def test_the_answer_names_the_query(tmp_path):
+    sample = Sample(id="1", image=tmp_path, width=200, height=100, query="cup", target=TARGET)
+    assert Grounding().write(sample, CODECS["qwen2_vl"], FRAME) == REF + LEFT
+
+
+@pytest.mark.parametrize("options", [{"format_weight": -1.0}, {"iou_weight": float("nan")}])
+def test_bad_weights_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Grounding(**options)
