@@ -113,7 +113,7 @@ def test_score_means_refuse_names_that_collide():
 @pytest.mark.parametrize("seed", range(3))
 def test_box_ap_agrees_with_pycocotools(seed, capsys):
     images = make_images(seed, 40)
-    metric = BoxAP(NAMES)
+    metric = BoxAP([*NAMES, "never seen"])
     for start in range(0, 40, 7):
         predictions, targets, frames = (part[start : start + 7] for part in images)
         metric.update(predictions=predictions, targets=targets, frames=frames)

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from perception_r1.policy.attention import NAME as SHARED_PROMPT
+
 CODEC_BY_FAMILY = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}
 """Model type in a folder's config.json -> codec in which the family writes boxes."""
 
@@ -39,7 +41,7 @@ class PolicyConfig:
         name: Hub id (Qwen/Qwen2-VL-2B-Instruct), a local folder in the hub's layout, or `tiny`: the embedded policy,
             built and warmed up here.
         dtype: Type of the weights. Mixed precision is the trainer's own setting (`--trainer.precision bf16-mixed`).
-        attention: Attention implementation of transformers.
+        attention: Attention implementation of the vision tower; the language model has its own, which shares prompts.
         freeze_vision: Leave the vision tower as it is.
         gradient_checkpointing: Recompute activations in backward: less memory, about a third more time.
         lora: Train a low-rank adapter; null trains the weights themselves.
@@ -78,6 +80,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
             raise ValueError(
                 f"{config.name} does not fit {family}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
             )
+    model.set_attn_implementation({"text_config": SHARED_PROMPT})
     return model
 
 

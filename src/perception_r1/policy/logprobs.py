@@ -1,18 +1,43 @@
-"""Log-probabilities of completions: the seam between the algorithm and the engine.
+"""Log-probabilities of completions: each prompt is computed once, its completions attend to it.
 
-This is the plain way: the prompt is repeated for each of its completions, in one padded batch.
+Rows without padding: all prompts one after another, then all completions, each without its last token, which is
+predicted but never read. Only the rows that predict a completion token reach the vocabulary head.
 
-Legend: B prompts, G completions per prompt, P prompt tokens, T completion tokens (longest), V vocabulary.
+Legend: B prompts, G completions per prompt, N = B*G completions, P prompt tokens, T completion tokens (longest).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
+from perception_r1.policy.attention import Group, Packing
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import embed_prompts, head_logits
+from perception_r1.policy.forward import EmbeddedPrompts, embed_prompts, head_logits
+
+_HEAD_ROWS = 2048
+"""Rows of logits held at once in training; more are recomputed in backward. Below this chunking only costs time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layout:
+    """Places in the packed row.
+
+    Attributes:
+        packing: For the attention.
+        steps: [tokens] position of each completion input behind its prompt: 0, 1, 2 ...
+        owners: [tokens] prompt to which each completion input belongs.
+        predictors: [targets] row whose hidden state predicts each completion token, in the order of the completions.
+    """
+
+    packing: Packing
+    steps: Tensor
+    owners: Tensor
+    predictors: Tensor
 
 
 def completion_logprobs(
@@ -21,72 +46,91 @@ def completion_logprobs(
     """Log-probability of every completion token, as the sampler would have drawn it.
 
     Args:
-        model: A Qwen-VL causal model.
+        model: A Qwen-VL causal model whose language model uses `policy/attention.py`.
         prompts: B prompts.
-        completions: B*G token id tensors, the G completions of a prompt after one another.
+        completions: N token id tensors, the G completions of a prompt after one another, none empty.
         banned: Ids of tokens that are never written.
         temperature: The sampling temperature.
 
     Returns:
-        [B*G, T], zero behind the end of a completion.
+        [N, T], zero behind the end of a completion.
 
     Raises:
         ValueError: The completions cannot be divided evenly among the prompts.
     """
     if len(completions) % len(prompts):
         raise ValueError(f"{len(completions)} completions cannot be divided evenly among {len(prompts)} prompts.")
-    group_size = len(completions) // len(prompts)
-    tokens = pad_sequence(list(completions), batch_first=True)  # [B*G, T]
-    lengths = torch.tensor([len(completion) for completion in completions], device=tokens.device)
-    is_token = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B*G, T]
-
     embedded = embed_prompts(model, prompts)
-    inputs = tokens[:, :-1]  # the last token is predicted, never read
-    steps = torch.arange(inputs.shape[1], device=tokens.device)
-    next_position = embedded.next_position.repeat_interleave(group_size)
-    answer_positions = (next_position[:, None] + steps).expand(3, -1, -1)  # [3, B*G, T-1]
+    lengths = [len(completion) for completion in completions]
+    layout = _lay_out(prompts, lengths)
     hidden = model.model.language_model(
-        inputs_embeds=torch.cat(
-            [
-                embedded.inputs_embeds.repeat_interleave(group_size, 0),
-                model.model.get_input_embeddings()(inputs),
-            ],
-            1,
-        ),
-        position_ids=torch.cat([embedded.position_ids.repeat_interleave(group_size, 1), answer_positions], 2),
-        attention_mask=_mask(embedded.attention_mask, is_token, group_size),
+        attention_mask=None,
         use_cache=False,
-        **_repeat_extra(embedded.extra, group_size, inputs.shape[1]),
-    ).last_hidden_state
-    prompt_length = embedded.inputs_embeds.shape[1]
-    rows = hidden[:, prompt_length - 1 :][is_token]  # [tokens, H]: only rows that predict a completion token
-    logits = head_logits(model, rows, banned=banned, temperature=temperature)
-    picked = logits.gather(-1, tokens[is_token][:, None])[:, 0] - logits.logsumexp(-1)
-    return picked.new_zeros(tokens.shape).masked_scatter(is_token, picked)
+        packing=layout.packing,
+        **_packed_inputs(model, embedded, completions, layout),
+    ).last_hidden_state[0]
+    targets = torch.cat(list(completions))
+    picked = _target_logprobs(model, hidden[layout.predictors], targets, banned, temperature)
+    return pad_sequence(list(picked.split(lengths)), batch_first=True)
 
 
-def _mask(prompt_mask: Tensor, is_token: Tensor, group_size: int) -> Tensor | None:
-    """[B*G, P+T-1] padding mask, or None where causal attention alone is right.
+def _lay_out(prompts: PromptBatch, lengths: Sequence[int]) -> _Layout:
+    device = prompts.input_ids.device
+    group_size = len(lengths) // len(prompts)
+    ends = prompts.attention_mask.sum(1).cumsum(0).tolist()
+    place = ends[-1]  # the next free place in the row
+    groups, steps, owners, predictors = [], [], [], []
+    for index, end in enumerate(ends):
+        inputs = [length - 1 for length in lengths[index * group_size : (index + 1) * group_size]]
+        step = torch.arange(max(inputs))
+        starts = torch.tensor([place + sum(inputs[:g]) for g in range(group_size)])[:, None]
+        is_input = step < torch.tensor(inputs)[:, None]  # [G, C]
+        rows = torch.where(is_input, starts + step, 0)
+        groups.append(
+            Group(
+                start=ends[index - 1] if index else 0, end=end, rows=rows.to(device), is_input=is_input.to(device)
+            )
+        )
+        steps += [step[:count] for count in inputs]
+        owners += [index] * sum(inputs)
+        for start, count in zip(starts[:, 0].tolist(), inputs, strict=True):
+            predictors += [end - 1, *range(start, start + count)]
+        place += sum(inputs)
+    return _Layout(
+        packing=Packing(groups=tuple(groups)),
+        steps=torch.cat(steps).to(device),
+        owners=torch.tensor(owners, dtype=torch.long, device=device),
+        predictors=torch.tensor(predictors, device=device),
+    )
 
-    Padding behind a completion is never seen by a token before it, so only padded prompts need a mask.
-    """
-    if bool(prompt_mask.all()):
-        return None
-    return torch.cat([prompt_mask.repeat_interleave(group_size, 0), is_token[:, :-1].to(prompt_mask.dtype)], 1)
+
+def _packed_inputs(
+    model: nn.Module, embedded: EmbeddedPrompts, completions: Sequence[Tensor], layout: _Layout
+) -> dict[str, Any]:
+    """Embeddings [1, T, H], positions [3, 1, T] and what else the family's language model wants."""
+    is_token = embedded.attention_mask.bool()
+    read = torch.cat([completion[:-1] for completion in completions])
+    embeds = torch.cat([embedded.inputs_embeds[is_token], model.model.get_input_embeddings()(read)])
+    answer_positions = embedded.next_position[layout.owners] + layout.steps
+    positions = torch.cat([embedded.position_ids[:, is_token], answer_positions.expand(3, -1)], 1)
+    inputs = {"inputs_embeds": embeds[None], "position_ids": positions[:, None]}
+    if embedded.extra:
+        is_image = embedded.extra["visual_pos_masks"][is_token]
+        is_image = torch.cat([is_image, is_image.new_zeros(len(read))])[None]
+        return inputs | embedded.extra | {"visual_pos_masks": is_image}
+    return inputs
 
 
-def _repeat_extra(extra: dict, group_size: int, num_steps: int) -> dict:
-    """Qwen3-VL: the image features of the first layers, repeated as the prompts are."""
-    if not extra:
-        return {}
-    where = extra["visual_pos_masks"]  # [B, P]
-    counts = where.sum(1).tolist()
-    repeated = [
-        torch.cat([part.repeat(group_size, 1) for part in features.split(counts)])
-        for features in extra["deepstack_visual_embeds"]
-    ]
-    tail = where.new_zeros(len(where) * group_size, num_steps)
-    return {
-        "visual_pos_masks": torch.cat([where.repeat_interleave(group_size, 0), tail], 1),
-        "deepstack_visual_embeds": repeated,
-    }
+def _target_logprobs(
+    model: nn.Module, hidden: Tensor, targets: Tensor, banned: Tensor, temperature: float
+) -> Tensor:
+    """[targets] log-probabilities from [targets, H] hidden states; long ones in chunks recomputed in backward."""
+
+    def chunk_logprobs(rows: Tensor, chosen: Tensor) -> Tensor:
+        logits = head_logits(model, rows, banned=banned, temperature=temperature)
+        return logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+
+    if len(targets) <= _HEAD_ROWS:
+        return chunk_logprobs(hidden, targets)
+    chunks = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True)
+    return torch.cat([checkpoint(chunk_logprobs, rows, chosen, use_reentrant=False) for rows, chosen in chunks])
