@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -45,8 +46,8 @@ class PerceptionCLI(LightningCLI):
             (Progress, "progress"),
             (Checkpoints, "checkpoints"),
             (Pictures, "pictures"),
-            (BeforeAfter, "before_after"),
             (RunCard, "run_card"),
+            (BeforeAfter, "before_after"),
             (Predictions, "predictions"),
         ):
             parser.add_lightning_class_args(callback, group)
@@ -63,7 +64,9 @@ class PerceptionCLI(LightningCLI):
         checkpoint = find_checkpoint(Path("logs") / config.task, name)
         config.ckpt_path = str(checkpoint)
         if self.subcommand == "fit" and config.trainer.logger:
-            config.trainer.logger.init_args.version = int(checkpoint.parents[1].name.rpartition("_")[2])
+            logger = config.trainer.logger.init_args
+            logger.version = int(checkpoint.parents[1].name.rpartition("_")[2])
+            logger.purge_step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
 
     def after_instantiate_classes(self) -> None:
         """Put the warmed-up folder where the configuration says `tiny`."""
@@ -109,11 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={**mode, "epilog": _EPILOG, **{name: mode for name in ("fit", "validate", "test", "predict")}},
-            args=argv,
+            parser_kwargs=mode | {"epilog": _EPILOG} | {name: mode for name in ("fit", "validate", "test", "predict")},
+            args=None if argv is None else list(argv),
         )
     except SIGTERMException:
-        sys.stderr.write("Stopped by SIGTERM between two steps; go on with --ckpt_path last.\n")
+        sys.stderr.write("Stopped by SIGTERM; --ckpt_path last goes on from the last checkpoint.\n")
         return _SIGTERM_STATUS
     except (UserError, MisconfigurationException) as error:
         if os.environ.get("PERCEPTION_R1_TRACEBACK"):

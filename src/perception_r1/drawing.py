@@ -17,7 +17,7 @@ Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
 TARGET: Final[Colour] = (22, 163, 74)
-PREDICTION: Final[Colour] = (217, 38, 140)
+PREDICTION: Final[Colour] = (240, 32, 158)
 _WHITE: Final[Colour] = (255, 255, 255)
 _PAPER: Final[Colour] = (250, 250, 248)
 _INK: Final[Colour] = (31, 35, 40)

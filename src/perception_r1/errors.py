@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A setting, a file or a model that cannot be used; the message says what is wrong, where, and what would be right."""
+    """A setting, file or model that cannot be used; the message says what is wrong, where, and what would be right."""

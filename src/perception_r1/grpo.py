@@ -40,14 +40,20 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) ->
     tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
     """
     if group_size < 2:
-        raise ValueError(f"group_size is {group_size}; a completion is compared with its group, so it must be 2 or more.")
+        raise ValueError(f"group_size is {group_size}; a completion is compared with its group, so use 2 or more.")
     if rewards.ndim != 1 or len(rewards) % group_size:
         raise ValueError(f"{tuple(rewards.shape)} rewards cannot be grouped by {group_size}.")
     groups = rewards.view(-1, group_size)  # [B, G]
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
         centred = centred / (groups.std(1, keepdim=True) + _STD_FLOOR)
-    return centred.flatten()
+    return centred.masked_fill(is_equal_group(rewards, group_size)[:, None], 0.0).flatten()
+
+
+def is_equal_group(rewards: Tensor, group_size: int) -> Tensor:
+    """[B] True where all rewards of a group are the same; their mean and deviation are exact only up to rounding."""
+    groups = rewards.view(-1, group_size)  # [B, G]
+    return groups.amax(1) == groups.amin(1)
 
 
 def token_weights(lengths: Tensor, *, aggregation: Aggregation, max_new_tokens: int) -> Tensor:

@@ -28,8 +28,8 @@ Point = tuple[float, float]
 MAX_TEXT = 32_768
 """Longest completion, in characters, that is read; a full page of dense text is about 10,000."""
 
-_END_TOKENS = re.compile(r"(?:<\|im_end\|>|<\|endoftext\|>)+\s*$")
-_THINK = re.compile(r"\s*<think>.*?</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_ANSWER = re.compile(r"</think>\s*<answer>")
 _THINK_REQUEST = (
     " First think about the picture between <think> and </think>, then give the final answer between <answer> and"
     " </answer>."
@@ -59,7 +59,7 @@ class LabelledBox:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """Something to draw on a picture: a box or a point (fractions of the original image) with a caption, maybe empty."""
+    """Something to draw on a picture: a box or a point (fractions of the original image), maybe with a caption."""
 
     shape: Box | Point
     caption: str = ""
@@ -168,7 +168,7 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
     def answer(self, sample: Sample[TargetT], codec: "Codec", frame: Frame) -> str:
-        """The completion that SFT teaches, without end tokens; `parse` reads it back and `score` gives it full marks."""
+        """The completion that SFT teaches, without end tokens; `parse` reads it back, `score` gives it full marks."""
         text = self.write(sample, codec, frame)
         return f"<think></think><answer>{text}</answer>" if self.think else text
 
@@ -179,10 +179,25 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         """
         if len(text) > MAX_TEXT:
             return None
-        text = _END_TOKENS.sub("", text)
-        if self.think:
-            match = _THINK.fullmatch(text)
-            if match is None:
-                return None
-            text = match[1]
-        return self.read(text, codec, frame)
+        text = _without_end_tokens(text)
+        answer = _inside_tags(text) if self.think else text
+        return None if answer is None else self.read(answer, codec, frame)
+
+
+def _without_end_tokens(text: str) -> str:
+    """The text before the end tokens at its end; a text without any keeps the spaces at its end."""
+    # no pattern with `+ ... $` here: on a long run of tokens it takes quadratic time
+    end, is_ended = len(text.rstrip()), False
+    while token := next((token for token in _END_TOKENS if text.endswith(token, 0, end)), None):
+        end, is_ended = end - len(token), True
+    return text[:end] if is_ended else text
+
+
+def _inside_tags(text: str) -> str | None:
+    """What stands between `<answer>` and the last `</answer>`, or None without all the tags of a thought answer."""
+    text = text.strip()
+    start = _ANSWER.search(text)
+    end = len(text) - len("</answer>")
+    if start is None or start.end() > end or not text.startswith("<think>") or not text.endswith("</answer>"):
+        return None
+    return text[start.end() : end]

@@ -3,11 +3,13 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+
+from perception_r1.modules.base import PolicyModule
 
 FOLDER = "checkpoints"
 """Folder of a run in which its checkpoints lie."""
@@ -43,14 +45,14 @@ class Checkpoints(Checkpoint):
         """Save `best.ckpt` when the task's headline figure has improved, and `last.ckpt` in any case."""
         if (
             trainer.sanity_checking
-            or not trainer.training
-            and not trainer.validating
+            or (not trainer.training
+            and not trainer.validating)
             or not trainer.fit_loop.epoch_loop
         ):
             return
         if trainer.state.fn != "fit":
             return
-        value = trainer.callback_metrics.get(f"val/{pl_module.task.headline}")
+        value = trainer.callback_metrics.get(f"val/{cast(PolicyModule, pl_module).task.headline}")
         if isinstance(value, Tensor) and float(value) > self.best_value:
             self.best_value, self.best_step = float(value), trainer.global_step
             self._save(trainer, "best.ckpt")
@@ -61,8 +63,9 @@ class Checkpoints(Checkpoint):
         self._save(trainer, "last.ckpt")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where the run was stopped, if that was between two steps."""
-        if trainer.state.fn == "fit" and trainer.global_step > 0 and not self._is_inside_step:
+        """Save where the run was stopped, if that was between two steps and not in a validation, which would be cut."""
+        is_between_steps = not self._is_inside_step and not trainer.validating
+        if trainer.state.fn == "fit" and trainer.global_step > 0 and is_between_steps:
             self._save(trainer, "last.ckpt")
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,7 +26,10 @@ from perception_r1.modules.base import ScheduleConfig
 from perception_r1.modules.sft import SFT
 from perception_r1.policy.load import PolicyConfig
 
-_SHAPING_CODE = ("embedded", "policy", "modules/base.py", "modules/sft.py", "codecs.py", "task.py", "data/scenes.py")
+_SHAPING_CODE = (
+    *("embedded", "policy", "modules/base.py", "modules/sft.py"),
+    *("task.py", "codecs.py", "data/scenes.py", "data/drawing.py"),
+)
 """Files of the package that decide what the warm start is, besides the task's own."""
 _LOSS_MEMORY = 0.95
 """Decay of the moving average of the training loss."""
@@ -61,7 +64,12 @@ class EmbeddedConfig:
 
 
 def warm_policy(
-    config: EmbeddedConfig, data: TaskDataModule, *, seed: int, max_new_tokens: int, callbacks: Callable[[], list[Callback]]
+    config: EmbeddedConfig,
+    data: TaskDataModule,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    callbacks: Callable[[], list[Callback]],
 ) -> Path:
     """Folder of the warmed-up policy of a task, trained now unless it is in the cache.
 

@@ -5,14 +5,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from perception_r1.errors import UserError
 from perception_r1.metrics import task_metrics
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -66,6 +70,9 @@ class PolicyModule(LightningModule):
         seed: Seed of sampling and dropout; a resumed run continues their sequence.
     """
 
+    policy: Policy
+    """There once `configure_model` has run."""
+
     def __init__(
         self,
         task: Task[Any, Any],
@@ -79,9 +86,9 @@ class PolicyModule(LightningModule):
     ) -> None:
         super().__init__()
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+            raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
         if max_grad_norm <= 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0.")
+            raise UserError(f"max_grad_norm is {max_grad_norm}; it must be above 0.")
         self.automatic_optimization = False
         self.task = task
         self.policy_config = policy
@@ -90,7 +97,6 @@ class PolicyModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.max_grad_norm = max_grad_norm
         self.seed = seed
-        self.policy: Policy | None = None  # type: ignore[assignment]
         self.train_metrics = task_metrics(task)
         self.eval_metrics = task_metrics(task)
         self.phase_seconds: dict[str, float] = {}
@@ -101,10 +107,10 @@ class PolicyModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy; once, whichever of fit, validate, test and predict comes first."""
-        if self.policy is None:
+        if not hasattr(self, "policy"):
             self.policy = Policy.load(self.policy_config)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser over what is trained, with the schedule stepped at every update."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = self.optimizer_factory(trained)
@@ -123,7 +129,7 @@ class PolicyModule(LightningModule):
         by_steps = self.trainer.max_steps if self.trainer.max_steps >= 0 else math.inf
         planned = min(by_epochs, by_steps)
         if math.isinf(planned):
-            raise ValueError("Set trainer.max_steps or trainer.max_epochs: the learning rate decays over a known length.")
+            raise UserError("Set trainer.max_steps or max_epochs: the learning rate decays over a known length.")
         return int(planned)
 
     @property
@@ -131,17 +137,26 @@ class PolicyModule(LightningModule):
         """Optimiser steps per batch of the data module."""
         return 1
 
-    def on_fit_start(self) -> None:
-        """Refuse trainer settings that would have no effect here."""
+    def configure_callbacks(self) -> list[Callback]:
+        """The first hook of a run, before the trainer's own complaints: refuse settings that would have no effect here.
+
+        Raises:
+            UserError: Gradients are clipped or accumulated, or half precision is asked for, by the trainer.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_trainer()
+        return []
+
+    def _check_trainer(self) -> None:
         if self.trainer.gradient_clip_val is not None:
-            raise ValueError("trainer.gradient_clip_val has no effect here; set model.max_grad_norm instead.")
+            raise UserError("trainer.gradient_clip_val has no effect here; set model.max_grad_norm instead.")
         if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "trainer.accumulate_grad_batches has no effect here; set data.batch_size to the prompts of one step and "
-                "model.micro_batch_size to those computed at once."
+            raise UserError(
+                "trainer.accumulate_grad_batches has no effect here; set data.batch_size to the prompts of one step "
+                "and model.micro_batch_size to those computed at once."
             )
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision 16-mixed is not supported; use bf16-mixed or 32-true.")
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise UserError(f"trainer.precision {self.trainer.precision} is not supported; use bf16-mixed or 32-true.")
 
     # -------------------------------------------------------------------------------------------- one update
 
@@ -157,7 +172,7 @@ class PolicyModule(LightningModule):
         Raises:
             RuntimeError: Too many updates in a row were skipped.
         """
-        optimizer = self.optimizers()
+        optimizer = cast(LightningOptimizer, self.optimizers())
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
         learning_rate = optimizer.param_groups[0]["lr"]
@@ -169,7 +184,7 @@ class PolicyModule(LightningModule):
             self._count_skipped("loss" if not math.isfinite(loss) else "gradient")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
         return {"grad_norm": float(norm), "lr": learning_rate, "skipped_steps": float(self.num_skipped_steps)}
 
     def _count_skipped(self, what: str) -> None:
@@ -210,7 +225,9 @@ class PolicyModule(LightningModule):
         self.train(was_training)
         return {name: float(value) for name, value in metrics.compute().items()}
 
-    def validation_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:
+    def validation_step(  # type: ignore[override]  # outcomes are for the callbacks, not for Lightning
+        self, batch: list[Sample[Any]], batch_idx: int
+    ) -> list[Outcome]:
         """Answer greedily and accumulate; the same step serves validate and test."""
         outcomes = self.answer(batch)
         update_metrics(self.eval_metrics, outcomes)
@@ -220,7 +237,7 @@ class PolicyModule(LightningModule):
         """Log the figures of the whole split."""
         self._log_eval_metrics("val")
 
-    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:
+    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:  # type: ignore[override]
         """As `validation_step`, on the test split."""
         return self.validation_step(batch, batch_idx)
 
@@ -254,9 +271,10 @@ class PolicyModule(LightningModule):
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What training changes, and no more: frozen weights come from the model's folder again."""
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        named = self.named_parameters(remove_duplicate=False)  # a tied weight is in the state under each of its names
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
         state = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if name not in frozen}
 
@@ -264,13 +282,13 @@ class PolicyModule(LightningModule):
         """Restore exactly the entries that `state_dict` gives.
 
         Raises:
-            ValueError: An entry is missing or unexpected.
+            UserError: An entry is missing or unexpected.
         """
         expected = self.state_dict()
         missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
         if missing or unexpected:
             kind, names = ("misses", missing) if missing else ("has unexpected", unexpected)
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint {kind} {len(names)} entries, first {names[0]}: it was written with another model, "
                 "adapter or frozen part."
             )
@@ -298,4 +316,5 @@ def update_metrics(metrics: Any, outcomes: Sequence[Outcome]) -> None:
 
 def tag_figures(stage: str, figures: Mapping[str, Any], task: Task[Any, Any]) -> dict[str, Any]:
     """TensorBoard tags: the reward's terms stand below the reward, all else directly below the stage."""
-    return {f"{stage}/reward/{name}" if name in task.term_names else f"{stage}/{name}": v for name, v in figures.items()}
+    prefixes = {name: f"{stage}/reward/" if name in task.term_names else f"{stage}/" for name in figures}
+    return {prefixes[name] + name: value for name, value in figures.items()}

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from perception_r1.grpo import Aggregation, group_advantages, grpo_loss, token_weights
+from perception_r1.errors import UserError
+from perception_r1.grpo import Aggregation, group_advantages, grpo_loss, is_equal_group, token_weights
 from perception_r1.modules.base import PolicyModule, ScheduleConfig, tag_figures, update_metrics
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
@@ -100,13 +102,13 @@ class GRPO(PolicyModule):
             seed=seed,
         )
         if group_size < 2:
-            raise ValueError(f"group_size is {group_size}; a completion is compared with its group, so use 2 or more.")
+            raise UserError(f"group_size is {group_size}; a completion is compared with its group, so use 2 or more.")
         if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; sampling needs a value above 0 (validation is greedy).")
+            raise UserError(f"temperature is {temperature}; sampling needs a value above 0 (validation is greedy).")
         if updates_per_rollout < 1 or (micro_batch_size is not None and micro_batch_size < 1):
-            raise ValueError("updates_per_rollout and micro_batch_size must be 1 or more.")
+            raise UserError("updates_per_rollout and micro_batch_size must be 1 or more.")
         if kl_coef < 0 or not 0 <= clip_low < 1 or clip_high < 0:
-            raise ValueError("kl_coef and clip_high must not be negative, and clip_low must lie in [0, 1).")
+            raise UserError("kl_coef and clip_high must not be negative, and clip_low must lie in [0, 1).")
         self.group_size = group_size
         self.temperature = temperature
         self.kl_coef = kl_coef
@@ -124,9 +126,10 @@ class GRPO(PolicyModule):
         return self.updates_per_rollout
 
     def configure_model(self) -> None:
-        """Load the policy and, where it is needed, the frozen reference: with an adapter the policy is its own."""
+        """Load the policy and, where a fit needs it, the frozen reference: with an adapter the policy is its own."""
         super().configure_model()
-        if self.kl_coef > 0 and self.policy_config.lora is None and self.reference is None:
+        is_needed = self.trainer.state.fn == TrainerFn.FITTING and self.kl_coef > 0 and self.policy_config.lora is None
+        if is_needed and self.reference is None:
             self.reference = Policy.load(self.policy_config, is_trained=False)
 
     def training_step(self, batch: list[Sample[Any]], batch_idx: int) -> None:
@@ -258,7 +261,7 @@ class GRPO(PolicyModule):
             figures
             | {
                 "reward_std": spread.mean(),
-                "zero_variance_groups": (spread == 0).float().mean(),
+                "zero_variance_groups": is_equal_group(rewards, self.group_size).float().mean(),
                 "entropy": rollout.entropy,
                 "completion_length": sum(num_tokens) / len(num_tokens),
                 "truncated_share": sum(rollout.is_truncated) / len(num_tokens),

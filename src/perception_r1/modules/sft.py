@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
+from perception_r1.errors import UserError
 from perception_r1.modules.base import PolicyModule, ScheduleConfig
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.task import Sample, Task
@@ -24,7 +25,7 @@ class SFT(PolicyModule):
         schedule: Learning rate over the steps.
         max_new_tokens: Longest completion in validation, end token included.
         max_grad_norm: Gradients are scaled down to this norm.
-        micro_batch_size: Samples computed at once; null computes the batch in one piece. It changes memory, not results.
+        micro_batch_size: Samples computed at once; null: the whole batch. It changes memory, not results.
         seed: Seed of dropout; a resumed run continues its sequence.
     """
 
@@ -50,7 +51,7 @@ class SFT(PolicyModule):
             seed=seed,
         )
         if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError("micro_batch_size must be 1 or more.")
+            raise UserError("micro_batch_size must be 1 or more.")
         self.micro_batch_size = micro_batch_size
 
     def training_step(self, batch: list[Sample[Any]], batch_idx: int) -> None:

@@ -1,10 +1,10 @@
 """Attention over packed groups: a prompt is computed once and all its completions attend to it.
 
-Registered with transformers under `NAME` for the language model. A call without a `packing` argument (prefill, decoding)
-goes to plain SDPA.
+Registered with transformers under `NAME` for the language model. A call without a `packing` argument (prefill,
+decoding) goes to plain SDPA.
 
-Legend: T packed tokens, P tokens of a prompt, G its completions, C longest completion input, H heads, K key-value heads,
-D head size.
+Legend: T packed tokens, P tokens of a prompt, G its completions, C longest completion input, H heads, K key-value
+heads, D head size.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def shared_prompt_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     prompts, completions = [], []
     for group in packing.groups:
         span = slice(group.start, group.end)

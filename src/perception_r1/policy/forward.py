@@ -4,12 +4,15 @@ Legend: B prompts, P prompt tokens, H hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perception_r1.policy.batch import PromptBatch
+
+QwenVL: TypeAlias = Any
+"""A `...ForConditionalGeneration` of the Qwen-VL families, for which transformers has no common type."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,7 @@ class EmbeddedPrompts:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def embed_prompts(model: nn.Module, prompts: PromptBatch) -> EmbeddedPrompts:
+def embed_prompts(model: QwenVL, prompts: PromptBatch) -> EmbeddedPrompts:
     """Run the vision tower once per image and put its features where the prompt's image tokens stand."""
     base = model.model
     position_ids, _ = base.get_rope_index(
@@ -57,7 +60,7 @@ def embed_prompts(model: nn.Module, prompts: PromptBatch) -> EmbeddedPrompts:
     )
 
 
-def head_logits(model: nn.Module, hidden: Tensor, *, banned: Tensor, temperature: float) -> Tensor:
+def head_logits(model: QwenVL, hidden: Tensor, *, banned: Tensor, temperature: float) -> Tensor:
     """Logits over the tokens that may be written, in at least fp32 and divided by the temperature.
 
     Args:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from perception_r1.errors import UserError
 from perception_r1.policy.attention import NAME as SHARED_PROMPT
 
 CODEC_BY_FAMILY = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}
@@ -65,19 +67,24 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     """Weights of the policy, without adapter, everything trainable.
 
     Raises:
-        ValueError: The folder does not exist, its family is not one of ours, or weights are missing or unexpected.
+        UserError: The folder does not exist, its family is not one of ours, or weights are missing or unexpected.
     """
     family = model_family(config.name)
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        config.name,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attention,
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            config.name,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            output_loading_info=True,
+        )
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
+        raise UserError(f"The model {config.name} cannot be loaded: {error}") from error
+    model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             names = sorted(str(key) for key in report[kind])
-            raise ValueError(
+            raise UserError(
                 f"{config.name} does not fit {family}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
             )
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
@@ -88,19 +95,20 @@ def model_family(name: str) -> str:
     """Model type of a hub id or folder, which must be a key of `CODEC_BY_FAMILY`.
 
     Raises:
-        ValueError: Nothing is there, or it is no family that is known here.
+        UserError: Nothing is there, or it is no family that is known here.
     """
     looks_like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_a_folder and not Path(name).is_dir():
-        raise ValueError(f"There is no model folder {name}.")
+        raise UserError(f"There is no model folder {name}.")
     try:
         family = AutoConfig.from_pretrained(name).model_type
-    except OSError as error:
-        raise ValueError(
-            f"No model configuration could be read from {name}: give a hub id, a folder with a config.json, or tiny."
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"No model configuration that is known here could be read from {name}: give a hub id, a folder with a "
+            f"config.json, or tiny; known families: {', '.join(CODEC_BY_FAMILY)}."
         ) from error
     if family not in CODEC_BY_FAMILY:
-        raise ValueError(f"{name} is of the family {family}; known families: {', '.join(CODEC_BY_FAMILY)}.")
+        raise UserError(f"{name} is of the family {family}; known families: {', '.join(CODEC_BY_FAMILY)}.")
     return family
 
 
@@ -108,7 +116,7 @@ def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> torch.
     """Freeze, adapt and checkpoint as the configuration says; the result is the module to train.
 
     Raises:
-        ValueError: The adapter's target expression fits no module.
+        UserError: The adapter's target expression fits no module, or its rank is not positive.
     """
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -119,10 +127,13 @@ def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> torch.
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    adapter = PeftLoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.targets,
-    )
-    return get_peft_model(model, adapter)
+    try:
+        adapter = PeftLoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.targets,
+        )
+        return get_peft_model(model, adapter)
+    except ValueError as error:
+        raise UserError(f"model.policy.lora does not fit the model: {error}") from error

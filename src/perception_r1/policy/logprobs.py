@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from perception_r1.policy.attention import Group, Packing
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import EmbeddedPrompts, embed_prompts, head_logits
+from perception_r1.policy.forward import EmbeddedPrompts, QwenVL, embed_prompts, head_logits
 
 _HEAD_ROWS = 2048
 """Rows of logits held at once in training; more are recomputed in backward. Below this chunking only costs time."""
@@ -41,7 +41,7 @@ class _Layout:
 
 
 def completion_logprobs(
-    model: nn.Module, prompts: PromptBatch, completions: Sequence[Tensor], *, banned: Tensor, temperature: float
+    model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], *, banned: Tensor, temperature: float
 ) -> Tensor:
     """Log-probability of every completion token, as the sampler would have drawn it.
 
@@ -105,7 +105,7 @@ def _lay_out(prompts: PromptBatch, lengths: Sequence[int]) -> _Layout:
 
 
 def _packed_inputs(
-    model: nn.Module, embedded: EmbeddedPrompts, completions: Sequence[Tensor], layout: _Layout
+    model: QwenVL, embedded: EmbeddedPrompts, completions: Sequence[Tensor], layout: _Layout
 ) -> dict[str, Any]:
     """Embeddings [1, T, H], positions [3, 1, T] and what else the family's language model wants."""
     is_token = embedded.attention_mask.bool()
@@ -122,7 +122,7 @@ def _packed_inputs(
 
 
 def _target_logprobs(
-    model: nn.Module, hidden: Tensor, targets: Tensor, banned: Tensor, temperature: float
+    model: QwenVL, hidden: Tensor, targets: Tensor, banned: Tensor, temperature: float
 ) -> Tensor:
     """[targets] log-probabilities from [targets, H] hidden states; long ones in chunks recomputed in backward."""
 

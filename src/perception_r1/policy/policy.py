@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from perception_r1.codecs import CODECS, Codec
+from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.forward import QwenVL
 from perception_r1.policy.load import (
     CODEC_BY_FAMILY,
     PolicyConfig,
@@ -35,6 +38,9 @@ class Policy(nn.Module):
         max_prompt_tokens: Longest prompt that is accepted.
     """
 
+    banned: Tensor
+    end_token_ids: Tensor
+
     def __init__(
         self, network: nn.Module, processor: Processor, codec: Codec, *, max_prompt_tokens: int | None = None
     ) -> None:
@@ -57,15 +63,16 @@ class Policy(nn.Module):
             is_trained: False: no adapter, and every weight frozen (a reference).
         """
         codec = CODECS[CODEC_BY_FAMILY[model_family(config.name)]]
-        network: nn.Module = load_model(config)
-        network = prepare_for_training(network, config) if is_trained else network.requires_grad_(False)
+        model = load_model(config)
+        network = prepare_for_training(model, config) if is_trained else model.requires_grad_(False)
         processor = Processor.load(config.name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         return cls(network, processor, codec, max_prompt_tokens=config.max_prompt_tokens)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> QwenVL:
         """The causal model of transformers, inside its adapter if it has one."""
-        return self.network.get_base_model() if hasattr(self.network, "get_base_model") else self.network
+        network: Any = self.network
+        return network.get_base_model() if hasattr(network, "get_base_model") else network
 
     @property
     def device(self) -> torch.device:
@@ -76,13 +83,15 @@ class Policy(nn.Module):
         """Prompts for samples whose pictures are loaded, on the policy's device.
 
         Raises:
-            ValueError: A prompt is too long.
+            UserError: A prompt is too long.
         """
         chats = [task.messages(sample) for sample in samples]
-        images = [[sample.image] for sample in samples]
+        images = [[cast(Image.Image, sample.image)] for sample in samples]
         return self.processor.encode(chats, images, max_tokens=self.max_prompt_tokens).to(self.device)
 
-    def encode_answers(self, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch) -> list[Tensor]:
+    def encode_answers(
+        self, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch
+    ) -> list[Tensor]:
         """The ideal completion of each sample, closed by the end token that the model itself writes first."""
         texts = [
             task.answer(sample, self.codec, frame) for sample, frame in zip(samples, prompts.frames, strict=True)
@@ -117,12 +126,12 @@ class Policy(nn.Module):
     @contextmanager
     def without_adapter(self) -> Iterator["Policy"]:
         """The policy before training: the same network with its adapter switched off."""
-        with self.network.disable_adapter():
+        with cast(Any, self.network).disable_adapter():
             yield self
 
     def save(self, folder: Path) -> None:
         """Write a folder in the hub's layout that `load` and transformers read; an adapter is saved as such."""
-        self.network.save_pretrained(folder)
+        cast(Any, self.network).save_pretrained(folder)
         self.processor.save(folder)
 
     def _end_tokens(self) -> list[int]:
@@ -131,6 +140,6 @@ class Policy(nn.Module):
         listed = self.model.generation_config.eos_token_id
         listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
         if tokenizer.eos_token_id is None and not listed:
-            raise ValueError("Neither the generation config nor the tokenizer names an end token.")
+            raise UserError("Neither the generation config nor the tokenizer names an end token.")
         first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else listed[0]
         return list(dict.fromkeys([first, *listed]))

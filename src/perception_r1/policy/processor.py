@@ -5,7 +5,7 @@ The hub's own processor classes want a video processor, which wants torchvision;
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -13,10 +13,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.task import Frame
 
 IMAGE_TOKEN = "<|image_pad|>"
+MAX_ASPECT = 200
+"""Longest side of a picture over its shortest: what smart-resize of these families takes."""
 
 
 class Processor:
@@ -29,10 +32,12 @@ class Processor:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil) -> None:
         if tokenizer.chat_template is None:
-            raise ValueError("The tokenizer has no chat template; use the folder of an instruction-tuned model.")
+            raise UserError("The tokenizer has no chat template; use the folder of an instruction-tuned model.")
+        if IMAGE_TOKEN not in tokenizer.get_vocab():
+            raise UserError(f"The tokenizer does not know {IMAGE_TOKEN}; use the tokenizer files of a Qwen-VL model.")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
     @classmethod
     def load(cls, name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> "Processor":
@@ -44,14 +49,19 @@ class Processor:
             max_pixels: Larger pictures are shrunk to this many pixels; None keeps the model's own bound.
 
         Raises:
-            ValueError: `min_pixels` exceeds `max_pixels`.
+            UserError: Files are missing, a bound is not positive, or `min_pixels` exceeds `max_pixels`.
         """
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        low = min_pixels or image_processor.size["shortest_edge"]
-        high = max_pixels or image_processor.size["longest_edge"]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+            image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"Tokenizer and image processor of {name} cannot be loaded: {error}") from error
+        low = image_processor.size["shortest_edge"] if min_pixels is None else min_pixels
+        high = image_processor.size["longest_edge"] if max_pixels is None else max_pixels
+        if low < 1:
+            raise UserError(f"min_pixels is {low}; it must be 1 or more.")
         if low > high:
-            raise ValueError(f"min_pixels ({low}) must not exceed max_pixels ({high}).")
+            raise UserError(f"min_pixels ({low}) must not exceed max_pixels ({high}).")
         image_processor.size = {"shortest_edge": low, "longest_edge": high}
         return cls(tokenizer, image_processor)
 
@@ -71,9 +81,16 @@ class Processor:
             max_tokens: Longest prompt that is accepted; a prompt is never cut.
 
         Raises:
-            ValueError: A prompt is longer than `max_tokens`, or its text names another number of pictures.
+            UserError: A prompt is longer than `max_tokens`, its text names another number of pictures, or a picture is
+                too narrow for the model.
         """
         pictures = [image for group in images for image in group]
+        for image in pictures:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise UserError(
+                    f"A picture has {image.width} x {image.height} pixels; one side may be at most {MAX_ASPECT} times "
+                    "the other."
+                )
         pixels = self.image_processor(images=pictures, return_tensors="pt")
         grid = pixels["image_grid_thw"]
         tokens = iter((grid.prod(1) // self.image_processor.merge_size**2).tolist())
@@ -86,7 +103,7 @@ class Processor:
         )
         longest = int(encoded["attention_mask"].sum(1).max())
         if max_tokens is not None and longest > max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"A prompt has {longest} tokens but max_prompt_tokens is {max_tokens}; raise it or lower max_pixels."
             )
         num_images = tuple(len(group) for group in images)
@@ -120,7 +137,7 @@ def _expand(text: str, num_tokens: list[int]) -> str:
     """The prompt's text with each picture's placeholder repeated once per feature of the picture."""
     parts = text.split(IMAGE_TOKEN)
     if len(parts) != len(num_tokens) + 1:
-        raise ValueError(
+        raise UserError(
             f"A prompt names {len(parts) - 1} pictures but has {len(num_tokens)}; "
             f"does its text contain {IMAGE_TOKEN}, or does the chat template ignore pictures?"
         )

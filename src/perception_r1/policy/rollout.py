@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import embed_prompts, head_logits
+from perception_r1.policy.forward import QwenVL, embed_prompts, head_logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(
-    model: nn.Module, prompts: PromptBatch, *, group_size: int, sampling: Sampling, seeds: Sequence[int]
+    model: QwenVL, prompts: PromptBatch, *, group_size: int, sampling: Sampling, seeds: Sequence[int]
 ) -> Rollout:
     """Write G completions of each prompt.
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from math import sqrt
+from typing import Any
 
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule

@@ -4,9 +4,9 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 from torchmetrics import Metric
 
@@ -260,8 +260,8 @@ class DetectionData(TaskDataModule):
 
     def made(self, batch_size: int) -> "TaskDataModule":
         """The made scenes have their own names."""
-        scenes = DetectionData(replace(self.task, categories=None), self.world, seed=self.seed, batch_size=batch_size)
-        return scenes
+        task, world = cast(Detection, self.task), cast(DetectionWorld, self.world)
+        return DetectionData(replace(task, categories=None), world, seed=self.seed, batch_size=batch_size)
 
 
 def labels_of(files: Sequence[Path]) -> tuple[str, ...]:

@@ -1,0 +1,62 @@
+"""Fixtures of all tests: tiny models of every family, built once, and one thread per process."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from perception_r1.embedded.model import build_model_folder
+from perception_r1.policy.load import CODEC_BY_FAMILY
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model with random weights of every family, in the hub's layout."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in CODEC_BY_FAMILY}
+    for family, folder in folders.items():
+        build_model_folder(folder, family=family, seed=0)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def grouped_folders(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same with fewer key-value heads than heads, as the real models have, and other weights."""
+    folders = {}
+    for family, source in model_folders.items():
+        folders[family] = tmp_path_factory.mktemp(f"{family}-grouped")
+        shutil.copytree(source, folders[family], dirs_exist_ok=True)
+        config = AutoConfig.from_pretrained(source)
+        config.text_config.num_key_value_heads = config.text_config.num_attention_heads // 2
+        torch.manual_seed(1)
+        model = AutoModelForImageTextToText.from_config(config)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source)
+        model.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def folder(model_folders: dict[str, Path]) -> Path:
+    """A tiny Qwen2-VL."""
+    return model_folders["qwen2_vl"]
+
+
+@pytest.fixture
+def copy_folder(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Copies the tiny Qwen2-VL, to be spoilt."""
+
+    def copy(name: str = "copy") -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    return copy

@@ -1,0 +1,111 @@
+"""A real module, data module and trainer with a reward that differs from text to text, so that there is something to learn."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from perception_r1.callbacks.checkpoints import Checkpoints
+from perception_r1.modules import GRPO, SFT
+from perception_r1.modules.base import ScheduleConfig
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.task import Score
+from perception_r1.tasks.grounding import Grounding, GroundingData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lottery(Grounding):
+    """Grounding that pays by lot: every text has its own reward, which random text never has in the real task."""
+
+    spread: float = 1.0
+
+    name = "lottery"
+    term_names = ("luck",)
+    figure_names = ("length",)
+    headline = "luck"
+
+    def read(self, text: str, codec: Any, frame: Any) -> Any:
+        return text
+
+    def score(self, prediction: Any, target: Any) -> Score:
+        luck = zlib.crc32(prediction.encode()) % 1000 / 999
+        return Score(reward=self.spread * luck, terms={"luck": luck}, figures={"length": float(len(prediction))})
+
+    def marks(self, answer: Any) -> Sequence[Any]:
+        return []
+
+    def describe(self, prediction: Any, frame: Any) -> Any:
+        return prediction
+
+
+def make_data(task: Any = None, **options: Any) -> GroundingData:
+    defaults = {"num_train": 40, "num_val": 4, "num_test": 4, "batch_size": 2, "eval_batch_size": 2}
+    return GroundingData(task or Lottery(), **(defaults | options))
+
+
+def make_module(
+    folder: Path, kind: type = GRPO, *, task: Any = None, policy: dict | None = None, decay: str = "linear", **options: Any
+) -> Any:
+    defaults: dict[str, Any] = {"max_new_tokens": 6}
+    if kind is GRPO:
+        defaults |= {"group_size": 4, "kl_coef": 0.1}
+    return kind(
+        task or Lottery(),
+        policy=PolicyConfig(name=str(folder), **(policy or {})),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
+        schedule=ScheduleConfig(warmup_steps=2, decay=decay),
+        **(defaults | options),
+    )
+
+
+def make_trainer(folder: Path, callbacks: Sequence[Callback] = (), *, version: int = 0, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 2,
+        "max_epochs": -1,
+        "logger": CSVLogger(folder, name="", version=version),
+        "log_every_n_steps": 1,
+        "limit_val_batches": 0,
+        "enable_checkpointing": any(isinstance(callback, Checkpoints) for callback in callbacks),
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "use_distributed_sampler": False,
+    }
+    return Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+class Log(Callback):
+    """What was logged in each step, without times."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.steps[trainer.global_step] = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if "seconds" not in name and "per_second" not in name
+        }
+
+
+def fit(folder: Path, tmp_path: Path, module: Any = None, callbacks: Sequence[Callback] = (), **options: Any) -> Any:
+    """A short run; returns its module and its trainer."""
+    ckpt_path, data = options.pop("ckpt_path", None), options.pop("data", None)
+    module = module or make_module(folder)
+    trainer = make_trainer(tmp_path, callbacks, **options)
+    trainer.fit(module, datamodule=data or make_data(module.task), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def trained_weights(module: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.policy.named_parameters() if value.requires_grad}
+
+
+__all__ = ["GRPO", "SFT", "Checkpoints", "Log", "Logger", "Lottery", "fit", "make_data", "make_module", "make_trainer"]

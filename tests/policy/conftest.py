@@ -1,0 +1,48 @@
+"""Fixtures of the engine's tests: policies in float64, so that comparisons can be strict."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perception_r1.policy.load import CODEC_BY_FAMILY, PolicyConfig
+from perception_r1.policy.policy import Policy
+from tests.policy import oracle
+
+
+@pytest.fixture(params=CODEC_BY_FAMILY)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def policy(grouped_folders: dict[str, Path], family: str) -> Policy:
+    """A policy of each family in float64."""
+    return Policy.load(PolicyConfig(name=str(grouped_folders[family]))).double().eval()
+
+
+@pytest.fixture
+def plain(grouped_folders: dict[str, Path], family: str) -> Any:
+    """The same weights in the plain model."""
+    return oracle.plain_model(grouped_folders[family])
+
+
+@pytest.fixture
+def exact_layers(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Layers that transformers computes in float32 whatever the weights' type, here in the type of the weights."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+
+    def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
+        return q * cos + module.rotate_half(q) * sin, k * cos + module.rotate_half(k) * sin
+
+    for name, value in vars(module).items():
+        if isinstance(value, type) and name.endswith("RMSNorm"):
+            monkeypatch.setattr(value, "forward", norm)
+    monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate)

@@ -1,0 +1,67 @@
+"""What the engine is compared with: the plain model of transformers, one row at a time, without padding or packing."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.processor import Processor
+
+CHATS: list[tuple[str, list[tuple[int, int]]]] = [
+    ("Where is it?", [(56, 84)]),
+    ("Compare the first picture with the second one, please.", [(84, 28), (56, 56)]),
+    ("Read.", [(112, 56)]),
+]
+"""Text and sizes of the pictures of three prompts: ragged in tokens, in pictures and in patches."""
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    data = random.Random(f"{width} {height} {seed}").randbytes(width * height * 3)
+    return Image.frombytes("RGB", (width, height), data)
+
+
+def chat(text: str, num_images: int = 1) -> list[dict[str, Any]]:
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in range(num_images)]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def encode(processor: Processor, places: Sequence[int] = (0, 1, 2)) -> PromptBatch:
+    """Some of the three prompts as one batch."""
+    chosen = [CHATS[place] for place in places]
+    images = [[noise(*size, seed=place) for size in sizes] for place, (_, sizes) in zip(places, chosen, strict=True)]
+    return processor.encode([chat(text, len(sizes)) for text, sizes in chosen], images, max_tokens=None)
+
+
+def plain_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def distributions(model: Any, prompt: PromptBatch, completion: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    """[T, V] log-probabilities of every possible token at each place of a completion of a single prompt."""
+    ids = torch.cat([prompt.input_ids, completion[None]], 1)
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=torch.cat([prompt.mm_token_type_ids, torch.zeros_like(completion[None]).int()], 1),
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+    ).logits[0, prompt.input_ids.shape[1] - 1 : -1]
+    logits = logits.to(torch.promote_types(torch.float32, logits.dtype)).index_fill(-1, banned, float("-inf"))
+    return (logits / temperature).log_softmax(-1)
+
+
+def logprobs(model: Any, prompt: PromptBatch, completion: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    """[T] log-probabilities of a completion of a single prompt."""
+    return distributions(model, prompt, completion, banned, temperature).gather(-1, completion[:, None])[:, 0]
+
+
+def random_completions(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
+    """Token ids that are neither vision tokens nor beyond the tiny vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 270, (length,), generator=generator) for length in lengths]

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from perception_r1.errors import UserError
+from perception_r1.policy.load import LoraConfig, PolicyConfig
+from perception_r1.policy.policy import Policy
+from perception_r1.task import Sample
+from perception_r1.tasks.grounding import Grounding, GroundingTarget
+from tests.policy import oracle
+
+
+def sample(query="red cup", size=(56, 84)):
+    target = GroundingTarget(box=(0.25, 0.25, 0.75, 0.5))
+    return Sample(id="1", image=oracle.noise(*size), width=size[0], height=size[1], query=query, target=target)
+
+
+def test_a_fresh_adapter_changes_nothing_and_switched_off_never_does(folder):
+    prompts = oracle.encode(Policy.load(PolicyConfig(name=str(folder))).processor, [0, 1])
+    completions = oracle.random_completions([4, 3, 5, 2])
+    base = Policy.load(PolicyConfig(name=str(folder))).eval()
+    adapted = Policy.load(PolicyConfig(name=str(folder), lora=LoraConfig(rank=2))).eval()
+    with torch.no_grad():
+        expected = base(prompts, completions)
+        assert torch.equal(adapted(prompts, completions), expected)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+        assert not torch.allclose(adapted(prompts, completions), expected, atol=0.1)
+        with adapted.without_adapter() as reference:
+            assert torch.equal(reference(prompts, completions), expected)
+        assert not torch.allclose(adapted(prompts, completions), expected, atol=0.1)
+
+
+def test_an_answer_is_encoded_as_the_task_writes_it_closed_by_the_end_token(model_folders):
+    for folder in model_folders.values():
+        policy = Policy.load(PolicyConfig(name=str(folder)))
+        task, samples = Grounding(), [sample(), sample("blue thing")]
+        prompts = policy.encode(task, samples)
+        answers = policy.encode_answers(task, samples, prompts)
+        texts = policy.processor.decode(answers)
+        assert texts == [
+            task.answer(sample, policy.codec, frame) + "<|im_end|>"
+            for sample, frame in zip(samples, prompts.frames, strict=True)
+        ]
+        assert [task.score(task.parse(t, policy.codec, f), s.target).terms["format"] for t, f, s in zip(texts, prompts.frames, samples, strict=True)] == [1, 1]
+
+
+def test_the_prompt_limit_is_that_of_the_configuration(folder):
+    policy = Policy.load(PolicyConfig(name=str(folder), max_prompt_tokens=20))
+    with pytest.raises(UserError, match="max_prompt_tokens is 20"):
+        policy.encode(Grounding(), [sample()])
+
+
+def test_vision_tokens_are_banned(folder):
+    policy = Policy.load(PolicyConfig(name=str(folder)))
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    assert policy.banned.tolist() == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))

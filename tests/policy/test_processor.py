@@ -1,0 +1,107 @@
+import pytest
+import torch
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from perception_r1.errors import UserError
+from perception_r1.policy.load import CODEC_BY_FAMILY
+from perception_r1.policy.processor import IMAGE_TOKEN, Processor
+from perception_r1.task import Frame
+from tests.policy.oracle import chat, encode, noise
+
+families = pytest.mark.parametrize("family", CODEC_BY_FAMILY)
+
+
+@families
+@pytest.mark.parametrize("size", [(640, 480), (333, 1000), (28, 28), (5, 9), (1000, 6)])
+def test_the_frame_is_that_of_smart_resize(model_folders, family, size):
+    processor = Processor.load(model_folders[family], max_pixels=100_000)
+    width, height = size
+    batch = processor.encode([chat("Look.")], [[noise(width, height)]], max_tokens=None)
+    factor = 32 if family == "qwen3_vl" else 28
+    rows, columns = smart_resize(height, width, factor=factor, min_pixels=factor**2, max_pixels=100_000)
+    assert batch.frames == (Frame(width=width, height=height, seen_width=columns, seen_height=rows),)
+    assert batch.mm_token_type_ids.sum() == rows * columns // factor**2
+    assert len(batch.pixel_values) == batch.image_grid_thw.prod()
+
+
+def test_pixel_bounds_change_what_the_model_sees(folder):
+    def seen(**bounds):
+        frame = Processor.load(folder, **bounds).encode([chat("")], [[noise(300, 300)]], max_tokens=None).frames[0]
+        return frame.seen_width * frame.seen_height
+
+    assert seen(max_pixels=28 * 28 * 9) <= 28 * 28 * 9 < seen() < 500_000 <= seen(min_pixels=500_000)
+
+
+def test_bounds_that_exclude_each_other_are_refused(folder):
+    with pytest.raises(UserError, match=r"min_pixels \(50000\) must not exceed max_pixels \(1000\)"):
+        Processor.load(folder, min_pixels=50_000, max_pixels=1000)
+
+
+def test_prompts_are_padded_on_the_left_and_never_cut(folder):
+    processor = Processor.load(folder)
+    processor.tokenizer.model_max_length = 10
+    batch = encode(processor)
+    for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+        length = int(mask.sum())
+        assert mask.tolist() == [0] * (len(mask) - length) + [1] * length
+        assert processor.tokenizer.decode(row[-length:]).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert processor.tokenizer.decode(row[-length:]).startswith("<|im_start|>user\n<|vision_start|><|image_pad|>")
+
+
+def test_a_prompt_that_is_too_long_is_an_error(folder):
+    processor = Processor.load(folder)
+    length = encode(processor).input_ids.shape[1]
+    for limit, is_accepted in ((length, True), (length - 1, False)):
+        args = [chat("Compare the first picture with the second one, please.", 2)], [[noise(84, 28), noise(56, 56)]]
+        if is_accepted:
+            processor.encode(*args, max_tokens=limit)
+            continue
+        with pytest.raises(UserError, match=f"{length} tokens but max_prompt_tokens is {limit}"):
+            processor.encode(*args, max_tokens=limit)
+
+
+@pytest.mark.parametrize(("num_named", "num_given"), [(1, 2), (2, 1), (0, 1)])
+def test_another_number_of_pictures_than_named_is_an_error(folder, num_named, num_given):
+    with pytest.raises(UserError, match=f"names {num_named} pictures but has {num_given}"):
+        Processor.load(folder).encode([chat("", num_named)], [[noise(28, 28)] * num_given], max_tokens=None)
+
+
+def test_a_placeholder_in_the_text_is_an_error(folder):
+    with pytest.raises(UserError, match="does its text contain"):
+        Processor.load(folder).encode([chat(IMAGE_TOKEN)], [[noise(28, 28)]], max_tokens=None)
+
+
+def test_a_picture_that_is_too_narrow_is_an_error(folder):
+    with pytest.raises(UserError, match=r"1 x 300 pixels.*200"):
+        Processor.load(folder).encode([chat("")], [[noise(1, 300)]], max_tokens=None)
+
+
+def test_a_tokenizer_without_chat_template_is_refused(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        Processor(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder))
+
+
+def test_special_tokens_survive_encoding_and_decoding(folder):
+    processor = Processor.load(folder)
+    text = "<|object_ref_start|>a cup , ok<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
+    row = processor.encode_answers([text], processor.tokenizer.eos_token_id)[0]
+    assert row[0] == processor.tokenizer.convert_tokens_to_ids("<|object_ref_start|>")
+    assert processor.decode([row]) == [text + "<|im_end|>"]
+    assert processor.decode([row[:0]]) == [""]
+
+
+def test_any_bytes_can_be_decoded(folder):
+    processor = Processor.load(folder)
+    assert all(isinstance(text, str) for text in processor.decode([torch.arange(288), torch.tensor([255, 200])]))
+
+
+@families
+def test_what_is_saved_encodes_the_same(model_folders, family, tmp_path):
+    processor = Processor.load(model_folders[family], max_pixels=28 * 28 * 8)
+    processor.save(tmp_path)
+    one, other = encode(processor), encode(Processor.load(tmp_path))
+    assert torch.equal(one.input_ids, other.input_ids)
+    assert torch.equal(one.pixel_values, other.pixel_values)

@@ -1,0 +1,179 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from perception_r1.grpo import group_advantages, grpo_loss, is_equal_group, k3_kl, token_weights
+
+GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden/advantages.jsonl").read_text().splitlines()]
+LENGTHS = [3, 1, 4, 2]
+CLIP_LOW, CLIP_HIGH, KL_COEF = 0.2, 0.3, 0.04
+
+
+def is_token(lengths=LENGTHS):
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def make_batch(lengths=LENGTHS, seed=0):
+    """Log-probabilities of policy, old policy and reference, far enough apart for the clip to matter; advantages."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+    old = -3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    policy = old + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    reference = old + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return policy, old, reference, torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+
+
+def naive_weight(row, lengths, aggregation, max_new_tokens):
+    if aggregation == "grpo":
+        return 1 / lengths[row] / len(lengths)
+    return 1 / sum(lengths) if aggregation == "dapo" else 1 / (len(lengths) * max_new_tokens)
+
+
+def naive_loss(policy, old, reference, advantages, lengths, aggregation, max_new_tokens):
+    """Token by token, in plain Python."""
+    loss = kl_sum = clipped = 0.0
+    for row, length in enumerate(lengths):
+        for place in range(length):
+            ratio = math.exp(policy[row][place] - old[row][place])
+            bounded = min(max(ratio, 1 - CLIP_LOW), 1 + CLIP_HIGH)
+            objective = min(ratio * advantages[row], bounded * advantages[row])
+            difference = reference[row][place] - policy[row][place]
+            kl = math.exp(difference) - difference - 1
+            loss -= naive_weight(row, lengths, aggregation, max_new_tokens) * (objective - KL_COEF * kl)
+            kl_sum += kl
+            clipped += ratio * advantages[row] > bounded * advantages[row]
+    return loss, kl_sum, clipped
+
+
+def loss_of(policy, old, reference, advantages, weights, mask, kl_coef=KL_COEF):
+    return grpo_loss(
+        policy,
+        old,
+        reference,
+        advantages=advantages,
+        weights=weights,
+        is_token=mask,
+        clip_low=CLIP_LOW,
+        clip_high=CLIP_HIGH,
+        kl_coef=kl_coef,
+    )
+
+
+@pytest.mark.parametrize("row", GOLDEN)
+def test_advantages_agree_with_worked_values(row):
+    rewards = torch.tensor(row["rewards"], dtype=torch.float64)
+    advantages = group_advantages(rewards.flatten(), rewards.shape[1])
+    torch.testing.assert_close(advantages.view_as(rewards), torch.tensor(row["expect"]).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 5, 7, 8, 16])
+@pytest.mark.parametrize("scale", [True, False])
+def test_equal_rewards_give_zero_advantage_whatever_the_rounding(group_size, scale):
+    rewards = torch.rand(200, generator=torch.Generator().manual_seed(0)).repeat_interleave(group_size)
+    assert torch.equal(group_advantages(rewards, group_size, scale=scale), torch.zeros(len(rewards)))
+    assert is_equal_group(rewards, group_size).all()
+
+
+def test_a_group_with_one_other_reward_is_no_equal_group():
+    assert is_equal_group(torch.tensor([0.1, 0.1, 0.1, 0.2, 0.3, 0.3]), 3).tolist() == [True, False]
+
+
+def test_unscaled_advantages_are_differences_from_the_mean():
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 5.0, 3.0]), 2, scale=False)
+    assert advantages.tolist() == [0.5, -0.5, 1.0, -1.0]
+
+
+@pytest.mark.parametrize("group_size", [1, 0, -2])
+def test_a_group_of_one_is_refused(group_size):
+    with pytest.raises(ValueError, match=f"group_size is {group_size}"):
+        group_advantages(torch.ones(4), group_size)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), ()])
+def test_rewards_that_cannot_be_grouped_are_refused(shape):
+    with pytest.raises(ValueError, match="cannot be grouped by 3"):
+        group_advantages(torch.ones(shape), 3)
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+def test_the_loss_equals_a_loop_over_tokens(aggregation):
+    policy, old, reference, advantages = make_batch()
+    weights = token_weights(torch.tensor(LENGTHS), aggregation=aggregation, max_new_tokens=10)
+    parts = loss_of(policy, old, reference, advantages, weights.double(), is_token())
+    loss, kl_sum, clipped = naive_loss(
+        policy.tolist(), old.tolist(), reference.tolist(), advantages.tolist(), LENGTHS, aggregation, 10
+    )
+    assert 0 < clipped < sum(LENGTHS)
+    assert float(parts.loss) == pytest.approx(loss, rel=1e-6)
+    assert float(parts.kl_sum) == pytest.approx(kl_sum, rel=1e-9)
+    assert int(parts.clipped_sum) == clipped
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+def test_token_weights_are_those_of_the_definitions(aggregation):
+    weights = token_weights(torch.tensor(LENGTHS), aggregation=aggregation, max_new_tokens=10)
+    expected = [naive_weight(row, LENGTHS, aggregation, 10) for row in range(len(LENGTHS))]
+    assert weights.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+def test_parts_of_a_batch_add_up_to_the_whole(aggregation):
+    policy, old, reference, advantages = make_batch()
+    weights = token_weights(torch.tensor(LENGTHS), aggregation=aggregation, max_new_tokens=10).double()
+
+    def gradient(pieces):
+        leaf = policy.clone().requires_grad_()
+        for rows in pieces:
+            mask = is_token()[rows]
+            loss_of(leaf[rows], old[rows], reference[rows], advantages[rows], weights[rows], mask).loss.backward()
+        return leaf.grad
+
+    torch.testing.assert_close(gradient([[0], [1, 2], [3]]), gradient([[0, 1, 2, 3]]), rtol=0, atol=1e-12)
+
+
+def test_at_the_old_policy_the_ratio_is_one_and_its_gradient_is_the_policy_gradient():
+    policy, _, _, advantages = make_batch()
+    leaf = policy.clone().requires_grad_()
+    weights = token_weights(torch.tensor(LENGTHS), aggregation="grpo", max_new_tokens=10).double()
+    parts = loss_of(leaf, leaf.detach(), None, advantages, weights, is_token(), kl_coef=0.0)
+    parts.loss.backward()
+    assert parts.loss.item() == pytest.approx(-float(advantages.mean()), rel=1e-6)
+    assert int(parts.clipped_sum) == 0
+    expected = (-advantages * weights)[:, None].expand_as(policy).masked_fill(~is_token(), 0.0)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_a_ratio_beyond_the_clip_pulls_no_further():
+    old = torch.zeros(4, 1, dtype=torch.float64)
+    policy = torch.tensor([[0.5], [0.5], [-0.5], [-0.5]], dtype=torch.float64).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    parts = loss_of(policy, old, None, advantages, torch.ones(4, dtype=torch.float64), mask, kl_coef=0.0)
+    parts.loss.backward()
+    assert (policy.grad[:, 0] != 0).tolist() == [False, True, True, False]
+    assert int(parts.clipped_sum) == 2
+
+
+def test_nothing_behind_the_end_token_counts():
+    policy, old, reference, advantages = make_batch()
+    weights = token_weights(torch.tensor(LENGTHS), aggregation="grpo", max_new_tokens=10).double()
+    leaf = policy.clone().requires_grad_()
+    clean = loss_of(policy, old, reference, advantages, weights, is_token())
+    for dirt in (7.0, float("-inf"), float("nan")):
+        dirty = old.masked_fill(~is_token(), dirt)
+        parts = loss_of(leaf, dirty, reference, advantages, weights, is_token())
+        assert float(parts.loss) == float(clean.loss)
+        assert float(parts.kl_sum) == float(clean.kl_sum)
+
+
+def test_the_kl_estimate_is_never_negative_and_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    policy = torch.randn(5, dtype=torch.float64, generator=generator).log_softmax(0)
+    reference = torch.randn(5, dtype=torch.float64, generator=generator).log_softmax(0)
+    estimates = k3_kl(policy, reference)
+    assert (estimates >= 0).all()
+    exact = (policy.exp() * (policy - reference)).sum()
+    assert float((policy.exp() * estimates).sum()) == pytest.approx(float(exact))
