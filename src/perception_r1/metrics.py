@@ -42,8 +42,12 @@ def task_metrics(task: Task[Any, Any]) -> MetricCollection:
     `update(scores=..., predictions=..., targets=..., frames=...)` takes sequences of one length, `compute()` gives one
     flat dict of scalars. Metrics are never grouped: two that agree on the first batch would stay merged for ever.
     """
-    scores = ScoreMeans(("reward", *task.term_names, *task.figure_names))
-    return MetricCollection({"scores": scores, **task.metrics()}, compute_groups=False)
+    return MetricCollection({"scores": score_means(task), **task.metrics()}, compute_groups=False)
+
+
+def score_means(task: Task[Any, Any]) -> "ScoreMeans":
+    """The metric of a task that is cheap enough for every training step: no figure over a whole data set."""
+    return ScoreMeans(("reward", *task.term_names, *task.figure_names))
 
 
 class ScoreMeans(Metric):

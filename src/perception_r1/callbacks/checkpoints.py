@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from perception_r1.modules.base import PolicyModule
@@ -43,14 +44,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save `best.ckpt` when the task's headline figure has improved, and `last.ckpt` in any case."""
-        if (
-            trainer.sanity_checking
-            or (not trainer.training
-            and not trainer.validating)
-            or not trainer.fit_loop.epoch_loop
-        ):
-            return
-        if trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         value = trainer.callback_metrics.get(f"val/{cast(PolicyModule, pl_module).task.headline}")
         if isinstance(value, Tensor) and float(value) > self.best_value:
@@ -59,14 +53,27 @@ class Checkpoints(Checkpoint):
         self._save(trainer, "last.ckpt")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the run."""
+        """Save the end of the run.
+
+        The trainer counts an epoch that `max_steps` cut short as over; a run that goes on shall see the rest of it.
+        """
+        is_cut = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        epochs = trainer.fit_loop.epoch_progress
+        for counts in (epochs.total, epochs.current):
+            counts.processed -= is_cut
+            counts.completed -= is_cut
         self._save(trainer, "last.ckpt")
+        for counts in (epochs.total, epochs.current):
+            counts.processed += is_cut
+            counts.completed += is_cut
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where the run was stopped, if that was between two steps and not in a validation, which would be cut."""
-        is_between_steps = not self._is_inside_step and not trainer.validating
-        if trainer.state.fn == "fit" and trainer.global_step > 0 and is_between_steps:
-            self._save(trainer, "last.ckpt")
+        """Save where the run was stopped, if that was between two steps; a validation that was cut is then left out."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0 or self._is_inside_step:
+            return
+        if trainer.validating:
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
+        self._save(trainer, "last.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
         """The best figure so far survives a resume."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
-from perception_r1.metrics import task_metrics
+from perception_r1.metrics import score_means, task_metrics
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.scoring import Outcome, judge
@@ -97,7 +97,7 @@ class PolicyModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.max_grad_norm = max_grad_norm
         self.seed = seed
-        self.train_metrics = task_metrics(task)
+        self.train_scores = score_means(task)
         self.eval_metrics = task_metrics(task)
         self.phase_seconds: dict[str, float] = {}
         self.num_skipped_steps = 0
@@ -299,7 +299,13 @@ class PolicyModule(LightningModule):
         checkpoint["run"] = {"phase_seconds": dict(self.phase_seconds), "num_skipped_steps": self.num_skipped_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters of the run up again."""
+        """Take the counters of the run up again.
+
+        Raises:
+            UserError: The checkpoint is not one of ours.
+        """
+        if "run" not in checkpoint:
+            raise UserError("The checkpoint was not written by a run of this program; give its last.ckpt or best.ckpt.")
         self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perception_r1.errors import UserError
 from perception_r1.grpo import Aggregation, group_advantages, grpo_loss, is_equal_group, token_weights
-from perception_r1.modules.base import PolicyModule, ScheduleConfig, tag_figures, update_metrics
+from perception_r1.modules.base import PolicyModule, ScheduleConfig, tag_figures
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -147,7 +147,7 @@ class GRPO(PolicyModule):
         experience = self.remember(prompts, rollout, advantages)
         for _ in range(self.updates_per_rollout):
             figures = self.update(experience)
-        self.log_step(rollout, outcomes, rewards, figures)
+        self.log_step(rollout, outcomes, rewards, figures | {"advantage_std": float(advantages.std())})
         self.log_seconds(rollout, seconds_before, time.perf_counter() - started)
 
     def sample(self, prompts: PromptBatch) -> Rollout:
@@ -251,10 +251,9 @@ class GRPO(PolicyModule):
         self, rollout: Rollout, outcomes: Sequence[Outcome], rewards: Tensor, figures: dict[str, float]
     ) -> None:
         """Reward and its spread, every term and task metric, and how the completions look."""
-        update_metrics(self.train_metrics, outcomes)
-        tagged = tag_figures("train", self.train_metrics.compute(), self.task)
-        self.train_metrics.reset()
-        self.log_dict(tagged, batch_size=1)
+        self.train_scores.update(scores=[outcome.score for outcome in outcomes])
+        self.log_dict(tag_figures("train", self.train_scores.compute(), self.task), batch_size=1)
+        self.train_scores.reset()
         spread = rewards.view(-1, self.group_size).std(1)
         num_tokens = [len(completion) for completion in rollout.completions]
         self.log_train(

@@ -87,9 +87,7 @@ def _lay_out(prompts: PromptBatch, lengths: Sequence[int]) -> _Layout:
         is_input = step < torch.tensor(inputs)[:, None]  # [G, C]
         rows = torch.where(is_input, starts + step, 0)
         groups.append(
-            Group(
-                start=ends[index - 1] if index else 0, end=end, rows=rows.to(device), is_input=is_input.to(device)
-            )
+            Group(start=ends[index - 1] if index else 0, end=end, rows=rows.to(device), is_input=is_input.to(device))
         )
         steps += [step[:count] for count in inputs]
         owners += [index] * sum(inputs)
@@ -121,9 +119,7 @@ def _packed_inputs(
     return inputs
 
 
-def _target_logprobs(
-    model: QwenVL, hidden: Tensor, targets: Tensor, banned: Tensor, temperature: float
-) -> Tensor:
+def _target_logprobs(model: QwenVL, hidden: Tensor, targets: Tensor, banned: Tensor, temperature: float) -> Tensor:
     """[targets] log-probabilities from [targets, H] hidden states; long ones in chunks recomputed in backward."""
 
     def chunk_logprobs(rows: Tensor, chosen: Tensor) -> Tensor:

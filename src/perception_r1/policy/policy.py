@@ -65,6 +65,7 @@ class Policy(nn.Module):
         codec = CODECS[CODEC_BY_FAMILY[model_family(config.name)]]
         model = load_model(config)
         network = prepare_for_training(model, config) if is_trained else model.requires_grad_(False)
+        network.train(is_trained)  # as loaded it is in evaluation mode, without dropout and gradient checkpointing
         processor = Processor.load(config.name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         return cls(network, processor, codec, max_prompt_tokens=config.max_prompt_tokens)
 
@@ -93,9 +94,7 @@ class Policy(nn.Module):
         self, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch
     ) -> list[Tensor]:
         """The ideal completion of each sample, closed by the end token that the model itself writes first."""
-        texts = [
-            task.answer(sample, self.codec, frame) for sample, frame in zip(samples, prompts.frames, strict=True)
-        ]
+        texts = [task.answer(sample, self.codec, frame) for sample, frame in zip(samples, prompts.frames, strict=True)]
         rows = self.processor.encode_answers(texts, int(self.end_token_ids[0]))
         return [row.to(self.device) for row in rows]
 

@@ -95,9 +95,7 @@ class Processor:
         grid = pixels["image_grid_thw"]
         tokens = iter((grid.prod(1) // self.image_processor.merge_size**2).tolist())
         texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True)
-        expanded = [
-            _expand(text, [next(tokens) for _ in group]) for text, group in zip(texts, images, strict=True)
-        ]
+        expanded = [_expand(text, [next(tokens) for _ in group]) for text, group in zip(texts, images, strict=True)]
         encoded = self.tokenizer(
             expanded, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         )
