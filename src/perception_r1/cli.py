@@ -73,6 +73,7 @@ class PerceptionCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.model.policy_config.name != EMBEDDED:
             return
+        self.datamodule.setup(self.subcommand)  # a bad data file is found before minutes of warm start
         folder = warm_policy(
             self.config_init[self.subcommand].embedded,
             self.datamodule,
@@ -118,12 +119,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SIGTERMException:
         sys.stderr.write("Stopped by SIGTERM; --ckpt_path last goes on from the last checkpoint.\n")
         return _SIGTERM_STATUS
-    except (UserError, MisconfigurationException) as error:
-        if os.environ.get("PERCEPTION_R1_TRACEBACK"):
+    except Exception as error:
+        known = _known_error(error)
+        if known is None or os.environ.get("PERCEPTION_R1_TRACEBACK"):
             raise
-        sys.stderr.write(f"perception-r1: error: {error}\n")
+        sys.stderr.write(f"perception-r1: error: {known}\n")
         return 2
     return 0
+
+
+def _known_error(error: BaseException | None) -> BaseException | None:
+    """The error that speaks to the user, which the parser may have wrapped in others of its own."""
+    while error is not None and not isinstance(error, UserError | MisconfigurationException):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _quieten() -> None:

@@ -13,6 +13,7 @@ from itertools import groupby
 from math import isfinite
 from typing import ClassVar
 
+from perception_r1.errors import UserError
 from perception_r1.task import Box, Frame, LabelledBox
 
 MAX_OBJECTS = 512
@@ -96,12 +97,12 @@ class Qwen2VLCodec(Codec):
         """Text for a list of objects, in their order.
 
         Raises:
-            ValueError: A label is empty or holds what could be read as a special token.
+            UserError: A label is empty or holds what could be read as a special token.
         """
         parts = []
         for label, group in groupby(objects, key=lambda item: item.label):
             if not label or "<|" in label:
-                raise ValueError(f"a label in the Qwen2-VL form needs text without '<|', not {label!r}")
+                raise UserError(f"a label in the Qwen2-VL form needs text without '<|', not {label!r}")
             parts.append(f"<|object_ref_start|>{label}<|object_ref_end|>")
             for item in group:
                 x1, y1, x2, y2 = _to_units(item.box, _PER_MILLE, _PER_MILLE)

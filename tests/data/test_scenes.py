@@ -112,17 +112,12 @@ def test_annotations_say_what_the_picture_shows(world):
 
 def test_a_box_is_the_exact_extent_of_what_differs_from_the_background():
     world = CountingWorld(max_targets=1, max_distractors=0, tint=0)
-    empty = np.asarray(DetectionWorld(tint=0, image_size=112, min_objects=0, max_objects=1).draw(NoObjects()).image)
+    empty = np.asarray(DetectionWorld(tint=0, image_size=112, empty_share=1.0).draw(random.Random(0)).image)
     rng = random.Random(0)
     for _ in range(20):
         scene = world.draw(rng)
         y, x = np.nonzero((np.asarray(scene.image) != empty).any(-1))
         assert scene.values["boxes"] == [[x.min(), y.min(), x.max() + 1, y.max() + 1]]
-
-
-class NoObjects(random.Random):
-    def randint(self, a, b):
-        return a
 
 
 def test_counting_rows_agree_with_themselves_and_are_in_raster_order():
@@ -165,7 +160,7 @@ def test_objects_always_find_room_when_the_world_says_so():
 def test_the_background_tells_the_position_and_never_looks_like_an_object():
     rng = random.Random(0)
     for _ in range(50):
-        pixels = np.asarray(DetectionWorld(max_objects=1, tint=8).draw(NoObjects(rng.random())).image).astype(float)
+        pixels = np.asarray(DetectionWorld(empty_share=1.0, tint=8).draw(random.Random(rng.random())).image).astype(float)
         red, green = pixels[..., 0], pixels[..., 1]
         assert (np.diff(red[0, ::14]) > 5).all()
         assert (np.diff(green[::14, 0]) > 5).all()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 
 from perception_r1.callbacks.checkpoints import Checkpoints
 from perception_r1.modules import GRPO, SFT
@@ -73,6 +73,7 @@ def make_trainer(folder: Path, callbacks: Sequence[Callback] = (), *, version: i
         "logger": CSVLogger(folder, name="", version=version),
         "log_every_n_steps": 1,
         "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
         "enable_checkpointing": any(isinstance(callback, Checkpoints) for callback in callbacks),
         "enable_model_summary": False,
         "enable_progress_bar": False,
@@ -108,4 +109,13 @@ def trained_weights(module: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.policy.named_parameters() if value.requires_grad}
 
 
-__all__ = ["GRPO", "SFT", "Checkpoints", "Log", "Logger", "Lottery", "fit", "make_data", "make_module", "make_trainer"]
+class Gradients(Callback):
+    """The gradients with which the first update is made, after clipping."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, torch.Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if not self.first:
+            named = pl_module.named_parameters()
+            self.first = {name: value.grad.detach().clone() for name, value in named if value.grad is not None}

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,19 +55,8 @@ class Checkpoints(Checkpoint):
         self._save(trainer, "last.ckpt")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the run.
-
-        The trainer counts an epoch that `max_steps` cut short as over; a run that goes on shall see the rest of it.
-        """
-        is_cut = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        epochs = trainer.fit_loop.epoch_progress
-        for counts in (epochs.total, epochs.current):
-            counts.processed -= is_cut
-            counts.completed -= is_cut
+        """Save the end of the run."""
         self._save(trainer, "last.ckpt")
-        for counts in (epochs.total, epochs.current):
-            counts.processed += is_cut
-            counts.completed += is_cut
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where the run was stopped, if that was between two steps; a validation that was cut is then left out."""
@@ -89,7 +80,28 @@ class Checkpoints(Checkpoint):
             return
         path = Path(trainer.log_dir) / FOLDER / name
         beside = path.with_suffix(".part")
-        trainer.save_checkpoint(beside)
+        with _open_epoch(trainer):
+            trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
             os.replace(beside, path)
         trainer.strategy.barrier()
+
+
+@contextmanager
+def _open_epoch(trainer: Trainer) -> Iterator[None]:
+    """Count the present epoch as going on, even if all its batches are done.
+
+    At the end of a run the trainer counts it as over, also when `max_steps` cut it short; a run that goes on from there
+    would leave out the rest of it, or all of the next one.
+    """
+    epochs = trainer.fit_loop.epoch_progress
+    over = int(epochs.current.completed == epochs.current.ready)
+    for counts in (epochs.total, epochs.current):
+        counts.processed -= over
+        counts.completed -= over
+    try:
+        yield
+    finally:
+        for counts in (epochs.total, epochs.current):
+            counts.processed += over
+            counts.completed += over

@@ -13,6 +13,7 @@ from PIL import Image
 
 from perception_r1.callbacks.files import run_folder
 from perception_r1.drawing import contact_sheet, draw_card
+from perception_r1.errors import UserError
 from perception_r1.scoring import Outcome
 from perception_r1.task import Mark, Task
 
@@ -33,7 +34,7 @@ class Pictures(Callback):
 
     def __init__(self, num_pictures: int = 8, panel_width: int = 448) -> None:
         if num_pictures < 0 or panel_width < 64:
-            raise ValueError(
+            raise UserError(
                 f"num_pictures is {num_pictures} and panel_width {panel_width}; use at least 0 and 64 pixels."
             )
         self.num_pictures = num_pictures

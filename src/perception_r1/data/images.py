@@ -4,11 +4,13 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
+from perception_r1.errors import UserError
+
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """A file that is not a whole, readable picture."""
 
 

@@ -19,6 +19,7 @@ from rich.progress import track
 
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.rows import Row, RowError
+from perception_r1.errors import UserError
 from perception_r1.task import Sample, Task
 
 OnBadRow = Literal["error", "skip"]
@@ -31,7 +32,7 @@ _NUM_SILENT = 2000
 """Rows that are read without a progress bar: a few seconds of work."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file that cannot be used; the message names file, line and key."""
 
 
@@ -60,7 +61,7 @@ def load(path: Path, task: Task[TargetT, Any], on_bad_row: OnBadRow = "error") -
         DataError: A bad row (with "error"), no usable row at all, or no such file.
     """
     if on_bad_row not in get_args(OnBadRow):
-        raise ValueError(f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, got {on_bad_row!r}")
+        raise UserError(f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, got {on_bad_row!r}")
     lines = list(_lines(path))
     if not lines:
         raise DataError(f"{path}: is empty, it needs one JSON object per line")

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from perception_r1.data.images import load_image
+from perception_r1.errors import UserError
 from perception_r1.task import Sample
 
 
@@ -66,7 +67,7 @@ class TrainBatches(DistributedSampler[Any]):
         start: The batch at which the next iteration starts.
 
     Raises:
-        ValueError: There are fewer samples than one step of all devices takes.
+        UserError: There are fewer samples than one step of all devices takes.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class TrainBatches(DistributedSampler[Any]):
         self.start = 0
         self.samples_per_step = batch_size * world_size
         if num_samples < self.samples_per_step:
-            raise ValueError(
+            raise UserError(
                 f"{num_samples} training samples do not fill one step of {self.samples_per_step} (batch_size"
                 f" {batch_size} on {world_size} devices): lower batch_size or give more samples"
             )
@@ -103,7 +104,7 @@ class EvalBatches(DistributedSampler[Any]):
     """Every sample once, in order, in batches whose sizes differ by at most one.
 
     Raises:
-        ValueError: Some device would have to get an empty batch.
+        UserError: Some device would have to get an empty batch.
     """
 
     def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -111,7 +112,7 @@ class EvalBatches(DistributedSampler[Any]):
         self.size = num_samples
         self.num_batches = math.ceil(math.ceil(num_samples / world_size) / batch_size)
         if num_samples < self.num_batches * world_size:
-            raise ValueError(
+            raise UserError(
                 f"{num_samples} samples cannot be evaluated on {world_size} devices in batches of {batch_size}, one of"
                 " which would be empty: use fewer devices or a larger eval_batch_size"
             )
@@ -170,12 +171,12 @@ class TrainLoader(DataLoader[Batch]):
         """Make the next iteration go on where the state was taken.
 
         Raises:
-            ValueError: The state belongs to other data or another number of samples per step.
+            UserError: The state belongs to other data or another number of samples per step.
         """
         current = self.state_dict()
         for key in ("num_samples", "samples_per_step"):
             if state[key] != current[key]:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint cannot be resumed with {key}={current[key]}, it was written with {state[key]}:"
                     " restore the data and batch settings (batch_size x devices), or start from its weights only"
                 )

@@ -14,6 +14,7 @@ from perception_r1.data.jsonl import DataError, OnBadRow, load
 from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
 from perception_r1.data.rows import Row
 from perception_r1.data.scenes import SceneSource, Split, World, scene_fingerprint
+from perception_r1.errors import UserError
 from perception_r1.task import Sample, Task
 
 Samples = Sequence[Sample[Any]]
@@ -52,7 +53,7 @@ class TaskDataModule(LightningDataModule):
         shuffle: Show the training samples in a new random order in every epoch.
 
     Raises:
-        ValueError: A number is out of range.
+        UserError: A number is out of range.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class TaskDataModule(LightningDataModule):
 
         Raises:
             DataError: A file cannot be used, or a split that the stage needs has no source.
-            ValueError: The world has too few different scenes.
+            UserError: The world has too few different scenes.
         """
         for split in _STAGES[stage]:
             if split not in self._samples and (stage is not None or self._has_source(split)):
@@ -155,12 +156,12 @@ class TaskDataModule(LightningDataModule):
         sizes = {f"num_{split}": size for split, size in self.num_scenes.items()}
         for name, value in {**sizes, "batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         for name, value in {"num_workers": self.num_workers, "seed": self.seed}.items():
             if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+                raise UserError(f"{name} must not be negative, got {value}")
         if not 0 < self.held_out_share < 0.5:
-            raise ValueError(f"held_out_share must be more than 0 and less than 0.5, got {self.held_out_share}")
+            raise UserError(f"held_out_share must be more than 0 and less than 0.5, got {self.held_out_share}")
 
     def _has_source(self, split: Split) -> bool:
         return not self.files or split in self.files or "train" in self.files
@@ -188,10 +189,10 @@ class TaskDataModule(LightningDataModule):
         """Rank of this process and number of processes.
 
         Raises:
-            ValueError: The trainer is set to swap the samplers for its own.
+            UserError: The trainer is set to swap the samplers for its own.
         """
         if getattr(self.trainer, "overfit_batches", 0):
-            raise ValueError("overfit_batches is not supported: use few samples and shuffle=false instead")
+            raise UserError("overfit_batches is not supported: use few samples and shuffle=false instead")
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 

@@ -19,6 +19,7 @@ from typing import Literal, get_args
 from PIL import Image
 
 from perception_r1.data.drawing import COLOURS, SHAPES, background, glyph, grain, mask, tinted
+from perception_r1.errors import UserError
 
 Split = Literal["train", "val", "test"]
 
@@ -85,7 +86,7 @@ class ShapeWorld(World):
         _check("num_colours", self.num_colours, 1, len(COLOURS))
         _check("num_shapes", self.num_shapes, 1, len(SHAPES))
         if self.object_size % self.grid:
-            raise ValueError(f"object_size must be a multiple of grid ({self.grid}), got {self.object_size}")
+            raise UserError(f"object_size must be a multiple of grid ({self.grid}), got {self.object_size}")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -132,7 +133,7 @@ class ShapeWorld(World):
 
     def _check_room(self, count: int) -> None:
         if count > self.capacity:
-            raise ValueError(
+            raise UserError(
                 f"up to {count} objects of {self.object_size} px do not fit into {self.image_size} px,"
                 f" which has room for {self.capacity}: use a larger image_size or fewer objects"
             )
@@ -203,25 +204,26 @@ class DetectionWorld(ShapeWorld):
     """Any objects; all of them are asked for.
 
     Attributes:
-        min_objects: Smallest number of objects.
+        empty_share: Share of the pictures without any object.
         max_objects: Largest number of objects.
     """
 
     image_size: int = 84
     grid: int = 28
     num_colours: int = 4
-    min_objects: int = 0
+    empty_share: float = 0.1
     max_objects: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("min_objects", self.min_objects, 0, 1000)
-        _check("max_objects", self.max_objects, max(1, self.min_objects), 1000)
+        if not 0 <= self.empty_share <= 1:
+            raise ValueError(f"empty_share must lie between 0 and 1, got {self.empty_share}")
+        _check("max_objects", self.max_objects, 1, 1000)
         self._check_room(self.max_objects)
 
     def draw(self, rng: random.Random) -> Scene:
         """A row with objects."""
-        count = rng.randint(self.min_objects, self.max_objects)
+        count = 0 if rng.random() < self.empty_share else rng.randint(1, self.max_objects)
         objects = self._place(rng, [rng.choice(self.labels) for _ in range(count)])
         values: dict[str, object] = {"objects": [{"box": box, "label": label} for label, box in objects]}
         return Scene(image=self._paint(rng, objects), values=values)
@@ -261,7 +263,7 @@ class TextWorld(World):
         _check("font_size", self.font_size, 6, self.cell_height)
         _check("noise", self.noise, 0, 60)
         if not self.alphabet or not all("!" <= char <= "~" for char in self.alphabet):
-            raise ValueError(f"alphabet must be printable ASCII characters without spaces, got {self.alphabet!r}")
+            raise UserError(f"alphabet must be printable ASCII characters without spaces, got {self.alphabet!r}")
 
     def draw(self, rng: random.Random) -> Scene:
         """A row with text."""
@@ -286,12 +288,12 @@ class SceneSource:
     a picture of another. Within val and test every picture occurs once; building the source makes sure of it.
 
     Raises:
-        ValueError: The world has too few different scenes for the split, or an argument is out of range.
+        UserError: The world has too few different scenes for the split, or an argument is out of range.
     """
 
     def __init__(self, world: World, split: Split, seed: int, size: int) -> None:
         if split not in get_args(Split):
-            raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+            raise UserError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
         _check("size", size, 1, 2**31)
         self.world, self.split, self.seed, self.size = world, split, seed, size
         self._settings = _settings(world, split, seed)
@@ -324,7 +326,7 @@ class SceneSource:
             if _split_of(digest) == self.split and digest not in seen:
                 seen.add(digest)
                 return draw, scene
-        raise ValueError(
+        raise UserError(
             f"{type(self.world).__name__} has too few different pictures for {self.size} {self.split} scenes (stuck at"
             f" number {index}): ask for fewer or give it more variety (tint, num_colours, image_size ...)"
         )
@@ -362,9 +364,9 @@ def _draw_kinds(rng: random.Random, labels: Sequence[str], max_distractors: int)
 
 def _check(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+        raise UserError(f"{name} must be between {low} and {high}, got {value}")
 
 
 def _check_choice(max_distractors: int, labels: Sequence[str]) -> None:
     if max_distractors and len(labels) < 2:
-        raise ValueError("distractors need a second kind of object: raise num_colours or num_shapes")
+        raise UserError("distractors need a second kind of object: raise num_colours or num_shapes")

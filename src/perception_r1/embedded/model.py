@@ -85,8 +85,9 @@ def build_model_folder(
         merge_size=_MERGE,
         size={"shortest_edge": (patch * _MERGE) ** 2, "longest_edge": 1280 * (patch * _MERGE) ** 2},
     )
-    torch.manual_seed(seed)
-    model = build_model(family, tokenizer)
+    with torch.random.fork_rng(devices=[]):  # a run from the cache must find the same random state
+        torch.manual_seed(seed)
+        model = build_model(family, tokenizer)
     model.save_pretrained(folder)
     Processor(tokenizer, image_processor).save(folder)
 

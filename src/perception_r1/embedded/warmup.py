@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
 import perception_r1
 from perception_r1.data.module import TaskDataModule
@@ -87,7 +88,8 @@ def warm_policy(
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        _build(building, config, scenes, seed=seed, max_new_tokens=max_new_tokens, callbacks=callbacks())
+        with isolate_rng():  # the run that follows is the same whether or not the warm start was in the cache
+            _build(building, config, scenes, seed=seed, max_new_tokens=max_new_tokens, callbacks=callbacks())
         os.replace(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)

@@ -3,6 +3,7 @@
 from math import isfinite
 from typing import get_args
 
+from perception_r1.errors import UserError
 from perception_r1.geometry import Matching
 
 
@@ -10,28 +11,28 @@ def check_weights(**weights: float) -> None:
     """Refuse a weight that is negative or not finite.
 
     Raises:
-        ValueError: Names the weight.
+        UserError: Names the weight.
 
     >>> check_weights(iou_weight=0.5)
     >>> check_weights(iou_weight=-1)
     Traceback (most recent call last):
-    ValueError: iou_weight must be a number from 0 on, not -1
+    perception_r1.errors.UserError: iou_weight must be a number from 0 on, not -1
     """
     for name, weight in weights.items():
         if not (isfinite(weight) and weight >= 0):
-            raise ValueError(f"{name} must be a number from 0 on, not {weight}")
+            raise UserError(f"{name} must be a number from 0 on, not {weight}")
 
 
 def check_matching(matching: str) -> None:
     """Refuse an unknown way of matching.
 
     Raises:
-        ValueError: Names the known ways.
+        UserError: Names the known ways.
 
     >>> check_matching("bipartite")
     >>> check_matching("greedy")
     Traceback (most recent call last):
-    ValueError: matching must be one of bipartite, sequential, not 'greedy'
+    perception_r1.errors.UserError: matching must be one of bipartite, sequential, not 'greedy'
     """
     if matching not in get_args(Matching):
-        raise ValueError(f"matching must be one of {', '.join(get_args(Matching))}, not {matching!r}")
+        raise UserError(f"matching must be one of {', '.join(get_args(Matching))}, not {matching!r}")

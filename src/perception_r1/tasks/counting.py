@@ -9,6 +9,7 @@ from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.rows import Row, RowError
 from perception_r1.data.scenes import CountingWorld
+from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, center, match, point_distances, to_pixels
 from perception_r1.task import Box, Frame, LabelledBox, Mark, Point, Sample, Score, Task
 from perception_r1.tasks._options import check_matching
@@ -91,7 +92,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         """Refuse options that make no sense.
 
         Raises:
-            ValueError: The matching is unknown.
+            UserError: The matching is unknown.
         """
         check_matching(self.matching)
 
@@ -123,12 +124,12 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         """The boxes, or small squares centered on the points, each labelled with the kind.
 
         Raises:
-            ValueError: The sample gives neither boxes nor points.
+            UserError: The sample gives neither boxes nor points.
         """
         boxes, points = sample.target.boxes, sample.target.points
         if boxes is None:
             if points is None:
-                raise ValueError(
+                raise UserError(
                     f"sample {sample.id}: an answer to learn from needs points or boxes, not a count alone"
                 )
             boxes = tuple(_square(point) for point in points)

@@ -14,6 +14,7 @@ from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.rows import Row, RowError
 from perception_r1.data.scenes import DetectionWorld
+from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
 from perception_r1.metrics import BoxAP
 from perception_r1.task import Frame, LabelledBox, Mark, Sample, Score, Task
@@ -121,10 +122,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         """Refuse options that make no sense.
 
         Raises:
-            ValueError: There are no categories, one is there twice, the matching is unknown or a weight is negative.
+            UserError: There are no categories, one is there twice, the matching is unknown or a weight is negative.
         """
         if not self.category_names or len(set(self.category_names)) < len(self.category_names):
-            raise ValueError("categories must hold at least one name, and none twice")
+            raise UserError("categories must hold at least one name, and none twice")
         check_matching(self.matching)
         check_weights(
             format_weight=self.format_weight,

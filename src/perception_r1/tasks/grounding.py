@@ -72,7 +72,7 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         """Refuse options that make no sense.
 
         Raises:
-            ValueError: A weight is negative or not finite.
+            UserError: A weight is negative or not finite.
         """
         check_weights(format_weight=self.format_weight, iou_weight=self.iou_weight)
 

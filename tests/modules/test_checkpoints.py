@@ -1,0 +1,197 @@
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from perception_r1.errors import UserError
+from perception_r1.policy.load import LoraConfig
+from perception_r1.tasks.grounding import Grounding
+from tests.modules.toy import GRPO, SFT, Checkpoints, Log, fit, make_data, make_module, trained_weights
+
+VALIDATION = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+ADAPTER = {"policy": {"lora": LoraConfig(rank=2, dropout=0.1)}}
+TEACHING = {"task": Grounding()}
+
+
+class Terminate(Callback):
+    """Sends SIGTERM in the middle of a step: before an optimiser step of this number."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(folder, tmp_path, kind=GRPO, *, callbacks=(), max_steps=6, version=0, ckpt_path=None, data=None, **options):
+    log, module = Log(), make_module(folder, kind, **options)
+    torch.manual_seed(version if ckpt_path else 0)
+    data = data or make_data(module.task, num_train=8)  # four batches an epoch: the run crosses a border
+    kept = [log, *callbacks, Checkpoints()]
+    options = {"max_steps": max_steps, "version": version, "ckpt_path": ckpt_path, "data": data} | VALIDATION
+    _, trainer = fit(folder, tmp_path, module, kept, **options)
+    return module, trainer, log
+
+
+def last(tmp_path, version):
+    return tmp_path / f"version_{version}" / "checkpoints" / "last.ckpt"
+
+
+def load(path):
+    return torch.load(path, weights_only=False)
+
+
+def assert_same(one, other):
+    """Equal bit by bit, at any depth."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+def assert_same_end(tmp_path, one, other):
+    one, other = load(last(tmp_path, one)), load(last(tmp_path, other))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert_same(one[key], other[key])
+
+
+def assert_same_training(log, expected, steps):
+    """Equal figures of training; those of the last validation are not there until there is another one."""
+
+    def training(steps):
+        return {step: {k: v for k, v in kept.items() if k.startswith("train/")} for step, kept in steps.items()}
+
+    assert training(log.steps) == training({step: expected.steps[step] for step in steps})
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "stop"),
+    [(GRPO, {}, 3), (GRPO, {}, 4), (GRPO, ADAPTER, 3), (SFT, TEACHING, 3), (SFT, TEACHING | ADAPTER, 4)],
+    ids=["grpo", "grpo-epoch", "grpo-lora", "sft", "sft-lora-epoch"],
+)
+def test_a_resumed_run_ends_exactly_as_one_that_was_never_stopped(folder, tmp_path, kind, options, stop):
+    options = options | {"decay": "constant"}
+    whole, _, log = run(folder, tmp_path, kind, version=0, **options)
+    run(folder, tmp_path, kind, version=1, max_steps=stop, **options)
+    resumed, trainer, second = run(folder, tmp_path, kind, version=2, ckpt_path=last(tmp_path, 1), **options)
+    assert trainer.global_step == 6
+    assert_same(trained_weights(resumed), trained_weights(whole))
+    assert_same_end(tmp_path, 0, 2)
+    assert_same_training(second, log, range(stop + 1, 7))
+
+
+@pytest.mark.parametrize(("step", "saved"), [(0, 2), (2, 4), (6, 8)])
+def test_a_run_stopped_by_sigterm_between_two_updates_finishes_its_step_and_goes_on_exactly(
+    folder, tmp_path, step, saved
+):
+    """The second time a validation follows that step, and is left out; the third time an epoch ends there."""
+    options = {"updates_per_rollout": 2, "max_steps": 12}
+    whole, first, log = run(folder, tmp_path, version=0, **options)
+    with pytest.raises(SIGTERMException):
+        run(folder, tmp_path, version=1, callbacks=[Terminate(step)], **options)
+    assert load(last(tmp_path, 1))["global_step"] == saved
+    resumed, trainer, second = run(folder, tmp_path, version=2, ckpt_path=last(tmp_path, 1), **options)
+    assert trainer.global_step == 12
+    assert_same(trained_weights(resumed), trained_weights(whole))
+    assert_same_end(tmp_path, 0, 2)
+    assert_same_training(second, log, range(saved + 2, 14, 2))
+    assert trainer.callback_metrics["val/reward/luck"] == first.callback_metrics["val/reward/luck"]
+
+
+def test_a_run_that_dies_inside_a_step_keeps_the_checkpoint_before_and_goes_on_exactly(folder, tmp_path):
+    class Fail(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 5:
+                raise RuntimeError("out of memory")
+
+    options = {"updates_per_rollout": 2, "max_steps": 8}
+    whole, _, log = run(folder, tmp_path, version=0, **options)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(folder, tmp_path, version=1, callbacks=[Fail()], **options)
+    assert load(last(tmp_path, 1))["global_step"] == 4  # that of the validation after two batches
+    resumed, _, second = run(folder, tmp_path, version=2, ckpt_path=last(tmp_path, 1), **options)
+    assert_same(trained_weights(resumed), trained_weights(whole))
+    assert_same_end(tmp_path, 0, 2)
+    assert_same_training(second, log, [6, 8])
+
+
+def test_a_checkpoint_holds_what_is_trained_and_no_more(folder, tmp_path):
+    module, _, _ = run(folder, tmp_path, version=0, max_steps=1)
+    assert module.reference is not None
+    names = set(load(last(tmp_path, 0))["state_dict"])
+    assert names == {name for name in module.policy.state_dict(prefix="policy.")}
+    adapted, _, _ = run(folder, tmp_path, version=1, max_steps=1, policy={"lora": LoraConfig(rank=2)})
+    names = set(load(last(tmp_path, 1))["state_dict"])
+    assert names == {f"policy.{name}" for name in trained_weights(adapted)}
+    assert all("lora_" in name for name in names)
+    run(folder, tmp_path, version=2, max_steps=1, policy={"freeze_vision": True})
+    names = set(load(last(tmp_path, 2))["state_dict"])
+    assert names
+    assert not any(".visual." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(next(iter(state))), "misses 1 entries, first policy"),
+        (lambda state: state.update(extra=torch.zeros(1)), "has unexpected 1 entries, first extra"),
+        (lambda state: state.clear(), "misses"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_an_error(folder, tmp_path, change, message):
+    run(folder, tmp_path, version=0, max_steps=1)
+    checkpoint = load(last(tmp_path, 0))
+    change(checkpoint["state_dict"])
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(UserError, match=message):
+        run(folder, tmp_path, version=1, ckpt_path=tmp_path / "changed.ckpt")
+
+
+def test_a_checkpoint_of_another_program_is_an_error(folder, tmp_path):
+    run(folder, tmp_path, version=0, max_steps=1)
+    checkpoint = load(last(tmp_path, 0))
+    del checkpoint["run"]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="not written by a run of this program"):
+        run(folder, tmp_path, version=1, ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_a_checkpoint_of_full_training_does_not_fit_an_adapter(folder, tmp_path):
+    run(folder, tmp_path, version=0, max_steps=1)
+    with pytest.raises(UserError, match="another model, adapter or frozen part"):
+        run(folder, tmp_path, version=1, ckpt_path=last(tmp_path, 0), policy={"lora": LoraConfig(rank=2)})
+
+
+def test_counters_survive_a_resume(folder, tmp_path):
+    class Skip(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            pl_module.num_skipped_steps = 7
+
+    first, _, _ = run(folder, tmp_path, version=0, max_steps=2, callbacks=[Skip()])
+    second, _, _ = run(folder, tmp_path, version=1, max_steps=4, ckpt_path=last(tmp_path, 0))
+    assert second.num_skipped_steps == 7
+    assert second.phase_seconds["rollout"] > first.phase_seconds["rollout"]
+
+
+def test_the_best_checkpoint_is_that_of_the_best_validation(folder, tmp_path):
+    class Figures(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            value = {2: 0.1, 4: 0.9, 6: 0.5}[trainer.global_step]
+            pl_module.log("val/luck", value)
+            trainer.callback_metrics["val/luck"] = torch.tensor(value)
+
+    run(folder, tmp_path, version=0, callbacks=[Figures()])
+    assert load(last(tmp_path, 0))["global_step"] == 6
+    assert load(last(tmp_path, 0).with_name("best.ckpt"))["global_step"] == 4

@@ -1,0 +1,285 @@
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import perception_r1.modules.grpo as grpo_module
+from perception_r1.errors import UserError
+from perception_r1.modules import GRPO
+from perception_r1.modules.base import MAX_SKIPPED_IN_A_ROW
+from perception_r1.policy.load import LoraConfig
+from perception_r1.policy.policy import Policy
+from tests.modules.toy import Gradients, Log, Lottery, fit, make_data, make_module, trained_weights
+
+
+class Weights(Callback):
+    """The trained weights after every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.steps.append(trained_weights(pl_module))
+
+
+class Poison(Callback):
+    """Makes a gradient of the second step infinite."""
+
+    def on_train_start(self, trainer, pl_module):
+        head = pl_module.policy.model.lm_head.weight
+        head.register_hook(lambda grad: grad * (float("inf") if trainer.global_step == 1 else 1.0))
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def spoil_loss(monkeypatch, steps, value=float("nan")):
+    """Make the loss of some steps `value`."""
+    plain = GRPO.update
+
+    def update(self, experience):
+        def spoilt(*args, **kwargs):
+            parts = grpo_loss(*args, **kwargs)
+            factor = value if self.global_step in steps else 1.0
+            return type(parts)(loss=parts.loss * factor, kl_sum=parts.kl_sum, clipped_sum=parts.clipped_sum)
+
+        monkeypatch.setattr(grpo_module, "grpo_loss", spoilt)
+        return plain(self, experience)
+
+    grpo_loss = grpo_module.grpo_loss
+    monkeypatch.setattr(GRPO, "update", update)
+
+
+def test_a_step_logs_reward_terms_and_what_completions_look_like(folder, tmp_path):
+    log = Log()
+    fit(folder, tmp_path, callbacks=[log])
+    wanted = {"reward", "reward/luck", "reward_std", "zero_variance_groups", "loss", "kl", "clipped_share", "grad_norm"}
+    wanted |= {"lr", "entropy", "completion_length", "truncated_share", "length", "skipped_steps"}
+    for step in (1, 2):
+        assert {f"train/{name}" for name in wanted} <= set(log.steps[step])
+        assert 0 < log.steps[step]["train/reward"] < 1
+        assert log.steps[step]["train/grad_norm"] > 0
+    assert [log.steps[step]["train/lr"] for step in (1, 2)] == pytest.approx([5e-4, 1e-3])
+
+
+def test_training_changes_the_policy_and_not_the_reference(folder, tmp_path):
+    module, _ = fit(folder, tmp_path)
+    start = Policy.load(module.policy_config)
+    assert same(dict(module.reference.named_parameters()), dict(start.named_parameters()))
+    assert not any(torch.equal(value, start.get_parameter(name)) for name, value in trained_weights(module).items())
+
+
+def test_the_policy_samples_in_evaluation_mode_and_learns_in_training_mode(folder, tmp_path, monkeypatch):
+    modes = []
+    for name in ("roll_out", "forward"):
+        plain = getattr(Policy, name)
+        spy = lambda self, *a, plain=plain, **k: modes.append(self.model.training) or plain(self, *a, **k)  # noqa: E731
+        monkeypatch.setattr(Policy, name, spy)
+    fit(folder, tmp_path, make_module(folder, kl_coef=0.0))
+    assert modes == [False, True, False, True]
+
+
+def test_the_same_seed_trains_the_same_and_another_does_not(folder, tmp_path):
+    logs = [Log(), Log(), Log()]
+    runs = [
+        fit(folder, tmp_path, make_module(folder, seed=seed), [log])[0] for seed, log in zip((1, 1, 2), logs, strict=True)
+    ]
+    assert same(trained_weights(runs[0]), trained_weights(runs[1]))
+    assert logs[0].steps == logs[1].steps
+    assert not same(trained_weights(runs[0]), trained_weights(runs[2]))
+
+
+def test_with_one_update_per_rollout_the_ratio_is_exactly_one(folder, tmp_path, monkeypatch):
+    ratios = []
+    plain = grpo_module.grpo_loss
+
+    def spy(logprobs, old_logprobs, *args, **kwargs):
+        ratios.append(float((logprobs - old_logprobs).abs().max().detach()))
+        return plain(logprobs, old_logprobs, *args, **kwargs)
+
+    monkeypatch.setattr(grpo_module, "grpo_loss", spy)
+    fit(folder, tmp_path, make_module(folder))
+    assert ratios == [0.0, 0.0]
+    ratios.clear()
+    _, trainer = fit(folder, tmp_path, make_module(folder, updates_per_rollout=2), max_steps=4)
+    assert [ratio == 0 for ratio in ratios] == [True, False, True, False]
+    assert trainer.global_step == 4
+
+
+def test_the_first_gradient_is_that_of_a_loop_over_completions(folder, tmp_path, monkeypatch):
+    """The whole step, rebuilt from rollout and rewards with plain arithmetic."""
+    seen = {}
+    plain = GRPO.remember
+
+    def remember(self, prompts, rollout, advantages):
+        seen.update(prompts=prompts, rollout=rollout)
+        return plain(self, prompts, rollout, advantages)
+
+    monkeypatch.setattr(GRPO, "remember", remember)
+    gradients, task = Gradients(), Lottery()
+    module = make_module(folder, max_grad_norm=1e9)
+    fit(folder, tmp_path, module, [gradients], max_steps=1)
+    policy = Policy.load(module.policy_config)
+    loss = torch.zeros(())
+    texts = policy.processor.decode(seen["rollout"].completions)
+    rewards = torch.tensor([task.score(text.removesuffix("<|im_end|>"), None).reward for text in texts]).view(2, 4)
+    for row, completion in enumerate(seen["rollout"].completions):
+        group = rewards[row // 4]
+        advantage = (group[row % 4] - group.mean()) / (group.std() + 1e-4)
+        logprobs = policy(seen["prompts"].select([row // 4]), [completion], 1.0)[0]
+        loss = loss - advantage * logprobs.mean() / 8
+    loss.backward()
+    for name, parameter in policy.named_parameters():
+        expected = gradients.first[f"policy.{name}"]
+        scale = max(float(expected.abs().max()), 1e-3)
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_micro_batches_change_no_gradient(folder, tmp_path, kl_coef):
+    def first(size):
+        gradients = Gradients()
+        module = make_module(folder, micro_batch_size=size, kl_coef=kl_coef)
+        fit(folder, tmp_path, module, [gradients], max_steps=1, precision="64-true", data=make_data(batch_size=3))
+        return gradients.first
+
+    whole = first(None)
+    for size in (1, 2):
+        for name, gradient in first(size).items():
+            scale = max(float(whole[name].abs().max()), 1e-9)
+            torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6 * scale, msg=name)
+
+
+def test_mixed_precision_reaches_every_weight(folder, tmp_path):
+    def first(precision):
+        gradients = Gradients()
+        fit(folder, tmp_path, make_module(folder), [gradients], max_steps=1, precision=precision)
+        return gradients.first
+
+    full, mixed = first("32-true"), first("bf16-mixed")
+    assert full.keys() == mixed.keys()
+    assert all(float(gradient.abs().max()) > 0 for gradient in mixed.values())
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_without_kl_penalty_no_reference_is_loaded(folder, tmp_path, monkeypatch, lora):
+    loads = []
+    plain = Policy.load.__func__
+    monkeypatch.setattr(Policy, "load", classmethod(lambda cls, *a, **k: loads.append(k) or plain(cls, *a, **k)))
+    module, _ = fit(folder, tmp_path, make_module(folder, kl_coef=0.0, policy={"lora": lora}))
+    assert module.reference is None
+    assert len(loads) == 1
+
+
+def test_an_adapter_is_its_own_reference(folder, tmp_path):
+    log = Log()
+    module, _ = fit(folder, tmp_path, make_module(folder, policy={"lora": LoraConfig(rank=2)}), [log], max_steps=4)
+    assert module.reference is None
+    assert log.steps[1]["train/kl"] == 0.0
+    assert log.steps[4]["train/kl"] > 0.0
+    start = Policy.load(module.policy_config, is_trained=False)
+    frozen = {name.replace(".base_layer", ""): value for name, value in module.policy.model.named_parameters()}
+    for name, value in start.model.named_parameters():
+        assert torch.equal(frozen[name], value), name
+
+
+def test_only_a_fit_loads_the_reference(folder, tmp_path):
+    module = make_module(folder)
+    _, trainer = fit(folder, tmp_path, module, max_steps=1)
+    assert module.reference is not None
+    fresh = make_module(folder)
+    trainer.validate(fresh, datamodule=make_data(), verbose=False)
+    assert fresh.reference is None
+
+
+def test_groups_of_equal_rewards_move_nothing_and_are_counted(folder, tmp_path):
+    log = Log()
+    module = make_module(folder, task=Lottery(spread=0.0), kl_coef=0.0)
+    module.optimizer_factory = torch.optim.SGD
+    fit(folder, tmp_path, module, [log])
+    assert log.steps[2]["train/zero_variance_groups"] == 1.0
+    assert log.steps[2]["train/grad_norm"] == 0.0
+    assert same(trained_weights(module), dict(Policy.load(module.policy_config).named_parameters()))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_update_that_is_not_finite_is_skipped_counted_and_named(folder, tmp_path, monkeypatch, capsys, what):
+    module, weights, log = make_module(folder), Weights(), Log()
+    if what == "loss":
+        spoil_loss(monkeypatch, {1})
+    _, trainer = fit(folder, tmp_path, module, [weights, log, *([Poison()] if what == "gradient" else [])], max_steps=3)
+    assert same(weights.steps[1], weights.steps[0])
+    assert not same(weights.steps[2], weights.steps[1])
+    assert all(bool(value.isfinite().all()) for value in weights.steps[2].values())
+    assert module.num_skipped_steps == 1
+    assert [log.steps[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
+    assert trainer.global_step == 3
+    assert f"Step 1: the {what} is not finite; the update is skipped." in capsys.readouterr().out
+
+
+def test_too_many_skipped_updates_in_a_row_stop_training(folder, tmp_path, monkeypatch):
+    spoil_loss(monkeypatch, set(range(1, 99)))
+    module = make_module(folder)
+    with pytest.raises(RuntimeError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row were not finite"):
+        fit(folder, tmp_path, module, max_steps=40)
+    assert module.num_skipped_steps == MAX_SKIPPED_IN_A_ROW
+
+
+def test_memory_does_not_grow_from_step_to_step(folder, tmp_path):
+    counts = {}
+
+    class Count(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step in (3, 8):
+                gc.collect()
+                counts[trainer.global_step] = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    fit(folder, tmp_path, callbacks=[Count()], max_steps=8)
+    assert counts[8] <= counts[3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, r"trainer\.gradient_clip_val has no effect here; set model\.max_grad_norm"),
+        ({"accumulate_grad_batches": 2}, r"trainer\.accumulate_grad_batches has no effect here; set data\.batch_size"),
+        ({"precision": "16-true"}, "16-true is not supported"),
+        ({"max_steps": -1}, r"Set trainer\.max_steps or .*max_epochs"),
+    ],
+)
+def test_trainer_settings_without_effect_are_refused(folder, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        fit(folder, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 1}, "group_size is 1"),
+        ({"temperature": 0.0}, r"temperature is 0\.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0"),
+        ({"updates_per_rollout": 0}, "updates_per_rollout"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
+        ({"kl_coef": -0.1}, "kl_coef"),
+        ({"clip_low": 1.0}, "clip_low"),
+        ({"clip_high": -0.1}, "clip_high"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        make_module(Path("none"), **options)
+
+
+def test_validation_is_greedy_and_counts_every_sample_once(folder, tmp_path):
+    module = make_module(folder)
+    _, trainer = fit(folder, tmp_path, module, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None)
+    data = make_data()
+    data.setup("validate")
+    outcomes = [module.answer([sample]) for sample in data.samples("val")]
+    assert len(outcomes) == 4
+    luck = [outcome.score.terms["luck"] for group in outcomes for outcome in group]
+    assert float(trainer.callback_metrics["val/reward/luck"]) == pytest.approx(sum(luck) / 4)

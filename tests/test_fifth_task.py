@@ -1,0 +1,99 @@
+"""A fifth task is one Python file and one YAML file: those of the README, as they stand there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from perception_r1.cli import main
+from tests.readme import ROOT, file_blocks
+from tests.test_readme import FIFTH_TASK, SMALL, expanded
+
+FILES = file_blocks("README.md")
+SOURCE, CONFIG = "src/perception_r1/tasks/colour.py", "configs/task/colour.yaml"
+RUN_ALL = """
+import json, sys
+from perception_r1.cli import main
+for arguments in json.loads(sys.argv[1]):
+    if status := main(arguments):
+        sys.exit(status)
+"""
+"""Runs several command lines in one process, whose start is most of the time."""
+
+
+def test_the_readme_shows_one_python_file_and_one_yaml_file() -> None:
+    assert set(FILES) == {SOURCE, CONFIG}
+
+
+def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
+    """In a copy of the project, so that the files can lie where the README puts them."""
+    for folder in ("src", "configs"):
+        copy_texts(ROOT / folder, tmp_path / folder)
+    for path, text in FILES.items():
+        (tmp_path / path).write_text(text, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"shape": "circle", "colour": "red", "completion": "red<|im_end|>"}\n'
+        '{"shape": "circle", "colour": "red", "completion": "blue"}\n'.replace("{", '{"width": 8, "height": 8, '),
+        encoding="utf-8",
+    )
+    train = next(
+        found
+        for found in expanded(
+            f"make train {FIFTH_TASK}",
+        )
+        if "fit" in found
+    )[1:]
+    small = [*SMALL, "--embedded.cache_dir", str(tmp_path / "cache")]
+    lines = [
+        [*train, *small],
+        ["validate", *train[1:], *small, "--ckpt_path", "best"],
+        ["score", "--task", "colour", "--codec", "qwen2_vl", "rows.jsonl"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL, json.dumps(lines)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "logs/colour/version_0/run.json").read_text(encoding="utf-8"))
+    assert (card["status"], card["steps"]) == ("finished", 2)
+    assert {"reward", "match", "accuracy"} <= set(card["after"])
+    assert [json.loads(line)["reward"] for line in done.stdout.splitlines() if line.startswith("{")] == [1.0, 0.0]
+
+
+def test_the_files_may_lie_outside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "colour.py").write_text(FILES[SOURCE], encoding="utf-8")
+    config = FILES[CONFIG].replace("ColourData", "colour.ColourData")
+    (tmp_path / "colour.yaml").write_text(config, encoding="utf-8")
+    for index in range(6):
+        Image.new("RGB", (56, 56), (40 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    rows = [{"image": f"{index}.png", "shape": "circle", "colour": "red"} for index in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["perception-r1"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
+    configs = [str(ROOT / "configs" / name) for name in ("default.yaml", "model/tiny.yaml")]
+    files = [part for name in (*configs, "colour.yaml") for part in ("-c", name)]
+    options = [*SMALL, "--embedded.cache_dir", "cache", "--data.train_file", "rows.jsonl"]
+    try:
+        assert main(["fit", *files, *options]) == 0
+    finally:
+        sys.modules.pop("colour", None)
+    card = json.loads((tmp_path / "logs/colour/version_0/run.json").read_text(encoding="utf-8"))
+    assert (card["status"], card["steps"]) == ("finished", 2)
+
+
+def copy_texts(source: Path, target: Path) -> None:
+    """Copy Python and YAML files."""
+    for path in [*source.rglob("*.py"), *source.rglob("*.yaml")]:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
