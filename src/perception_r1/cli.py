@@ -31,6 +31,7 @@ from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the sho
 EMBEDDED = "tiny"
 """Name of the embedded policy."""
 
+_DESCRIPTION = "Post-train and evaluate vision-language models on visual perception."
 _EPILOG = "Besides these, `perception-r1 score --help`: reward and terms of completions that came from anywhere."
 _SIGTERM_STATUS = 143
 
@@ -61,12 +62,15 @@ class PerceptionCLI(LightningCLI):
         name = config.get("ckpt_path")
         if name not in ("last", "best"):
             return
-        checkpoint = find_checkpoint(Path("logs") / config.task, name)
+        settings = getattr(config.trainer.logger, "init_args", None)
+        if settings is None or "save_dir" not in settings or "name" not in settings:
+            raise UserError(f"--ckpt_path {name} needs one logger that writes to a folder; give the file instead.")
+        checkpoint = find_checkpoint(Path(settings.save_dir) / settings.name, name)
         config.ckpt_path = str(checkpoint)
-        if self.subcommand == "fit" and config.trainer.logger:
-            logger = config.trainer.logger.init_args
-            logger.version = int(checkpoint.parents[1].name.rpartition("_")[2])
-            logger.purge_step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+        if self.subcommand == "fit":
+            settings.version = checkpoint.parents[1].name
+            if "purge_step" in settings:  # TensorBoard forgets what came after the checkpoint
+                settings.purge_step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
 
     def after_instantiate_classes(self) -> None:
         """Put the warmed-up folder where the configuration says `tiny`."""
@@ -85,12 +89,12 @@ class PerceptionCLI(LightningCLI):
 
 
 def find_checkpoint(runs: Path, name: str) -> Path:
-    """The newest checkpoint of this name among the runs of a task.
+    """The newest checkpoint of this name among the runs in a folder.
 
     Raises:
         UserError: There is none.
     """
-    found = sorted(runs.glob(f"version_*/{FOLDER}/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(runs.glob(f"*/{FOLDER}/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"No run under {runs} has a {FOLDER}/{name}.ckpt yet; train first, or give a file.")
     return found[-1]
@@ -113,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs=mode | {"epilog": _EPILOG} | {name: mode for name in ("fit", "validate", "test", "predict")},
+            parser_kwargs=mode
+            | {"description": _DESCRIPTION, "epilog": _EPILOG}
+            | {name: mode for name in ("fit", "validate", "test", "predict")},
             args=None if argv is None else list(argv),
         )
     except SIGTERMException:

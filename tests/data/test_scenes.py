@@ -160,7 +160,9 @@ def test_objects_always_find_room_when_the_world_says_so():
 def test_the_background_tells_the_position_and_never_looks_like_an_object():
     rng = random.Random(0)
     for _ in range(50):
-        pixels = np.asarray(DetectionWorld(empty_share=1.0, tint=8).draw(random.Random(rng.random())).image).astype(float)
+        pixels = np.asarray(DetectionWorld(empty_share=1.0, tint=8).draw(random.Random(rng.random())).image).astype(
+            float
+        )
         red, green = pixels[..., 0], pixels[..., 1]
         assert (np.diff(red[0, ::14]) > 5).all()
         assert (np.diff(green[::14, 0]) > 5).all()

@@ -7,7 +7,9 @@ from perception_r1.policy.load import CODEC_BY_FAMILY, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
-TEXT = '<|object_ref_start|>red cup<|object_ref_end|><|box_start|>(250,1000),(500,75)<|box_end|>\n{"bbox_2d": [1, 28]} ß日'
+TEXT = (
+    '<|object_ref_start|>red cup<|object_ref_end|><|box_start|>(250,1000),(500,75)<|box_end|>\n{"bbox_2d": [1, 28]} ß日'
+)
 
 
 @pytest.mark.parametrize("family", CODEC_BY_FAMILY)
@@ -57,8 +59,10 @@ def test_any_text_survives_the_tokenizer_of_a_saved_folder(tmp_path):
 def test_the_seed_decides_the_weights(tmp_path, folder):
     for name, seed in (("same", 0), ("other", 1)):
         build_model_folder(tmp_path / name, family="qwen2_vl", seed=seed)
-    weights = {name: dict(oracle.plain_model(path).named_parameters()) for name, path in
-               (("first", folder), ("same", tmp_path / "same"), ("other", tmp_path / "other"))}
+    weights = {
+        name: dict(oracle.plain_model(path).named_parameters())
+        for name, path in (("first", folder), ("same", tmp_path / "same"), ("other", tmp_path / "other"))
+    }
     assert all(torch.equal(value, weights["same"][name]) for name, value in weights["first"].items())
     assert not all(torch.equal(value, weights["other"][name]) for name, value in weights["first"].items())
 

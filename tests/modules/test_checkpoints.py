@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from perception_r1.errors import UserError
 from perception_r1.policy.load import LoraConfig
 from perception_r1.tasks.grounding import Grounding
-from tests.modules.toy import GRPO, SFT, Checkpoints, Log, fit, make_data, make_module, trained_weights
+from tests.modules.toy import GRPO, SFT, Checkpoints, Log, Lottery, fit, make_data, make_module, trained_weights
 
 VALIDATION = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
 ADAPTER = {"policy": {"lora": LoraConfig(rank=2, dropout=0.1)}}
@@ -185,13 +185,13 @@ def test_counters_survive_a_resume(folder, tmp_path):
     assert second.phase_seconds["rollout"] > first.phase_seconds["rollout"]
 
 
-def test_the_best_checkpoint_is_that_of_the_best_validation(folder, tmp_path):
+@pytest.mark.parametrize(("headline", "tag"), [("luck", "val/reward/luck"), ("length", "val/length")])
+def test_the_best_checkpoint_is_that_of_the_best_validation(folder, tmp_path, monkeypatch, headline, tag):
     class Figures(Callback):
-        def on_validation_epoch_end(self, trainer, pl_module):
-            value = {2: 0.1, 4: 0.9, 6: 0.5}[trainer.global_step]
-            pl_module.log("val/luck", value)
-            trainer.callback_metrics["val/luck"] = torch.tensor(value)
+        def on_validation_end(self, trainer, pl_module):
+            trainer.callback_metrics[tag].fill_({2: 0.1, 4: 0.9, 6: 0.5}[trainer.global_step])
 
+    monkeypatch.setattr(Lottery, "headline", headline)
     run(folder, tmp_path, version=0, callbacks=[Figures()])
     assert load(last(tmp_path, 0))["global_step"] == 6
     assert load(last(tmp_path, 0).with_name("best.ckpt"))["global_step"] == 4

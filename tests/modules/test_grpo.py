@@ -85,7 +85,8 @@ def test_the_policy_samples_in_evaluation_mode_and_learns_in_training_mode(folde
 def test_the_same_seed_trains_the_same_and_another_does_not(folder, tmp_path):
     logs = [Log(), Log(), Log()]
     runs = [
-        fit(folder, tmp_path, make_module(folder, seed=seed), [log])[0] for seed, log in zip((1, 1, 2), logs, strict=True)
+        fit(folder, tmp_path, make_module(folder, seed=seed), [log])[0]
+        for seed, log in zip((1, 1, 2), logs, strict=True)
     ]
     assert same(trained_weights(runs[0]), trained_weights(runs[1]))
     assert logs[0].steps == logs[1].steps
@@ -276,7 +277,9 @@ def test_options_out_of_range_are_refused(options, message):
 
 def test_validation_is_greedy_and_counts_every_sample_once(folder, tmp_path):
     module = make_module(folder)
-    _, trainer = fit(folder, tmp_path, module, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None)
+    _, trainer = fit(
+        folder, tmp_path, module, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None
+    )
     data = make_data()
     data.setup("validate")
     outcomes = [module.answer([sample]) for sample in data.samples("val")]

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from perception_r1.callbacks.checkpoints import Checkpoints
-from perception_r1.modules import GRPO, SFT
+from perception_r1.modules import GRPO
 from perception_r1.modules.base import ScheduleConfig
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.task import Score
@@ -50,7 +50,13 @@ def make_data(task: Any = None, **options: Any) -> GroundingData:
 
 
 def make_module(
-    folder: Path, kind: type = GRPO, *, task: Any = None, policy: dict | None = None, decay: str = "linear", **options: Any
+    folder: Path,
+    kind: type = GRPO,
+    *,
+    task: Any = None,
+    policy: dict | None = None,
+    decay: str = "linear",
+    **options: Any,
 ) -> Any:
     defaults: dict[str, Any] = {"max_new_tokens": 6}
     if kind is GRPO:

@@ -110,7 +110,9 @@ def test_a_reference_is_frozen_and_has_no_adapter(folder):
 
 
 def test_a_frozen_vision_tower_is_all_that_is_frozen(folder):
-    frozen = {name for name, parameter in load(folder, freeze_vision=True).named_parameters() if not parameter.requires_grad}
+    frozen = {
+        name for name, parameter in load(folder, freeze_vision=True).named_parameters() if not parameter.requires_grad
+    }
     assert frozen == {name for name, _ in load(folder).named_parameters() if ".visual." in name} != set()
 
 
@@ -120,7 +122,11 @@ def test_weights_have_the_type_asked_for(folder):
 
 def test_only_adapters_of_the_language_model_are_trained(model_folders):
     for folder in model_folders.values():
-        trained = [name for name, parameter in load(folder, lora=LoraConfig(rank=2)).named_parameters() if parameter.requires_grad]
+        trained = [
+            name
+            for name, parameter in load(folder, lora=LoraConfig(rank=2)).named_parameters()
+            if parameter.requires_grad
+        ]
         assert len(trained) == 2 * 7 * 3  # two matrices for each of seven linear layers in each of three blocks
         assert all("lora_" in name and "language_model" in name for name in trained)
 

@@ -51,7 +51,9 @@ def test_all_gradients_equal_those_of_plain_forwards(policy, plain, exact_layers
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=1e-9 * max(scale, 1e-6), msg=name)
         num_compared += 1
     assert num_compared > 60
-    assert any(".visual." in name and parameter.grad.abs().max() > 0 for name, parameter in policy.network.named_parameters())
+    assert any(
+        ".visual." in name and parameter.grad.abs().max() > 0 for name, parameter in policy.network.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("lengths", [[1, 1], [1, 4], [4, 1]])

@@ -42,7 +42,10 @@ def test_an_answer_is_encoded_as_the_task_writes_it_closed_by_the_end_token(mode
             task.answer(sample, policy.codec, frame) + "<|im_end|>"
             for sample, frame in zip(samples, prompts.frames, strict=True)
         ]
-        assert [task.score(task.parse(t, policy.codec, f), s.target).terms["format"] for t, f, s in zip(texts, prompts.frames, samples, strict=True)] == [1, 1]
+        assert [
+            task.score(task.parse(t, policy.codec, f), s.target).terms["format"]
+            for t, f, s in zip(texts, prompts.frames, samples, strict=True)
+        ] == [1, 1]
 
 
 def test_the_prompt_limit_is_that_of_the_configuration(folder):

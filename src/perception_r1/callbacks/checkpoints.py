@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from perception_r1.modules.base import PolicyModule
+from perception_r1.modules.base import PolicyModule, tag_figures
 
 FOLDER = "checkpoints"
 """Folder of a run in which its checkpoints lie."""
@@ -48,7 +48,9 @@ class Checkpoints(Checkpoint):
         """Save `best.ckpt` when the task's headline figure has improved, and `last.ckpt` in any case."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        value = trainer.callback_metrics.get(f"val/{cast(PolicyModule, pl_module).task.headline}")
+        task = cast(PolicyModule, pl_module).task
+        (tag,) = tag_figures("val", {task.headline: None}, task)
+        value = trainer.callback_metrics.get(tag)
         if isinstance(value, Tensor) and float(value) > self.best_value:
             self.best_value, self.best_step = float(value), trainer.global_step
             self._save(trainer, "best.ckpt")
@@ -96,12 +98,12 @@ def _open_epoch(trainer: Trainer) -> Iterator[None]:
     """
     epochs = trainer.fit_loop.epoch_progress
     over = int(epochs.current.completed == epochs.current.ready)
-    for counts in (epochs.total, epochs.current):
+    for counts in cast(Any, (epochs.total, epochs.current)):
         counts.processed -= over
         counts.completed -= over
     try:
         yield
     finally:
-        for counts in (epochs.total, epochs.current):
+        for counts in cast(Any, (epochs.total, epochs.current)):
             counts.processed += over
             counts.completed += over

@@ -121,7 +121,8 @@ def summarise(target: object, marks: Sequence[Mark]) -> str:
         return str(target)
     values = {field.name: getattr(target, field.name) for field in fields(target)}
     if len(values) == 1:
-        return str(*values.values())
+        (value,) = values.values()
+        return "nothing" if value == () else str(value)
     return "\n".join(f"{name}: {value}" for name, value in values.items())
 
 

@@ -5,6 +5,7 @@ result is cached under a fingerprint of everything that shapes it: settings, see
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -180,11 +181,11 @@ def _fingerprint(config: EmbeddedConfig, scenes: TaskDataModule, seed: int) -> s
     settings = {name: value for name, value in asdict(config).items() if name != "cache_dir"}
     package = Path(perception_r1.__file__).parent
     files = [file for part in _SHAPING_CODE for file in sorted([package / part, *(package / part).glob("*.py")])]
-    task_file = package / "tasks" / f"{type(scenes.task).__module__.rpartition('.')[2]}.py"
+    task_files = {Path(inspect.getfile(type(part))) for part in (scenes.task, scenes.world)}
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(f"{seed} {scenes.task} {scenes.fingerprint()} {version('torch')} {version('transformers')}".encode())
-    for file in [*files, task_file]:
+    for file in [*files, *sorted(task_files)]:
         if file.is_file():
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -252,7 +252,7 @@ class PolicyModule(LightningModule):
     def _log_eval_metrics(self, stage: str) -> None:
         figures = tag_figures(stage, self.eval_metrics.compute(), self.task)
         self.eval_metrics.reset()
-        self.log_dict(figures, sync_dist=False, batch_size=1)
+        self.log_dict(figures, sync_dist=True, batch_size=1)
 
     # ----------------------------------------------------------------------------------------------- logging
 

@@ -129,9 +129,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         boxes, points = sample.target.boxes, sample.target.points
         if boxes is None:
             if points is None:
-                raise UserError(
-                    f"sample {sample.id}: an answer to learn from needs points or boxes, not a count alone"
-                )
+                raise UserError(f"sample {sample.id}: an answer to learn from needs points or boxes, not a count alone")
             boxes = tuple(_square(point) for point in points)
         return codec.write([LabelledBox(label=sample.query, box=box) for box in boxes], frame)
 
