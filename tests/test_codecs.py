@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_r1.codecs import CODECS, MAX_OBJECTS, ListedItem, Listing
-from perception_r1.task import Frame, LabelledBox
+from perception_r1.records import Frame, LabelledBox
 from tests.hostile import WORST, texts
 
 FRAME = Frame(width=2000, height=1000, seen_width=700, seen_height=350)

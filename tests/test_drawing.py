@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perception_r1.drawing import PREDICTION, TARGET, annotate, contact_sheet, draw_card, fit
-from perception_r1.task import Mark
+from perception_r1.records import Mark
 
 GREY = (128, 128, 128)
 

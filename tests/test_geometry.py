@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perception_r1.geometry import center, giou_matrix, iou, iou_matrix, match, point_distances, size_distances
-from perception_r1.task import Box
+from perception_r1.records import Box
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> list[Box]:

@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import multiprocessing as mp
 
 from perception_r1.metrics import BoxAP, ScoreMeans, task_metrics
-from perception_r1.task import Frame, LabelledBox, Score
+from perception_r1.records import Frame, LabelledBox, Score
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
 
 NAMES = ("cat", "dog", "cup")

@@ -14,7 +14,7 @@ from math import isfinite
 from typing import ClassVar
 
 from perception_r1.errors import UserError
-from perception_r1.task import Box, Frame, LabelledBox
+from perception_r1.records import Box, Frame, LabelledBox
 
 MAX_OBJECTS = 512
 """Most objects that are read from one answer; COCO's fullest image has 93. A longer list is no answer."""

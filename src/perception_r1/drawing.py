@@ -11,7 +11,7 @@ from typing import Final
 from PIL import Image, ImageDraw, ImageFont
 
 from perception_r1.lettering import font_for, shorten, wrap
-from perception_r1.task import Mark
+from perception_r1.records import Mark
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]

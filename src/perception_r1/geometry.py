@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from perception_r1.task import Box, Frame, Point
+from perception_r1.records import Box, Frame, Point
 
 Matching = Literal["bipartite", "sequential"]
 """How predictions meet targets: by least total cost, or the k-th with the k-th (the paper's ablation)."""

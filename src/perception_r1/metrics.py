@@ -15,7 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from perception_r1.task import Frame, LabelledBox, Score, Task
+from perception_r1.records import Frame, LabelledBox, Score
+from perception_r1.task import Task
 
 _COCO_STATS = (
     ("ap", 0),

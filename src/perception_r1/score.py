@@ -21,8 +21,9 @@ from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
 from perception_r1.metrics import task_metrics
+from perception_r1.records import Frame, Sample
 from perception_r1.scoring import Outcome, judge
-from perception_r1.task import Frame, Sample, Task
+from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.detection import COCO_NAMES, Detection
 

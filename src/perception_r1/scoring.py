@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from perception_r1.codecs import Codec
-from perception_r1.task import Frame, Sample, Score, Task
+from perception_r1.records import Frame, Sample, Score
+from perception_r1.task import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

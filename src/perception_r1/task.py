@@ -1,29 +1,19 @@
-"""What a perception task is: the records that travel the road and the interface every task implements.
+"""What a perception task is: the interface that every task implements.
 
-    Sample --messages--> prompt --(policy)--> completion --parse--> Prediction | None --score--> Score
-
-Inside the program every box is xyxy and every point xy, as fractions of the original image (0..1, origin top left).
-Only a codec (`codecs.py`) knows how a model family writes them; only a row reader (`data/rows.py`) knows pixels.
+Sample --messages--> prompt --(policy)--> completion --parse--> Prediction | None --score--> Score
 """
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
-from PIL import Image
 from torchmetrics import Metric
 
-if TYPE_CHECKING:
-    from perception_r1.codecs import Codec
-    from perception_r1.data.rows import Row
-
-Box = tuple[float, float, float, float]
-"""x1, y1, x2, y2 in fractions of the original image."""
-Point = tuple[float, float]
-"""x, y in fractions of the original image."""
+from perception_r1.codecs import Codec
+from perception_r1.data.rows import Row
+from perception_r1.records import Frame, Mark, Sample, Score, TargetT
 
 MAX_TEXT = 32_768
 """Longest completion, in characters, that is read; a full page of dense text is about 10,000."""
@@ -35,70 +25,7 @@ _THINK_REQUEST = (
     " </answer>."
 )
 
-TargetT = TypeVar("TargetT")
 PredictionT = TypeVar("PredictionT")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
-    """The two sizes of one image, in pixels: as stored, and as the model sees it after smart-resize."""
-
-    width: int
-    height: int
-    seen_width: int
-    seen_height: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledBox:
-    """One object: its name and its box in fractions of the original image."""
-
-    label: str
-    box: Box
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mark:
-    """Something to draw on a picture: a box or a point (fractions of the original image), maybe with a caption."""
-
-    shape: Box | Point
-    caption: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample(Generic[TargetT]):
-    """One image, one question about it, and the right answer.
-
-    Attributes:
-        id: Unique within its data source.
-        image: The picture in RGB, or the file it is read from (see `load_image`).
-        width: Width of the original image in pixels.
-        height: Height of the original image in pixels.
-        query: What fills the slot of the task's prompt ("red cup"); empty when the prompt has none.
-        target: The task's own target record.
-    """
-
-    id: str
-    image: Image.Image | Path
-    width: int
-    height: int
-    query: str
-    target: TargetT
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """What a completion is worth.
-
-    Attributes:
-        reward: The weighted sum that GRPO maximises.
-        terms: The unweighted reward terms by name.
-        figures: Evaluation figures of this one sample by name (0/1 for an accuracy, a count for a number of errors).
-    """
-
-    reward: float
-    terms: Mapping[str, float] = field(default_factory=dict)
-    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +50,7 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     """Keys of the task's own data rows besides image, width, height and id, for documentation and messages."""
 
     @abstractmethod
-    def read_row(self, row: "Row") -> tuple[str, TargetT]:
+    def read_row(self, row: Row) -> tuple[str, TargetT]:
         """Query and target from one data row (pixels in, fractions out).
 
         Raises:
@@ -135,11 +62,11 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         """The user's text, without the picture."""
 
     @abstractmethod
-    def write(self, sample: Sample[TargetT], codec: "Codec", frame: Frame) -> str:
+    def write(self, sample: Sample[TargetT], codec: Codec, frame: Frame) -> str:
         """The ideal answer to a sample as the model family writes it, without end tokens or think tags."""
 
     @abstractmethod
-    def read(self, text: str, codec: "Codec", frame: Frame) -> PredictionT | None:
+    def read(self, text: str, codec: Codec, frame: Frame) -> PredictionT | None:
         """A prediction from answer text that `parse` has cleaned and bounded; None when it is no answer at all."""
 
     @abstractmethod
@@ -167,12 +94,12 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         text = self.prompt(sample.query) + (_THINK_REQUEST if self.think else "")
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
-    def answer(self, sample: Sample[TargetT], codec: "Codec", frame: Frame) -> str:
+    def answer(self, sample: Sample[TargetT], codec: Codec, frame: Frame) -> str:
         """The completion that SFT teaches, without end tokens; `parse` reads it back, `score` gives it full marks."""
         text = self.write(sample, codec, frame)
         return f"<think></think><answer>{text}</answer>" if self.think else text
 
-    def parse(self, text: str, codec: "Codec", frame: Frame) -> PredictionT | None:
+    def parse(self, text: str, codec: Codec, frame: Frame) -> PredictionT | None:
         """A prediction from a whole completion, or None: too long, without the think tags asked for, or no answer.
 
         Never raises on any text: a completion is hostile input.

@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perception_r1.callbacks.pictures import Pictures, outcome_card, summarise
-from perception_r1.task import Mark
+from perception_r1.records import Mark
 from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_outcome, toy_samples, toy_trainer
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from perception_r1.data.loading import Batch
+from perception_r1.records import Box, Frame, Mark, Sample, Score
 from perception_r1.scoring import Outcome
-from perception_r1.task import Box, Frame, Mark, Sample, Score, Task
+from perception_r1.task import Task
 
 FRAME = Frame(width=64, height=48, seen_width=64, seen_height=48)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from perception_r1.task import Score, Task
+from perception_r1.records import Score
+from perception_r1.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)

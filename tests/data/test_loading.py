@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
-from perception_r1.task import Sample
+from perception_r1.records import Sample
 
 sizes = st.integers(1, 60)
 batch_sizes = st.integers(1, 9)

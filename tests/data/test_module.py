@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from perception_r1.data.jsonl import DataError
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.scenes import DetectionWorld, TextWorld
-from perception_r1.task import Sample
+from perception_r1.data.worlds import DetectionWorld, TextWorld
+from perception_r1.records import Sample
 
 WORLD = TextWorld()
 STEPS_PER_EPOCH = 5

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_r1.data.rows import Row, RowError
-from perception_r1.task import LabelledBox
+from perception_r1.records import LabelledBox
 
 METHODS = ("text", "integer", "box", "boxes", "points", "objects")
 

@@ -7,14 +7,8 @@ import pytest
 from PIL import Image
 from skimage.color import rgb2lab
 
-from perception_r1.data.scenes import (
-    CountingWorld,
-    DetectionWorld,
-    GroundingWorld,
-    SceneSource,
-    TextWorld,
-    scene_fingerprint,
-)
+from perception_r1.data.scenes import SceneSource, scene_fingerprint
+from perception_r1.data.worlds import CountingWorld, DetectionWorld, GroundingWorld, TextWorld
 
 WORLDS = [GroundingWorld(), CountingWorld(), DetectionWorld(), TextWorld()]
 SHAPE_WORLDS = WORLDS[:3]

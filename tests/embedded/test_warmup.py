@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from perception_r1.data.scenes import GroundingWorld
+from perception_r1.data.worlds import GroundingWorld
 from perception_r1.embedded.warmup import EmbeddedConfig, StopAtLoss, warm_policy
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy

@@ -15,7 +15,7 @@ from perception_r1.callbacks.checkpoints import Checkpoints
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import ScheduleConfig
 from perception_r1.policy.load import PolicyConfig
-from perception_r1.task import Score
+from perception_r1.records import Score
 from perception_r1.tasks.grounding import Grounding, GroundingData
 
 

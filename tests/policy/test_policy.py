@@ -4,7 +4,7 @@ import torch
 from perception_r1.errors import UserError
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
-from perception_r1.task import Sample
+from perception_r1.records import Sample
 from perception_r1.tasks.grounding import Grounding, GroundingTarget
 from tests.policy import oracle
 

@@ -6,7 +6,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from perception_r1.errors import UserError
 from perception_r1.policy.load import CODEC_BY_FAMILY
 from perception_r1.policy.processor import IMAGE_TOKEN, Processor
-from perception_r1.task import Frame
+from perception_r1.records import Frame
 from tests.policy.oracle import chat, encode, noise
 
 families = pytest.mark.parametrize("family", CODEC_BY_FAMILY)

@@ -7,7 +7,8 @@ from typing import Any
 
 from perception_r1.codecs import CODECS
 from perception_r1.data.rows import Row
-from perception_r1.task import Frame, Score, Task
+from perception_r1.records import Frame, Score
+from perception_r1.task import Task
 
 FOLDER = Path(__file__).parents[1] / "golden"
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from perception_r1.codecs import CODECS
 from perception_r1.metrics import task_metrics
-from perception_r1.task import MAX_TEXT, Frame, LabelledBox, Sample, Score, Task
+from perception_r1.records import Frame, LabelledBox, Sample, Score
+from perception_r1.task import MAX_TEXT, Task
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.counting import CountingTarget
 from perception_r1.tasks.detection import DetectionTarget

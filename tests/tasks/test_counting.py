@@ -7,7 +7,7 @@ import pytest
 from perception_r1.codecs import CODECS
 from perception_r1.data.rows import Row, RowError
 from perception_r1.geometry import center
-from perception_r1.task import Frame, Mark, Sample
+from perception_r1.records import Frame, Mark, Sample
 from perception_r1.tasks.counting import Counting, CountingPrediction, CountingTarget
 from tests.tasks import golden
 

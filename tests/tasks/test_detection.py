@@ -6,7 +6,7 @@ import pytest
 
 from perception_r1.codecs import CODECS
 from perception_r1.data.rows import Row, RowError
-from perception_r1.task import Box, Frame, LabelledBox, Mark
+from perception_r1.records import Box, Frame, LabelledBox, Mark
 from perception_r1.tasks.detection import COCO_NAMES, Detection, DetectionPrediction, DetectionTarget
 from tests.tasks import golden
 

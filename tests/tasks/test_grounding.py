@@ -2,7 +2,7 @@ import pytest
 
 from perception_r1.codecs import CODECS
 from perception_r1.data.rows import Row, RowError
-from perception_r1.task import Frame, Mark, Sample
+from perception_r1.records import Frame, Mark, Sample
 from perception_r1.tasks.grounding import Grounding, GroundingPrediction, GroundingTarget
 from tests.tasks import golden
 

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from perception_r1.codecs import CODECS
 from perception_r1.data.rows import Row, RowError
-from perception_r1.task import Frame
+from perception_r1.records import Frame
 from perception_r1.tasks.ocr import Ocr, OcrTarget
 from tests.tasks import golden
 

@@ -14,8 +14,9 @@ from PIL import Image
 from perception_r1.callbacks.files import run_folder
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
+from perception_r1.records import Mark
 from perception_r1.scoring import Outcome
-from perception_r1.task import Mark, Task
+from perception_r1.task import Task
 
 if TYPE_CHECKING:
     from perception_r1.modules.base import PolicyModule

@@ -20,7 +20,8 @@ from rich.progress import track
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
-from perception_r1.task import Sample, Task
+from perception_r1.records import Sample
+from perception_r1.task import Task
 
 OnBadRow = Literal["error", "skip"]
 TargetT = TypeVar("TargetT")

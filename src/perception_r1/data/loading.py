@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
-from perception_r1.task import Sample
+from perception_r1.records import Sample
 
 
 class LoaderState(TypedDict):

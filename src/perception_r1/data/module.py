@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 from perception_r1.data.jsonl import DataError, OnBadRow, load
 from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
 from perception_r1.data.rows import Row
-from perception_r1.data.scenes import SceneSource, Split, World, scene_fingerprint
+from perception_r1.data.scenes import SceneSource, Split, scene_fingerprint
+from perception_r1.data.worlds import World
 from perception_r1.errors import UserError
-from perception_r1.task import Sample, Task
+from perception_r1.records import Sample
+from perception_r1.task import Task
 
 Samples = Sequence[Sample[Any]]
 

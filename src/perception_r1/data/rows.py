@@ -15,7 +15,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 
-from perception_r1.task import Box, LabelledBox, Point
+from perception_r1.records import Box, LabelledBox, Point
 
 _TOLERANCE = 1e-6
 """Pixels by which a coordinate may lie outside the image: rounding of fractions that were turned into pixels."""

@@ -30,7 +30,7 @@ from perception_r1.policy.load import PolicyConfig
 
 _SHAPING_CODE = (
     *("embedded", "policy", "modules/base.py", "modules/sft.py"),
-    *("task.py", "codecs.py", "data/scenes.py", "data/drawing.py"),
+    *("task.py", "records.py", "codecs.py", "data/scenes.py", "data/brush.py"),
 )
 """Files of the package that decide what the warm start is, besides the task's own."""
 _LOSS_MEMORY = 0.95

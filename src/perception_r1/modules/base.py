@@ -20,8 +20,9 @@ from perception_r1.errors import UserError
 from perception_r1.metrics import score_means, task_metrics
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
+from perception_r1.records import Sample
 from perception_r1.scoring import Outcome, judge
-from perception_r1.task import Sample, Task
+from perception_r1.task import Task
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Updates that may be skipped one after another before training stops: by then the weights do not recover."""

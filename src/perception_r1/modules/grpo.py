@@ -23,8 +23,9 @@ from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
+from perception_r1.records import Sample
 from perception_r1.scoring import Outcome, judge
-from perception_r1.task import Sample, Task
+from perception_r1.task import Task
 
 
 @dataclass(kw_only=True, slots=True)

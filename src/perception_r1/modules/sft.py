@@ -12,7 +12,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from perception_r1.errors import UserError
 from perception_r1.modules.base import PolicyModule, ScheduleConfig
 from perception_r1.policy.load import PolicyConfig
-from perception_r1.task import Sample, Task
+from perception_r1.records import Sample
+from perception_r1.task import Task
 
 
 class SFT(PolicyModule):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perception_r1.task import Frame
+from perception_r1.records import Frame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,8 @@ from perception_r1.policy.load import (
 from perception_r1.policy.logprobs import completion_logprobs
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import Rollout, Sampling, roll_out
-from perception_r1.task import Sample, Task
+from perception_r1.records import Sample
+from perception_r1.task import Task
 
 _VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 

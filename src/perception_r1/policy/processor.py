@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.task import Frame
+from perception_r1.records import Frame
 
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT = 200

@@ -8,10 +8,11 @@ from typing import Any
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.rows import Row, RowError
-from perception_r1.data.scenes import CountingWorld
+from perception_r1.data.worlds import CountingWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, center, match, point_distances, to_pixels
-from perception_r1.task import Box, Frame, LabelledBox, Mark, Point, Sample, Score, Task
+from perception_r1.records import Box, Frame, LabelledBox, Mark, Point, Sample, Score
+from perception_r1.task import Task
 from perception_r1.tasks._options import check_matching
 
 _HALF_SIDE = 0.02

@@ -13,11 +13,12 @@ from torchmetrics import Metric
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.rows import Row, RowError
-from perception_r1.data.scenes import DetectionWorld
+from perception_r1.data.worlds import DetectionWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
 from perception_r1.metrics import BoxAP
-from perception_r1.task import Frame, LabelledBox, Mark, Sample, Score, Task
+from perception_r1.records import Frame, LabelledBox, Mark, Sample, Score
+from perception_r1.task import Task
 from perception_r1.tasks._options import check_matching, check_weights
 
 # fmt: off

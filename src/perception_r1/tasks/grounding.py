@@ -7,9 +7,10 @@ from typing import Any
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.rows import Row
-from perception_r1.data.scenes import GroundingWorld
+from perception_r1.data.worlds import GroundingWorld
 from perception_r1.geometry import center, iou, to_pixels
-from perception_r1.task import Box, Frame, LabelledBox, Mark, Sample, Score, Task
+from perception_r1.records import Box, Frame, LabelledBox, Mark, Sample, Score
+from perception_r1.task import Task
 from perception_r1.tasks._options import check_weights
 
 _THRESHOLDS = {"accuracy_50": 0.50, "accuracy_75": 0.75, "accuracy_95": 0.95}

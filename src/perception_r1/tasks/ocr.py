@@ -9,8 +9,9 @@ from rapidfuzz.distance import Levenshtein
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.rows import Row
-from perception_r1.data.scenes import TextWorld
-from perception_r1.task import Frame, Mark, Sample, Score, Task
+from perception_r1.data.worlds import TextWorld
+from perception_r1.records import Frame, Mark, Sample, Score
+from perception_r1.task import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

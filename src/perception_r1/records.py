@@ -1,0 +1,81 @@
+"""The records that travel the road: samples, boxes, scores.
+
+Inside the program every box is xyxy and every point xy, as fractions of the original image (0..1, origin top left).
+Only a codec (`codecs.py`) knows how a model family writes them; only a row (`data/rows.py`) knows pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from PIL import Image
+
+TargetT = TypeVar("TargetT")
+
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2 in fractions of the original image."""
+Point = tuple[float, float]
+"""x, y in fractions of the original image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """The two sizes of one image, in pixels: as stored, and as the model sees it after smart-resize."""
+
+    width: int
+    height: int
+    seen_width: int
+    seen_height: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledBox:
+    """One object: its name and its box in fractions of the original image."""
+
+    label: str
+    box: Box
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """Something to draw on a picture: a box or a point (fractions of the original image), maybe with a caption."""
+
+    shape: Box | Point
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample(Generic[TargetT]):
+    """One image, one question about it, and the right answer.
+
+    Attributes:
+        id: Unique within its data source.
+        image: The picture in RGB, or the file it is read from (see `load_image`).
+        width: Width of the original image in pixels.
+        height: Height of the original image in pixels.
+        query: What fills the slot of the task's prompt ("red cup"); empty when the prompt has none.
+        target: The task's own target record.
+    """
+
+    id: str
+    image: Image.Image | Path
+    width: int
+    height: int
+    query: str
+    target: TargetT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """What a completion is worth.
+
+    Attributes:
+        reward: The weighted sum that GRPO maximises.
+        terms: The unweighted reward terms by name.
+        figures: Evaluation figures of this one sample by name (0/1 for an accuracy, a count for a number of errors).
+    """
+
+    reward: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,253 @@
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from perception_r1.cli import find_checkpoint, main
+from perception_r1.errors import UserError
+from perception_r1.modules import GRPO, SFT
+from perception_r1.tasks import TASKS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def compose(task="counting", *more):
+    """Config files as the Makefile gives them for the embedded policy."""
+    files = [CONFIGS / "default.yaml", CONFIGS / "task" / f"{task}.yaml", CONFIGS / "model" / "tiny.yaml"]
+    files += [CONFIGS / "tiny" / f"{task}.yaml", *(CONFIGS / name for name in more)]
+    return [argument for file in files for argument in ("-c", str(file))]
+
+
+def print_config(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, "--print_config"])
+    assert not stop.value.code
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def fails(capsys, *arguments):
+    """Exit status and what is written to standard error."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err
+
+
+@pytest.fixture
+def fitted(monkeypatch, tmp_path, folder):
+    """Runs the command line without any training: what the trainer would have got."""
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+
+    def record(trainer, model=None, datamodule=None, ckpt_path=None, **kwargs):
+        seen.update(trainer=trainer, model=model, datamodule=datamodule, ckpt_path=ckpt_path)
+
+    def run(*arguments, command="fit", task="counting", more=()):
+        for name in ("fit", "validate", "test", "predict"):
+            monkeypatch.setattr(Trainer, name, record)
+        assert main([command, *compose(task, *more), "--model.policy.name", str(folder), *arguments]) == 0
+        return type("Seen", (), dict(seen))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["fit", "validate", "test", "predict", "perception-r1 score --help"]),
+        (["fit", "--help"], ["--task", "--embedded.stop_loss", "--checkpoints.enabled", "--trainer.max_steps"]),
+        (["fit", "--model.help", "GRPO"], ["--model.group_size", "Completions of each prompt (G)", "--model.kl_coef"]),
+        (["fit", "--data.help", "CountingData"], ["--data.train_file", "--data.batch_size", "--data.on_bad_row"]),
+    ],
+)
+def test_help_names_the_options_and_explains_them(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_files_of_a_task_and_a_model_compose(capsys, task):
+    config = print_config(capsys, *compose(task))
+    assert config["task"] == task
+    assert config["trainer"]["logger"]["init_args"]["name"] == task
+    assert config["data"]["class_path"].endswith(f".{task.capitalize()}Data")
+    assert config["model"]["init_args"]["policy"]["name"] == "tiny"
+    assert config["model"]["init_args"]["max_new_tokens"] == 96
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 3e-4
+    assert config["embedded"]["stop_loss"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (CONFIGS / "model").iterdir()))
+def test_every_model_file_composes_with_every_kind_of_training(capsys, name):
+    files = [CONFIGS / "default.yaml", CONFIGS / "task" / "grounding.yaml", CONFIGS / "model" / name]
+    arguments = [argument for file in files for argument in ("-c", str(file))]
+    for more in ([], ["-c", str(CONFIGS / "sft.yaml")]):
+        config = print_config(capsys, *arguments, *more)
+        assert config["model"]["class_path"].endswith("SFT" if more else "GRPO")
+        assert config["model"]["init_args"]["policy"]["name"]
+
+
+def test_the_command_line_has_the_last_word(fitted):
+    run = fitted(
+        *["--model.group_size", "5", "--model.temperature", "0.7", "--model.kl_coef", "0.5"],
+        *["--model.optimizer", "SGD", "--model.optimizer.lr", "0.25", "--data.batch_size", "3"],
+        *["--trainer.max_steps", "7", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "elsewhere"],
+        *["--trainer.callbacks+=DeviceStatsMonitor", "--trainer.precision", "bf16-mixed", "--seed_everything", "4"],
+    )
+    module = run.model
+    assert isinstance(module, GRPO)
+    assert (module.group_size, module.temperature, module.kl_coef) == (5, 0.7, 0.5)
+    optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
+    assert (type(optimizer), optimizer.param_groups[0]["lr"]) == (torch.optim.SGD, 0.25)
+    assert (run.datamodule.batch_size, run.datamodule.seed, module.seed) == (3, 4, 4)
+    assert run.trainer.max_steps == 7
+    assert run.trainer.precision == "bf16-mixed"
+    assert isinstance(run.trainer.logger, CSVLogger)
+    names = [type(callback).__name__ for callback in run.trainer.callbacks]
+    assert {
+        "DeviceStatsMonitor",
+        "Progress",
+        "Checkpoints",
+        "Pictures",
+        "BeforeAfter",
+        "RunCard",
+        "Predictions",
+    } <= set(names)
+
+
+def test_the_module_gets_the_task_of_the_data(fitted):
+    run = fitted("--data.task.iou_weight", "3", "--data.task.think", "true", task="grounding")
+    assert run.model.task is run.datamodule.task
+    assert run.model.task == TASKS["grounding"](iou_weight=3.0, think=True)
+
+
+def test_sft_is_one_file_more(fitted):
+    run = fitted(more=["sft.yaml"])
+    assert isinstance(run.model, SFT)
+    assert run.model.max_new_tokens == 96
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.group_size", "1"], "group_size is 1; a completion is compared with its group, so use 2 or more."),
+        (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--data.train_file", "none.jsonl"], "none.jsonl: cannot be read (No such file or directory)"),
+        (["--data.task.matching", "greedy"], "matching"),
+        (["--ckpt_path", "last"], "No run under logs/counting has a checkpoints/last.ckpt yet; train first"),
+        (["--ckpt_path", "best"], "No run under logs/counting has a checkpoints/best.ckpt yet; train first"),
+        (["--model.policy.name", "/nowhere"], "There is no model folder /nowhere."),
+        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val has no effect here; set model.max_grad_norm"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_clear_sentence(capsys, tmp_path, monkeypatch, folder, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, text = fails(capsys, "fit", *compose(), "--model.policy.name", str(folder), *arguments)
+    assert status == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--nonsense", "1"], "nonsense"),
+        (["fit", *compose(), "--model.nonsense", "1"], "nonsense"),
+        (["fit", *compose(), "--data.task.nonsense", "1"], "nonsense"),
+        (["fit", "-c", "configs/task/no_such_task.yaml"], "no_such_task.yaml"),
+        (["fit", *compose(), "--model.group_size", "many"], "group_size"),
+        (["fit", *compose(), "--model.aggregation", "median"], "aggregation"),
+        (["fit", *compose(), "--trainer.precision", "7"], "precision"),
+        (["train"], "invalid choice: 'train'"),
+    ],
+)
+def test_an_option_that_does_not_exist_or_fit_is_an_error(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, text = fails(capsys, *arguments)
+    assert status == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch, folder):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "fit", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["fit", *compose(), "--model.policy.name", str(folder)])
+
+
+def test_a_traceback_is_there_for_who_asks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERCEPTION_R1_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        main(["fit", *compose(), "--ckpt_path", "last"])
+
+
+def make_checkpoint(folder, version, name, *, age):
+    path = folder / f"version_{version}" / "checkpoints" / f"{name}.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": version}, path)
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return path
+
+
+def test_the_newest_checkpoint_of_a_name_is_found(tmp_path):
+    make_checkpoint(tmp_path, 2, "last", age=50)
+    newest = make_checkpoint(tmp_path, 10, "last", age=5)
+    best = make_checkpoint(tmp_path, 9, "best", age=1)
+    assert find_checkpoint(tmp_path, "last") == newest
+    assert find_checkpoint(tmp_path, "best") == best
+
+
+def test_going_on_from_the_last_checkpoint_stays_in_its_folder(fitted, tmp_path):
+    logs = tmp_path / "logs" / "counting"
+    make_checkpoint(logs, 0, "last", age=50)
+    newest = make_checkpoint(logs, 3, "last", age=5)
+    run = fitted("--ckpt_path", "last")
+    assert Path(run.ckpt_path).resolve() == newest
+    assert Path(run.trainer.log_dir).resolve() == newest.parents[1]
+    other = fitted("--ckpt_path", "last", command="test")
+    assert Path(other.ckpt_path).resolve() == newest
+    assert Path(other.trainer.log_dir).resolve() == logs / "version_4"
+
+
+def test_checkpoints_are_looked_for_where_the_logger_writes(fitted, tmp_path):
+    newest = make_checkpoint(tmp_path / "elsewhere" / "mine", 1, "last", age=0)
+    run = fitted(
+        *["--trainer.logger.save_dir", "elsewhere", "--trainer.logger.name", "mine", "--ckpt_path", "last"],
+    )
+    assert Path(run.ckpt_path).resolve() == newest
+
+
+def test_the_embedded_policy_is_warmed_up_once_and_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--embedded.max_steps", "2", "--embedded.batch_size", "2", "--before_after.enabled", "false"]
+    small += ["--data.batch_size", "2", "--data.num_val", "2", "--model.max_new_tokens", "4"]
+    assert main(["fit", *compose(), *small, "--trainer.max_steps", "1"]) == 0
+    (warm,) = (tmp_path / ".cache" / "tiny").iterdir()
+    made = warm.stat().st_mtime_ns
+    assert main(["fit", *compose(), *small, "--trainer.max_steps", "2", "--ckpt_path", "last"]) == 0
+    assert (*(tmp_path / ".cache" / "tiny").iterdir(),) == (warm,)
+    assert warm.stat().st_mtime_ns == made
+    assert [path.name for path in (tmp_path / "logs" / "counting").iterdir()] == ["version_0"]
+    card = json.loads((tmp_path / "logs" / "counting" / "version_0" / "run.json").read_text())
+    assert card["steps"] == 2
+    assert card["resumed_from"].endswith("last.ckpt")
+
+
+def test_scoring_needs_no_trainer(capsys):
+    assert main(["score", "--help"]) == 0
+    assert "score" in capsys.readouterr().out
