@@ -73,13 +73,13 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     def score(self, prediction: PredictionT | None, target: TargetT) -> Score:
         """Reward, terms and figures of one prediction."""
 
-    @abstractmethod
     def marks(self, answer: TargetT | PredictionT) -> Sequence[Mark]:
-        """What to draw for a target or a prediction; empty when there is nothing to draw."""
+        """What to draw for a target or a prediction; nothing unless a task says so."""
+        return ()
 
-    @abstractmethod
     def describe(self, prediction: PredictionT | None, frame: Frame) -> Any:
-        """A prediction as JSON-ready data, coordinates in pixels of the original image; None for no prediction."""
+        """A prediction as JSON-ready data, coordinates in pixels of the original image; by default as it is."""
+        return prediction
 
     def metrics(self) -> dict[str, Metric]:
         """Metrics over a whole data set that no mean of per-sample figures gives (AP, say).

@@ -235,7 +235,7 @@ def test_impossible_settings_are_refused(world, change, sentence):
 def test_source_refuses_wrong_arguments_and_indices():
     with pytest.raises(ValueError, match="split must be one of train, val, test"):
         SceneSource(DetectionWorld(), "dev", 0, 5)
-    with pytest.raises(ValueError, match="size must be between 1"):
+    with pytest.raises(ValueError, match="at least 1 scene"):
         SceneSource(DetectionWorld(), "val", 0, 0)
     with pytest.raises(IndexError):
         SceneSource(DetectionWorld(), "val", 0, 5)[5]

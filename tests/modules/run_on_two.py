@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.modules.toy import SFT, Checkpoints, Log, Lottery, make_data, make_module, make_trainer, trained_weights
+from perception_r1.modules import SFT
+from tests.modules.toy import Checkpoints, Log, Lottery, make_data, make_module, make_trainer, trained_weights
 
 
 class Samples(Callback):

@@ -7,9 +7,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from perception_r1.errors import UserError
+from perception_r1.modules import GRPO, SFT
 from perception_r1.policy.load import LoraConfig
 from perception_r1.tasks.grounding import Grounding
-from tests.modules.toy import GRPO, SFT, Checkpoints, Log, Lottery, fit, make_data, make_module, trained_weights
+from tests.modules.toy import Checkpoints, Log, Lottery, fit, make_data, make_module, trained_weights
 
 VALIDATION = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
 ADAPTER = {"policy": {"lora": LoraConfig(rank=2, dropout=0.1)}}

@@ -5,11 +5,12 @@ import torch
 from PIL import Image
 
 from perception_r1.errors import UserError
+from perception_r1.modules import SFT
 from perception_r1.policy.load import LoraConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.tasks.counting import Counting, CountingData
 from perception_r1.tasks.grounding import Grounding
-from tests.modules.toy import SFT, Gradients, Log, fit, make_data, make_module
+from tests.modules.toy import Gradients, Log, fit, make_data, make_module
 from tests.policy import oracle
 
 

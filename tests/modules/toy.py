@@ -1,4 +1,4 @@
-"""A real module, data module and trainer with a reward that differs from text to text, so that there is something to learn."""
+"""A real module, data module and trainer with a reward that differs from text to text: something to learn."""
 
 import zlib
 from collections.abc import Sequence

@@ -1,6 +1,5 @@
 """OCR: the text of a page. Reward = 1 - edit distance / length of the longer text."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.rows import Row
 from perception_r1.data.worlds import TextWorld
-from perception_r1.records import Frame, Mark, Sample, Score
+from perception_r1.records import Frame, Sample, Score
 from perception_r1.task import Task
 
 
@@ -72,10 +71,6 @@ class Ocr(Task[OcrTarget, str]):
             terms={"similarity": similarity},
             figures={"edit_distance": distance, "exact_match": float(prediction == target.text)},
         )
-
-    def marks(self, answer: OcrTarget | str) -> Sequence[Mark]:
-        """Nothing: the text has no place in the picture."""
-        return []
 
     def describe(self, prediction: str | None, frame: Frame) -> dict[str, str] | None:
         """`{"text": "..."}`."""
