@@ -8,6 +8,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from perception_r1.cli import find_checkpoint, main
 from perception_r1.errors import UserError
@@ -187,6 +188,16 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch, fold
     monkeypatch.setattr(Trainer, "fit", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["fit", *compose(), "--model.policy.name", str(folder)])
+
+
+def test_a_stop_by_sigterm_has_its_own_status(capsys, tmp_path, monkeypatch, folder):
+    def stop(*args, **kwargs):
+        raise SIGTERMException
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "fit", stop)
+    assert main(["fit", *compose(), "--model.policy.name", str(folder)]) == 143
+    assert "--ckpt_path last" in capsys.readouterr().err
 
 
 def test_a_traceback_is_there_for_who_asks(tmp_path, monkeypatch):

@@ -157,6 +157,15 @@ def test_a_ratio_beyond_the_clip_pulls_no_further():
     assert int(parts.clipped_sum) == 2
 
 
+def test_dapo_weights_of_two_devices_average_to_those_of_one():
+    lengths, split = torch.tensor(LENGTHS), 2
+    parts = [lengths[:split], lengths[split:]]
+    mean = lengths.sum().float() / len(parts)
+    options = {"aggregation": "dapo", "max_new_tokens": 10}
+    apart = torch.cat([token_weights(part, num_tokens=mean, **options) for part in parts]) / len(parts)
+    torch.testing.assert_close(apart, token_weights(lengths, **options))
+
+
 def test_nothing_behind_the_end_token_counts():
     policy, old, reference, advantages = make_batch()
     weights = token_weights(torch.tensor(LENGTHS), aggregation="grpo", max_new_tokens=10).double()

@@ -197,7 +197,8 @@ def check_own_command(
 
 def check_results(arguments: list[str], place: Path) -> None:
     """What a command leaves behind."""
-    runs = place / "logs" / (option(arguments, "--task") or task_name(arguments))
+    name = option(arguments, "--task") or task_name(arguments)
+    runs = place / "logs" / (f"{name}-sft" if "configs/sft.yaml" in " ".join(arguments) else name)
     if arguments[0] == "predict":
         assert len(list(runs.glob("version_*/predictions.jsonl"))) == 1
     elif arguments[0] == "fit":

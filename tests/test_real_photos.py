@@ -75,6 +75,7 @@ def run(command: str, task: str, data: Path, model: Path, *options: str) -> int:
     arguments += ["--seed_everything", "0", "--model.policy.name", str(model), "--model.policy.max_pixels", "10000"]
     arguments += [f"--data.{split}_file={data / task}.jsonl" for split in ("train", "val", "test")]
     arguments += ["--data.batch_size", "2", "--data.eval_batch_size", "3", "--model.max_new_tokens", "8"]
+    arguments += ["--pictures.num_pictures", "2", "--pictures.panel_width", "112"]
     return main([command, *arguments, *options])
 
 
@@ -88,7 +89,7 @@ def test_real_photographs_train_validate_and_predict(photos, model_folders, tmp_
     family, options = SET_UPS[set_up]
     monkeypatch.chdir(tmp_path)
     model = model_folders[family]
-    training = ["--model.group_size", "3", "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
+    training = ["--model.group_size", "3", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
     assert run("fit", task, photos, model, *options, *training) == 0
     folder = tmp_path / "logs" / task / "version_0"
     card = json.loads((folder / "run.json").read_text())

@@ -150,6 +150,7 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the reference, rightly
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 

@@ -56,7 +56,9 @@ def is_equal_group(rewards: Tensor, group_size: int) -> Tensor:
     return groups.amax(1) == groups.amin(1)
 
 
-def token_weights(lengths: Tensor, *, aggregation: Aggregation, max_new_tokens: int) -> Tensor:
+def token_weights(
+    lengths: Tensor, *, aggregation: Aggregation, max_new_tokens: int, num_tokens: Tensor | None = None
+) -> Tensor:
     """Weight of each completion's every token in the loss of a whole batch.
 
     The weights of a batch do not depend on how it is cut into micro-batches, so neither do its gradients.
@@ -66,6 +68,8 @@ def token_weights(lengths: Tensor, *, aggregation: Aggregation, max_new_tokens: 
         aggregation: "grpo": mean over a completion's tokens, then over completions; "dapo": mean over all tokens;
             "dr_grpo": sum over tokens divided by a constant, N * max_new_tokens.
         max_new_tokens: The constant of "dr_grpo".
+        num_tokens: The number of tokens over which "dapo" averages; by default those of `lengths`. Where gradients are
+            averaged over devices, the mean number per device makes it the mean over the tokens of all of them.
 
     Returns:
         [N] weights.
@@ -73,9 +77,10 @@ def token_weights(lengths: Tensor, *, aggregation: Aggregation, max_new_tokens: 
     count = len(lengths)
     if aggregation == "grpo":
         return 1.0 / (lengths * count)
+    ones = torch.ones_like(lengths, dtype=torch.float32)
     if aggregation == "dapo":
-        return torch.full_like(lengths, 1.0, dtype=torch.float32) / lengths.sum()
-    return torch.full_like(lengths, 1.0, dtype=torch.float32) / (count * max_new_tokens)
+        return ones / (lengths.sum() if num_tokens is None else num_tokens)
+    return ones / (count * max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -224,7 +224,7 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_named(folder, tmp_p
 def test_too_many_skipped_updates_in_a_row_stop_training(folder, tmp_path, monkeypatch):
     spoil_loss(monkeypatch, set(range(1, 99)))
     module = make_module(folder)
-    with pytest.raises(RuntimeError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row were not finite"):
+    with pytest.raises(UserError, match=f"{MAX_SKIPPED_IN_A_ROW} updates in a row were not finite"):
         fit(folder, tmp_path, module, max_steps=40)
     assert module.num_skipped_steps == MAX_SKIPPED_IN_A_ROW
 

@@ -6,6 +6,7 @@ from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Sample
 from perception_r1.tasks.grounding import Grounding, GroundingTarget
+from perception_r1.tasks.ocr import Ocr, OcrTarget
 from tests.policy import oracle
 
 
@@ -46,6 +47,14 @@ def test_an_answer_is_encoded_as_the_task_writes_it_closed_by_the_end_token(mode
             task.score(task.parse(t, policy.codec, f), s.target).terms["format"]
             for t, f, s in zip(texts, prompts.frames, samples, strict=True)
         ] == [1, 1]
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
+def test_an_answer_that_spells_out_an_end_or_vision_token_is_refused(folder, token):
+    policy = Policy.load(PolicyConfig(name=str(folder)))
+    bad = Sample(id="7", image=oracle.noise(28, 28), width=28, height=28, query="", target=OcrTarget(text=f"a{token}b"))
+    with pytest.raises(UserError, match="Sample 7: its answer spells out a token"):
+        policy.encode_answers(Ocr(), [bad], policy.encode(Ocr(), [bad]))
 
 
 def test_the_prompt_limit_is_that_of_the_configuration(folder):

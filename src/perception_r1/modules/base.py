@@ -171,7 +171,7 @@ class PolicyModule(LightningModule):
             The gradient norm before clipping and the learning rate used, for the log.
 
         Raises:
-            RuntimeError: Too many updates in a row were skipped.
+            UserError: Too many updates in a row were skipped.
         """
         optimizer = cast(LightningOptimizer, self.optimizers())
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -193,7 +193,7 @@ class PolicyModule(LightningModule):
         self._skipped_in_a_row += 1
         self.print(f"Step {self.global_step}: the {what} is not finite; the update is skipped.")
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise RuntimeError(
+            raise UserError(
                 f"{MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower the learning rate or max_grad_norm "
                 "and go on from an earlier checkpoint."
             )
@@ -219,11 +219,11 @@ class PolicyModule(LightningModule):
     def evaluate(self, batches: Iterable[list[Sample[Any]]]) -> dict[str, float]:
         """Greedy figures over a whole data set, outside of any loop of the trainer."""
         metrics = task_metrics(self.task).to(self.policy.device)
-        was_training = self.training
-        self.eval()
+        was_training = self.policy.training
+        self.policy.eval()
         for batch in batches:
             update_metrics(metrics, self.answer(batch))
-        self.train(was_training)
+        self.policy.train(was_training)
         return {name: float(value) for name, value in metrics.compute().items()}
 
     def validation_step(  # type: ignore[override]  # outcomes are for the callbacks, not for Lightning

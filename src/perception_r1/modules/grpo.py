@@ -158,7 +158,7 @@ class GRPO(PolicyModule):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
         seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
         torch.manual_seed(seeds[0])  # dropout of an adapter, if any
-        self.eval()
+        self.policy.eval()
         rollout = self.policy.roll_out(
             prompts,
             group_size=self.group_size,
@@ -166,7 +166,7 @@ class GRPO(PolicyModule):
             seeds=seeds,
             temperature=self.temperature,
         )
-        self.train()
+        self.policy.train()
         return rollout
 
     def score(self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout) -> list[Outcome]:
@@ -189,7 +189,12 @@ class GRPO(PolicyModule):
             prompts=prompts,
             completions=rollout.completions,
             advantages=advantages,
-            weights=token_weights(lengths, aggregation=self.aggregation, max_new_tokens=self.max_new_tokens),
+            weights=token_weights(
+                lengths,
+                aggregation=self.aggregation,
+                max_new_tokens=self.max_new_tokens,
+                num_tokens=self.trainer.strategy.reduce(lengths.sum().float(), reduce_op="mean"),
+            ),
             old_logprobs={},
             reference_logprobs={},
         )
@@ -198,9 +203,11 @@ class GRPO(PolicyModule):
         """One optimiser step on the whole experience, in micro-batches of whole groups.
 
         A group without any advantage pulls nowhere; without KL penalty its gradient is exactly zero, so it is left out.
+        Not so on several devices, which must all make the same number of backward passes.
         """
         has_pull = experience.advantages.view(-1, self.group_size).abs().amax(1) > 0
-        prompts = [i for i in range(len(experience.prompts)) if self.kl_coef > 0 or bool(has_pull[i])]
+        is_complete = self.kl_coef > 0 or self.trainer.world_size > 1
+        prompts = [i for i in range(len(experience.prompts)) if is_complete or bool(has_pull[i])]
         size = self.micro_batch_size or max(1, len(prompts))
         totals = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
         num_tokens = 0

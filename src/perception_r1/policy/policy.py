@@ -94,10 +94,21 @@ class Policy(nn.Module):
     def encode_answers(
         self, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch
     ) -> list[Tensor]:
-        """The ideal completion of each sample, closed by the end token that the model itself writes first."""
+        """The ideal completion of each sample, closed by the end token that the model itself writes first.
+
+        Raises:
+            UserError: An answer holds a token that no completion can hold, because the sample's text spells it out.
+        """
         texts = [task.answer(sample, self.codec, frame) for sample, frame in zip(samples, prompts.frames, strict=True)]
         rows = self.processor.encode_answers(texts, int(self.end_token_ids[0]))
-        return [row.to(self.device) for row in rows]
+        rows = [row.to(self.device) for row in rows]
+        for sample, row in zip(samples, rows, strict=True):
+            if torch.isin(row[:-1], torch.cat([self.banned, self.end_token_ids])).any():
+                raise UserError(
+                    f"Sample {sample.id}: its answer spells out a token that ends a completion or stands for a "
+                    "picture; remove it from the text."
+                )
+        return rows
 
     def roll_out(
         self,
