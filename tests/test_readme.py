@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -215,6 +216,23 @@ def has_tool(arguments: list[str]) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def run_benchmark(arguments: list[str]) -> None:
+    """A program of benchmarks/ from end to end, with runs of two steps, away from the committed results."""
+    with tempfile.TemporaryDirectory() as place:
+        small = shlex.join([*SMALL, "--embedded.cache_dir", place])
+        done = subprocess.run(
+            [sys.executable, *arguments[1:], "--runs", place, "--results", place, "--options", small],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        (row,) = json.loads((Path(place) / "learning.json").read_text(encoding="utf-8"))["rows"]
+        assert (row["task"], row["variant"], row["seed"], row["steps"]) == ("ocr", "grpo", 0, 2)
+        assert done.stdout == (Path(place) / "learning.md").read_text(encoding="utf-8")
+
+
 def is_on_path(arguments: list[str]) -> None:
     assert shutil.which(arguments[0])
 
@@ -222,6 +240,7 @@ def is_on_path(arguments: list[str]) -> None:
 RULES: dict[str, Callable[[list[str]], None]] = {
     **dict.fromkeys(("pip", "pytest", "ruff", "mypy", "tensorboard", "pre-commit"), has_tool),
     **dict.fromkeys(("python3", "touch"), is_on_path),
+    "python": run_benchmark,
 }
 """How programs that are not run here are checked."""
 
