@@ -121,14 +121,11 @@ class PolicyModule(LightningModule):
 
     def num_planned_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        by_epochs = math.inf
+        planned = self.trainer.max_steps if self.trainer.max_steps >= 0 else math.inf
         if self.trainer.max_epochs is not None and self.trainer.max_epochs >= 0:
-            by_epochs = self.trainer.num_training_batches * self.trainer.max_epochs * self.updates_per_batch
-            if math.isinf(self.trainer.num_training_batches):
-                self.trainer.fit_loop.setup_data()
-                by_epochs = self.trainer.num_training_batches * self.trainer.max_epochs * self.updates_per_batch
-        by_steps = self.trainer.max_steps if self.trainer.max_steps >= 0 else math.inf
-        planned = min(by_epochs, by_steps)
+            self.trainer.fit_loop.setup_data()  # only then is the number of batches known
+            num_batches = self.trainer.num_training_batches * self.trainer.max_epochs
+            planned = min(planned, num_batches * self.updates_per_batch)
         if math.isinf(planned):
             raise UserError("Set trainer.max_steps or max_epochs: the learning rate decays over a known length.")
         return int(planned)
