@@ -31,7 +31,6 @@ class Checkpoints(Checkpoint):
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.best_value = -math.inf
-        self.best_step = 0
         self._is_inside_step = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -52,7 +51,7 @@ class Checkpoints(Checkpoint):
         (tag,) = tag_figures("val", {task.headline: None}, task)
         value = trainer.callback_metrics.get(tag)
         if isinstance(value, Tensor) and float(value) > self.best_value:
-            self.best_value, self.best_step = float(value), trainer.global_step
+            self.best_value = float(value)
             self._save(trainer, "best.ckpt")
         self._save(trainer, "last.ckpt")
 
@@ -70,11 +69,11 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best figure so far survives a resume."""
-        return {"best_value": self.best_value, "best_step": self.best_step}
+        return {"best_value": self.best_value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the best figure so far."""
-        self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
+        self.best_value = state_dict["best_value"]
 
     def _save(self, trainer: Trainer, name: str) -> None:
         """Write beside, then rename: a kill in mid-write leaves the file before."""
