@@ -35,7 +35,7 @@ def main(model: str, out: str, kind: str) -> None:
         val_check_interval=2,
         check_val_every_n_epoch=None,
     )
-    options: dict[str, Any] = {"kind": SFT} if kind == "sft" else {"micro_batch_size": 1}
+    options: dict[str, Any] = {"kind": SFT} if kind == "sft" else {"micro_batch_tokens": 150}
     if kind == "uneven":  # without KL penalty a group of equal rewards is left out: here those of the second process
         options |= {"kl_coef": 0.0, "task": Lottery(spread=0.0 if trainer.global_rank else 1.0)}
     module = make_module(Path(model), **options)

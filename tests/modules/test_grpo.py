@@ -74,7 +74,7 @@ def test_training_changes_the_policy_and_not_the_reference(folder, tmp_path):
 
 def test_the_policy_samples_in_evaluation_mode_and_learns_in_training_mode(folder, tmp_path, monkeypatch):
     modes = []
-    for name in ("roll_out", "forward"):
+    for name in ("prefill", "forward"):
         plain = getattr(Policy, name)
         spy = lambda self, *a, plain=plain, **k: modes.append(self.model.training) or plain(self, *a, **k)  # noqa: E731
         monkeypatch.setattr(Policy, name, spy)
@@ -140,18 +140,26 @@ def test_the_first_gradient_is_that_of_a_loop_over_completions(folder, tmp_path,
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_micro_batches_change_no_gradient(folder, tmp_path, kl_coef):
-    def first(size):
+def test_micro_batches_change_no_gradient(folder, tmp_path, monkeypatch, kl_coef):
+    """Whole groups apart, or groups split over their completions."""
+    num_parts = []
+    plain = GRPO.update
+    spy = lambda self, experience: num_parts.append(len(experience.parts)) or plain(self, experience)  # noqa: E731
+    monkeypatch.setattr(GRPO, "update", spy)
+
+    def first(budget):
         gradients = Gradients()
-        module = make_module(folder, micro_batch_size=size, kl_coef=kl_coef)
+        module = make_module(folder, micro_batch_tokens=budget, kl_coef=kl_coef)
         fit(folder, tmp_path, module, [gradients], max_steps=1, precision="64-true", data=make_data(batch_size=3))
         return gradients.first
 
     whole = first(None)
-    for size in (1, 2):
-        for name, gradient in first(size).items():
+    budgets = {150: 3, 1: 12}
+    for budget in budgets:
+        for name, gradient in first(budget).items():
             scale = max(float(whole[name].abs().max()), 1e-9)
             torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6 * scale, msg=name)
+    assert num_parts == [1, *budgets.values()]
 
 
 def test_mixed_precision_reaches_every_weight(folder, tmp_path):
@@ -264,7 +272,7 @@ def test_trainer_settings_without_effect_are_refused(folder, tmp_path, options, 
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0"),
         ({"updates_per_rollout": 0}, "updates_per_rollout"),
-        ({"micro_batch_size": 0}, "micro_batch_size"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
         ({"kl_coef": -0.1}, "kl_coef"),
         ({"clip_low": 1.0}, "clip_low"),
         ({"clip_high": -0.1}, "clip_high"),

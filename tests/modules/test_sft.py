@@ -55,13 +55,13 @@ def test_training_lowers_the_loss(folder, tmp_path):
 
 
 def test_micro_batches_change_no_gradient(folder, tmp_path):
-    def first(size):
+    def first(budget):
         gradients, data = Gradients(), make_data(Grounding(), batch_size=3)
-        module = make_sft(folder, micro_batch_size=size)
+        module = make_sft(folder, micro_batch_tokens=budget)
         fit(folder, tmp_path, module, [gradients], max_steps=1, precision="64-true", data=data)
         return gradients.first
 
-    whole, parts = first(None), first(2)
+    whole, parts = first(None), first(120)
     for name, gradient in parts.items():
         scale = max(float(whole[name].abs().max()), 1e-9)
         torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6 * scale, msg=name)
@@ -89,5 +89,5 @@ def test_rows_that_give_only_a_count_cannot_be_learnt_from(folder, tmp_path):
 
 
 def test_micro_batches_must_be_positive(folder):
-    with pytest.raises(UserError, match="micro_batch_size"):
-        make_sft(folder, micro_batch_size=0)
+    with pytest.raises(UserError, match="micro_batch_tokens"):
+        make_sft(folder, micro_batch_tokens=0)

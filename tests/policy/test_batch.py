@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 
 from perception_r1.policy.load import PolicyConfig
@@ -28,17 +30,20 @@ def test_a_selection_of_a_selection_keeps_its_pictures(folder):
     assert_same(encode(processor).select([2, 1]).select([1]), encode(processor, [1]))
 
 
-def test_padding_is_known(folder):
-    batch = encode(processor_of(folder))
+def test_the_lengths_leave_padding_out(folder):
+    processor = processor_of(folder)
+    batch = encode(processor)
     assert len(batch) == 3
-    assert batch.is_padded
-    assert not batch.select([1]).is_padded
+    assert batch.lengths == [encode(processor, [place]).input_ids.shape[1] for place in range(3)]
 
 
 def test_moving_moves_every_tensor(folder):
-    batch = encode(processor_of(folder))
+    plain = encode(processor_of(folder))
+    batch = replace(plain, features=tuple(torch.full((1, 2, 3), float(image)) for image in range(4)))
     moved = batch.to("meta")
-    tensors = [getattr(moved, name) for name in moved.__dataclass_fields__ if name not in ("num_images", "frames")]
+    values = [getattr(moved, name) for name in moved.__dataclass_fields__ if name not in ("num_images", "frames")]
+    tensors = [tensor for value in values for tensor in (value if isinstance(value, tuple) else [value])]
+    assert len(tensors) == 5 + 4
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.num_images, moved.frames) == (batch.num_images, batch.frames)
     assert_same(batch.to("cpu"), batch)

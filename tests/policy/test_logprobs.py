@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perception_r1.policy.forward import embed_prompts
+from perception_r1.policy.forward import pack_prompts
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
@@ -77,10 +77,10 @@ def test_probabilities_of_all_tokens_that_may_be_written_add_up_to_one(policy):
 
 def test_the_comparison_would_notice_positions_that_are_off_by_one(policy, plain, exact_layers, monkeypatch):
     def shifted(model, prompts):
-        embedded = embed_prompts(model, prompts)
+        embedded = pack_prompts(model, prompts)
         return replace(embedded, next_position=embedded.next_position + 1)
 
-    monkeypatch.setattr("perception_r1.policy.logprobs.embed_prompts", shifted)
+    monkeypatch.setattr("perception_r1.policy.logprobs.pack_prompts", shifted)
     completion = oracle.random_completions([5])
     with torch.no_grad():
         logprobs = policy(oracle.encode(policy.processor, [0]), completion)[0]

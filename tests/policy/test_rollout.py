@@ -3,13 +3,19 @@ import json
 import pytest
 import torch
 
+from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.rollout import Sampling, roll_out
+from perception_r1.policy.prefill import prefill
+from perception_r1.policy.rollout import Sampling, write
 from tests.policy import oracle
 
 ENDS = torch.tensor([271, 272])
 """The two end tokens of the tiny tokenizer."""
+
+
+def roll_out(model, prompts, **options):
+    return write(Decoder(model), prefill(model, prompts), **options)
 
 
 def sampling_of(policy, *, end_token_ids=None, **options):

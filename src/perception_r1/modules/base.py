@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -68,6 +69,7 @@ class PolicyModule(LightningModule):
         schedule: Learning rate over the steps.
         max_new_tokens: Longest completion, end token included.
         max_grad_norm: Gradients are scaled down to this norm.
+        micro_batch_tokens: Tokens computed at once; None: the whole batch.
         seed: Seed of sampling and dropout; a resumed run continues their sequence.
     """
 
@@ -83,6 +85,7 @@ class PolicyModule(LightningModule):
         schedule: ScheduleConfig,
         max_new_tokens: int,
         max_grad_norm: float,
+        micro_batch_tokens: int | None,
         seed: int,
     ) -> None:
         super().__init__()
@@ -90,6 +93,8 @@ class PolicyModule(LightningModule):
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
         if max_grad_norm <= 0:
             raise UserError(f"max_grad_norm is {max_grad_norm}; it must be above 0.")
+        if micro_batch_tokens is not None and micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens is {micro_batch_tokens}; it must be 1 or more, or null.")
         self.automatic_optimization = False
         self.task = task
         self.policy_config = policy
@@ -97,6 +102,7 @@ class PolicyModule(LightningModule):
         self.schedule = schedule
         self.max_new_tokens = max_new_tokens
         self.max_grad_norm = max_grad_norm
+        self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
         self.train_scores = score_means(task)
         self.eval_metrics = task_metrics(task)
@@ -151,12 +157,22 @@ class PolicyModule(LightningModule):
         if self.trainer.accumulate_grad_batches != 1:
             raise UserError(
                 "trainer.accumulate_grad_batches has no effect here; set data.batch_size to the prompts of one step "
-                "and model.micro_batch_size to those computed at once."
+                "and model.micro_batch_tokens to what is computed at once."
             )
         if self.trainer.precision in ("16-mixed", "16-true"):
             raise UserError(f"trainer.precision {self.trainer.precision} is not supported; use bf16-mixed or 32-true.")
 
     # -------------------------------------------------------------------------------------------- one update
+
+    def accumulation(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Around the passes of one part of a batch: devices exchange gradients with the last one only.
+
+        The number of parts may therefore differ between devices.
+        """
+        strategy = self.trainer.strategy
+        return (
+            strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not is_last else nullcontext()
+        )
 
     def apply_gradients(self, loss: float) -> dict[str, float]:
         """Clip, step the optimiser and the learning rate; skip an update that is not finite, count it and name it.

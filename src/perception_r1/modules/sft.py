@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from perception_r1.errors import UserError
 from perception_r1.modules.base import PolicyModule, ScheduleConfig
 from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.packing import plan_parts
 from perception_r1.records import Sample
 from perception_r1.task import Task
 
@@ -26,7 +26,8 @@ class SFT(PolicyModule):
         schedule: Learning rate over the steps.
         max_new_tokens: Longest completion in validation, end token included.
         max_grad_norm: Gradients are scaled down to this norm.
-        micro_batch_size: Samples computed at once; null: the whole batch. It changes memory, not results.
+        micro_batch_tokens: Tokens of prompts and answers computed at once; null: the whole batch. It changes memory,
+            not results.
         seed: Seed of dropout; a resumed run continues its sequence.
     """
 
@@ -39,7 +40,7 @@ class SFT(PolicyModule):
         schedule: ScheduleConfig,
         max_new_tokens: int = 768,
         max_grad_norm: float = 1.0,
-        micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -49,11 +50,9 @@ class SFT(PolicyModule):
             schedule=schedule,
             max_new_tokens=max_new_tokens,
             max_grad_norm=max_grad_norm,
+            micro_batch_tokens=micro_batch_tokens,
             seed=seed,
         )
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise UserError("micro_batch_size must be 1 or more.")
-        self.micro_batch_size = micro_batch_size
 
     def training_step(self, batch: list[Sample[Any]], batch_idx: int) -> None:
         """Cross-entropy of the ideal answers, one optimiser step."""
@@ -62,16 +61,16 @@ class SFT(PolicyModule):
         with self.phase("encode"):
             prompts = self.policy.encode(self.task, batch)
             answers = self.policy.encode_answers(self.task, batch, prompts)
-        num_tokens = sum(len(answer) for answer in answers)
-        size = self.micro_batch_size or len(batch)
+        lengths = [len(answer) for answer in answers]
+        parts = plan_parts(prompts.lengths, lengths, range(len(batch)), self.micro_batch_tokens)
         total = 0.0
-        for start in range(0, len(batch), size):
-            chosen = range(start, min(start + size, len(batch)))
-            with self.phase("policy_forward"):
-                logprobs = self.policy(prompts.select(chosen), answers[start : start + size])
-                loss = -logprobs.sum() / num_tokens
-            with self.phase("backward"):
-                self.manual_backward(loss)
+        for index, part in enumerate(parts):
+            with self.accumulation(is_last=index + 1 == len(parts)):
+                with self.phase("policy_forward"):
+                    logprobs = self.policy(prompts.select(part.prompts), [answers[row] for row in part.rows])
+                    loss = -logprobs.sum() / sum(lengths)
+                with self.phase("backward"):
+                    self.manual_backward(loss)
             total += float(loss.detach())
         with self.phase("optimizer"):
             figures = self.apply_gradients(total)
@@ -79,7 +78,7 @@ class SFT(PolicyModule):
             figures
             | {
                 "loss": total,
-                "answer_length": num_tokens / len(batch),
+                "answer_length": sum(lengths) / len(batch),
                 "seconds/step": time.perf_counter() - started,
             }
         )

@@ -1,13 +1,12 @@
-"""Attention over packed groups: a prompt is computed once and all its completions attend to it.
+"""Attention in which all completions of a prompt share its keys and values: over packed rows, and token by token.
 
-Registered with transformers under `NAME` for the language model. A call without a `packing` argument (prefill,
-decoding) goes to plain SDPA.
+`shared_prompt_attention` is registered with transformers under `NAME` for the language model. A call without a
+`packing` argument goes to plain SDPA.
 
-Legend: T packed tokens, P tokens of a prompt, G its completions, C longest completion input, H heads, K key-value
-heads, D head size.
+Legend: T packed tokens, H heads, K key-value heads, D head size; in a tile of `policy/packing.py`: n prompts of P
+tokens, G completions each, C longest completion input. In decoding: B prompts, S rows of each, W written tokens.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +16,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from perception_r1.policy.packing import Packing, Tile
+
 NAME = "shared_prompt"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """Where a prompt and its completions lie in a packed row.
-
-    Attributes:
-        start: First token of the prompt.
-        end: One behind the last token of the prompt.
-        rows: [G, C] places of the completions' input tokens; any place where `is_input` is False.
-        is_input: [G, C] True for input tokens, False behind a shorter completion.
-    """
-
-    start: int
-    end: int
-    rows: Tensor
-    is_input: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Packing:
-    """All groups of a packed row: the prompts first, then the completions, without padding."""
-
-    groups: tuple[Group, ...]
 
 
 def shared_prompt_attention(
@@ -65,7 +42,7 @@ def shared_prompt_attention(
         attention_mask: Unused with a packing, which says it all.
         dropout: Of attention weights; zero in these families.
         scaling: Of the scores.
-        packing: Where the groups lie; None for an ordinary batch.
+        packing: Where things lie; None for an ordinary batch.
         **kwargs: Passed on to SDPA.
 
     Returns:
@@ -75,26 +52,94 @@ def shared_prompt_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    options = {"scale": scaling, "dropout_p": dropout}
     prompts, completions = [], []
-    for group in packing.groups:
-        span = slice(group.start, group.end)
-        prompt_key, prompt_value = key[:, :, span], value[:, :, span]  # [1, K, P, D]
-        attended = F.scaled_dot_product_attention(
-            query[:, :, span], prompt_key, prompt_value, is_causal=True, **options
-        )
-        prompts.append(attended[0].transpose(0, 1))  # [P, H, D]
-        if group.rows.shape[1] == 0:
-            continue
-        size, steps = group.rows.shape
-        own = [tensor[0, :, group.rows].transpose(0, 1) for tensor in (query, key, value)]  # [G, heads, C, D]
-        keys = torch.cat([prompt_key.expand(size, -1, -1, -1), own[1]], 2)  # [G, K, P+C, D]
-        values = torch.cat([prompt_value.expand(size, -1, -1, -1), own[2]], 2)
-        # Padding stands behind every real token of its row, so the causal triangle alone keeps it out of sight.
-        sees = torch.ones(steps, keys.shape[2], dtype=torch.bool, device=keys.device).tril(group.end - group.start)
-        attended = F.scaled_dot_product_attention(own[0], keys, values, attn_mask=sees, **options)
-        completions.append(attended.transpose(1, 2)[group.is_input])  # [inputs of the group, H, D]
+    for tile in packing.tiles:
+        prompt_query, prompt_key, prompt_value = (_of_prompts(tensor, tile) for tensor in (query, key, value))
+        attended = _attend(prompt_query, prompt_key, prompt_value, is_causal=True, **options)
+        prompts.append(attended.transpose(1, 2).flatten(0, 1))  # [n*P, H, D]
+        if len(tile.rows):
+            completions.append(_attend_completions(query, key, value, prompt_key, prompt_value, tile, options))
     return torch.cat(prompts + completions)[None], None
+
+
+def _of_prompts(tensor: Tensor, tile: Tile) -> Tensor:
+    """[n, heads, P, D] from [T, heads, D]."""
+    span = tensor[tile.start : tile.start + tile.num_prompts * tile.length]
+    return span.unflatten(0, (tile.num_prompts, tile.length)).transpose(1, 2)
+
+
+def _attend_completions(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    tile: Tile,
+    options: dict[str, Any],
+) -> Tensor:
+    """[inputs of the tile, H, D]: each completion sees its prompt and, behind it, itself."""
+    size = tile.num_prompts * tile.group_size
+    steps = len(tile.rows) // size
+    own = [tensor.index_select(0, tile.rows).unflatten(0, (size, steps)) for tensor in (query, key, value)]
+
+    def behind_prompt(prompt: Tensor, completion: Tensor) -> Tensor:  # [n*G, K, P+C, D]
+        shared = prompt[:, None].expand(-1, tile.group_size, -1, -1, -1)
+        mine = completion.transpose(1, 2).unflatten(0, (tile.num_prompts, tile.group_size))
+        return torch.cat([shared, mine], 3).flatten(0, 1)
+
+    # Filling stands behind every real token of its completion, so the causal triangle alone keeps it out of sight.
+    width = tile.length + steps
+    sees = torch.ones(steps, width, dtype=torch.bool, device=query.device).tril(tile.length)
+    keys, values = behind_prompt(prompt_key, own[1]), behind_prompt(prompt_value, own[2])
+    attended = _attend(own[0].transpose(1, 2), keys, values, attn_mask=sees, **options)
+    rows = attended.transpose(1, 2).flatten(0, 1)  # [n*G*C, H, D]
+    return rows if tile.inputs is None else rows.index_select(0, tile.inputs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """SDPA with grouped key-value heads, which on CUDA are repeated where a mask would rule the fast kernels out."""
+    times = query.shape[1] // key.shape[1]
+    if times > 1 and query.is_cuda and "attn_mask" in options:
+        key, value, times = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), 1
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=times > 1, **options)
+
+
+def next_token_attention(
+    query: Tensor,
+    prompt: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """One softmax over the prompt that all rows of a group share and over what each row has written itself.
+
+    The prompt's keys and values are read once per group, not once per row.
+
+    Args:
+        query: [B, S, H, D], scaled.
+        prompt: Keys and values [B, K, P, D].
+        own: Keys and values [B, K, S, W, D].
+        biases: Added to the scores where not None: [B, 1, 1, 1, P] for the prompt, [W] for the rows' own tokens.
+
+    Returns:
+        [B, S, H*D].
+    """
+    num_prompts, rows, heads, size = query.shape
+    kv_heads = prompt[0].shape[1]
+    # [B, K, S, H/K, D]: the heads that share keys and values stand together, and so do the rows that share a prompt
+    query = query.view(num_prompts, rows, kv_heads, heads // kv_heads, size).transpose(1, 2).contiguous()
+    together = query.flatten(2, 3)  # [B, K, S*H/K, D]
+    to_prompt = (together @ prompt[0].mT).view(*query.shape[:-1], -1)  # [B, K, S, H/K, P]
+    to_own = query @ own[0].mT  # [B, K, S, H/K, W]
+    if biases[0] is not None:
+        to_prompt = to_prompt + biases[0]
+    if biases[1] is not None:
+        to_own = to_own + biases[1]
+    weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
+    on_prompt, on_own = weights.split([to_prompt.shape[-1], to_own.shape[-1]], -1)
+    attended = (on_prompt.flatten(2, 3) @ prompt[1]).view(query.shape) + on_own @ own[1]
+    return attended.transpose(1, 2).reshape(num_prompts, rows, heads * size)
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)

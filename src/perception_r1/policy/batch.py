@@ -1,10 +1,11 @@
 """PromptBatch: prompts with their pictures as tensors, able to slice, repeat and move itself.
 
-Legend: B prompts, P prompt tokens (longest), I images of all prompts, N patches of all images, D values per patch.
+Legend: B prompts, P prompt tokens (longest), I images of all prompts, N patches of all images, D values per patch, H
+hidden size of the language model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class PromptBatch:
         image_grid_thw: [I, 3] patches of each image in time, height and width.
         num_images: Images of each prompt, B entries.
         frames: Sizes of the first image of each prompt, B entries.
+        features: Of each image, I entries [1 + L, tokens, H]: what stands in its place, then what (Qwen3-VL) is added
+            after each of the first L layers; None until the vision tower has looked at the images.
     """
 
     input_ids: Tensor
@@ -33,14 +36,15 @@ class PromptBatch:
     image_grid_thw: Tensor
     num_images: tuple[int, ...]
     frames: tuple[Frame, ...]
+    features: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.num_images)
 
     @property
-    def is_padded(self) -> bool:
-        """Some prompt is shorter than the longest."""
-        return not bool(self.attention_mask.all())
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return self.attention_mask.sum(1).tolist()
 
     def select(self, indices: Sequence[int]) -> "PromptBatch":
         """The prompts at these places, in this order, without padding that none of them needs."""
@@ -58,18 +62,19 @@ class PromptBatch:
             image_grid_thw=self.image_grid_thw[chosen],
             num_images=tuple(self.num_images[index] for index in indices),
             frames=tuple(self.frames[index] for index in indices),
+            features=None if self.features is None else tuple(self.features[i] for i in chosen),
         )
 
     def to(self, device: torch.device | str) -> "PromptBatch":
         """The same batch on another device."""
-        return PromptBatch(
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             mm_token_type_ids=self.mm_token_type_ids.to(device),
             pixel_values=self.pixel_values.to(device),
             image_grid_thw=self.image_grid_thw.to(device),
-            num_images=self.num_images,
-            frames=self.frames,
+            features=None if self.features is None else tuple(image.to(device) for image in self.features),
         )
 
     def _images_by_prompt(self) -> list[range]:

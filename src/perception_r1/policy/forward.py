@@ -1,77 +1,129 @@
-"""The parts of a forward pass that rollout and log-probabilities share: prompt embeddings, positions, the head.
+"""The parts of a forward pass that prefill and log-probabilities share: image features, packed embeddings, the network.
 
-Legend: B prompts, P prompt tokens, H hidden size, V vocabulary.
+Legend: B prompts, M tokens of all prompts, R further tokens, H hidden size, V vocabulary, F image features.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.packing import Packing
 
 QwenVL: TypeAlias = Any
 """A `...ForConditionalGeneration` of the Qwen-VL families, for which transformers has no common type."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EmbeddedPrompts:
-    """Prompts after the vision tower, ready for the language model.
+class PackedPrompts:
+    """Prompts one after another in a single row without padding, ready for the language model.
 
     Attributes:
-        inputs_embeds: [B, P, H] embeddings, image features in their places.
-        position_ids: [3, B, P] multimodal rotary positions.
-        attention_mask: [B, P] 1 for tokens, 0 for padding.
+        inputs_embeds: [M, H] embeddings, image features in their places.
+        position_ids: [3, M] multimodal rotary positions.
+        is_image: [M] True where an image feature stands.
+        deepstack: [L, F, H] features added after the first L layers (Qwen3-VL); L is 0 elsewhere.
         next_position: [B] position of the first completion token.
-        extra: What a family's language model wants besides (Qwen3-VL: features for its first layers).
     """
 
     inputs_embeds: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    is_image: Tensor
+    deepstack: Tensor
     next_position: Tensor
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
-def embed_prompts(model: QwenVL, prompts: PromptBatch) -> EmbeddedPrompts:
-    """Run the vision tower once per image and put its features where the prompt's image tokens stand."""
+def image_features(model: QwenVL, prompts: PromptBatch) -> tuple[Tensor, ...]:
+    """Run the vision tower once on every image; see `PromptBatch.features`."""
+    seen = model.model.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
+    images = [image[None] for image in seen.pooler_output]  # each [1, tokens, H]
+    sizes = [image.shape[1] for image in images]
+    layers = getattr(seen, "deepstack_features", None) or []
+    for layer in layers:
+        of_images = layer.split(sizes) if torch.is_tensor(layer) else layer
+        images = [torch.cat([image, more[None]]) for image, more in zip(images, of_images, strict=True)]
+    return tuple(images)
+
+
+def pack_prompts(model: QwenVL, prompts: PromptBatch) -> PackedPrompts:
+    """Embed prompts; the vision tower runs only where nobody has looked at the images yet."""
     base = model.model
-    position_ids, _ = base.get_rope_index(
+    is_token = prompts.attention_mask.bool()
+    positions, _ = base.get_rope_index(
         prompts.input_ids,
         mm_token_type_ids=prompts.mm_token_type_ids,
         image_grid_thw=prompts.image_grid_thw,
         attention_mask=prompts.attention_mask,
     )
-    is_image = prompts.mm_token_type_ids == 1
-    vision = base.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
-    text = base.get_input_embeddings()(prompts.input_ids)
-    features = torch.cat(list(vision.pooler_output)).to(text.dtype)
-    extra: dict[str, Any] = {}
-    if getattr(vision, "deepstack_features", None) is not None:
-        layers = [layer if torch.is_tensor(layer) else torch.cat(list(layer)) for layer in vision.deepstack_features]
-        extra = {"visual_pos_masks": is_image, "deepstack_visual_embeds": layers}
-    return EmbeddedPrompts(
-        inputs_embeds=text.masked_scatter(is_image[..., None], features),
-        position_ids=position_ids,
-        attention_mask=prompts.attention_mask,
-        next_position=position_ids.amax((0, 2)) + 1,
-        extra=extra,
+    is_image = prompts.mm_token_type_ids[is_token] == 1
+    text = base.get_input_embeddings()(prompts.input_ids[is_token])  # [M, H]
+    features = torch.cat(prompts.features or image_features(model, prompts), 1).to(text.dtype)  # [1 + L, F, H]
+    return PackedPrompts(
+        inputs_embeds=text.masked_scatter(is_image[:, None], features[0]),
+        position_ids=positions[:, is_token],
+        is_image=is_image,
+        deepstack=features[1:],
+        next_position=positions.amax((0, 2)) + 1,
     )
 
 
-def head_logits(model: QwenVL, hidden: Tensor, *, banned: Tensor, temperature: float) -> Tensor:
-    """Logits over the tokens that may be written, in at least fp32 and divided by the temperature.
+def run_packed(
+    model: QwenVL,
+    prompts: PackedPrompts,
+    packing: Packing,
+    *,
+    tokens: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: Any = None,
+) -> Tensor:
+    """The language model over prompts and whatever follows them in the row.
 
     Args:
-        model: The causal model.
-        hidden: [..., H] last hidden states.
-        banned: Ids of tokens that are never written (vision tokens): their logit is -inf.
-        temperature: Sampling temperature, above 0.
+        model: A Qwen-VL causal model whose language model uses `policy/attention.py`.
+        prompts: The prompts.
+        packing: Who sees whom.
+        tokens: [R] further token ids, behind the prompts.
+        positions: [R] their positions.
+        cache: A transformers cache that is to take the keys and values up.
 
     Returns:
-        [..., V].
+        [M + R, H] last hidden states.
     """
-    logits = model.lm_head(hidden)
+    embeds, position_ids, is_image = prompts.inputs_embeds, prompts.position_ids, prompts.is_image
+    if tokens is not None and positions is not None:
+        embeds = torch.cat([embeds, model.model.get_input_embeddings()(tokens)])
+        position_ids = torch.cat([position_ids, positions.expand(3, -1)], 1)
+        is_image = torch.cat([is_image, is_image.new_zeros(len(tokens))])
+    deepstack: dict[str, Any] = {}
+    if len(prompts.deepstack):
+        deepstack = {"visual_pos_masks": is_image[None], "deepstack_visual_embeds": list(prompts.deepstack)}
+    return model.model.language_model(
+        inputs_embeds=embeds[None],
+        position_ids=position_ids[:, None],
+        attention_mask=None,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        packing=packing,
+        **deepstack,
+    ).last_hidden_state[0]
+
+
+def restrict(logits: Tensor, *, banned: Tensor, temperature: float) -> Tensor:
+    """Logits [..., V] over the tokens that may be written, in at least fp32 and divided by the temperature.
+
+    Args:
+        logits: [..., V] of the vocabulary head; they are used up, for a copy of them may take a gigabyte.
+        banned: Ids of tokens that are never written (vision tokens): their logit becomes -inf.
+        temperature: Sampling temperature, above 0.
+    """
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    return logits.index_fill(-1, banned, float("-inf")) / temperature
+    logits = logits.index_fill_(-1, banned, float("-inf"))
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def by_length(lengths: Sequence[int]) -> list[int]:
+    """Prompts in order of length: equal ones come together, and the attention then takes them together."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__)

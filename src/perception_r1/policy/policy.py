@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from perception_r1.codecs import CODECS, Codec
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import QwenVL
+from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.forward import QwenVL, image_features
+from perception_r1.policy.graphs import GraphWriter
 from perception_r1.policy.load import (
     CODEC_BY_FAMILY,
     PolicyConfig,
@@ -21,8 +24,9 @@ from perception_r1.policy.load import (
     prepare_for_training,
 )
 from perception_r1.policy.logprobs import completion_logprobs
+from perception_r1.policy.prefill import PromptCache, prefill
 from perception_r1.policy.processor import Processor
-from perception_r1.policy.rollout import Rollout, Sampling, roll_out
+from perception_r1.policy.rollout import Rollout, Sampling, write
 from perception_r1.records import Sample
 from perception_r1.task import Task
 
@@ -50,6 +54,7 @@ class Policy(nn.Module):
         self.processor = processor
         self.codec = codec
         self.max_prompt_tokens = max_prompt_tokens
+        self._graphs: GraphWriter | None = None
         config = self.model.config
         banned = sorted({getattr(config, name) for name in _VISION_TOKENS if getattr(config, name, None) is not None})
         self.register_buffer("banned", torch.tensor(banned), persistent=False)
@@ -110,6 +115,44 @@ class Policy(nn.Module):
                 )
         return rows
 
+    @property
+    def is_vision_frozen(self) -> bool:
+        """Nothing of the vision tower is trained: its features are the same in rollout, reference and loss."""
+        return not any(parameter.requires_grad for parameter in self.model.model.visual.parameters())
+
+    @torch.no_grad()
+    def look(self, prompts: PromptBatch) -> PromptBatch:
+        """The prompts with the features of their images, so that no later pass runs the vision tower again."""
+        return replace(prompts, features=image_features(self.model, prompts))
+
+    def prefill(self, prompts: PromptBatch) -> PromptCache:
+        """Compute prompts once for any number of completions; see `policy/prefill.py`."""
+        return prefill(self.model, prompts)
+
+    def write(
+        self,
+        prompts: PromptCache,
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+        is_greedy: bool = False,
+    ) -> Rollout:
+        """Write `group_size` completions of each prompt; see `policy/rollout.py`, and on CUDA `policy/graphs.py`."""
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            end_token_ids=self.end_token_ids,
+            banned=self.banned,
+            temperature=1.0 if is_greedy else temperature,
+            is_greedy=is_greedy,
+        )
+        if self.device.type != "cuda":
+            return write(Decoder(self.model), prompts, group_size=group_size, sampling=sampling, seeds=seeds)
+        if self._graphs is None or not self._graphs.decoder.fits(self.model):
+            self._graphs = GraphWriter(Decoder(self.model))
+        return self._graphs.write(prompts, group_size=group_size, sampling=sampling, seeds=seeds)
+
     def roll_out(
         self,
         prompts: PromptBatch,
@@ -120,15 +163,15 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         is_greedy: bool = False,
     ) -> Rollout:
-        """Write `group_size` completions of each prompt; see `policy/rollout.py`."""
-        sampling = Sampling(
+        """Prefill and write."""
+        return self.write(
+            self.prefill(prompts),
+            group_size=group_size,
             max_new_tokens=max_new_tokens,
-            end_token_ids=self.end_token_ids,
-            banned=self.banned,
-            temperature=1.0 if is_greedy else temperature,
+            seeds=seeds,
+            temperature=temperature,
             is_greedy=is_greedy,
         )
-        return roll_out(self.model, prompts, group_size=group_size, sampling=sampling, seeds=seeds)
 
     def forward(self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`."""

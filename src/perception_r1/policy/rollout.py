@@ -1,9 +1,13 @@
-"""Sampling: one prefill per prompt, its cache repeated over the group, then token by token.
+"""Writing completions: token by token, from the keys and values that all rows of a prompt share.
 
 Exact sampling from the full softmax by inverse transform: token = first index whose cumulative probability exceeds a
-uniform number. The numbers of a row depend on its seed alone, so a completion does not depend on its neighbours.
+uniform number. The numbers of a row depend on its prompt's seed alone, so a completion does not depend on its
+neighbours.
 
-Legend: B prompts, G completions per prompt, N = B*G rows, T longest completion, V vocabulary.
+On CUDA a step is a captured graph (`policy/graphs.py`); elsewhere it runs eagerly and finished rows leave the cache.
+
+Legend: B prompts, G completions per prompt, N = B*G completions, R rows that are still being written, T longest
+completion, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,10 +15,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import QwenVL, embed_prompts, head_logits
+from perception_r1.policy.cache import JoinedCache, SharedCache
+from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.forward import restrict
+from perception_r1.policy.prefill import PromptCache
+
+_WORTH_LEAVING = 0.75
+"""Finished rows leave once the rest is at most this share: moving the others costs a copy of what they remember."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +33,7 @@ class Sampling:
         max_new_tokens: Longest completion, end token included.
         end_token_ids: Any of these ends a completion.
         banned: Ids of tokens that are never written.
-        temperature: Above 0; ignored when greedy.
+        temperature: Above 0; log-probabilities and entropy are those at this temperature.
         is_greedy: Take the most probable token each time.
     """
 
@@ -41,83 +49,107 @@ class Rollout:
     """Completions as they were written, the G completions of a prompt after one another.
 
     Attributes:
-        completions: B*G tensors of token ids, the end token included where one was written.
-        is_truncated: B*G flags: the length limit came before an end token.
+        completions: N tensors of token ids, the end token included where one was written.
+        logprobs: N tensors: of each token, in the distribution from which it was drawn.
+        is_truncated: N flags: the length limit came before an end token.
         entropy: Mean entropy of the sampling distribution over all written tokens, in nats.
     """
 
     completions: list[Tensor]
+    logprobs: list[Tensor]
     is_truncated: list[bool]
     entropy: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What has been written so far; behind a row's end token stands anything.
+
+    Attributes:
+        tokens: [N, T] ids.
+        logprobs: [N, T].
+        entropies: [N, T] of the distributions, in nats.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+
+    @classmethod
+    def room(cls, num_rows: int, num_tokens: int, decoder: Decoder) -> "Written":
+        """Nothing written yet."""
+        tokens = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=decoder.device)
+        figures = torch.zeros(
+            tokens.shape, dtype=torch.promote_types(torch.float32, decoder.dtype), device=tokens.device
+        )
+        return cls(tokens=tokens, logprobs=figures, entropies=figures.clone())
+
+
 @torch.no_grad()
-def roll_out(
-    model: QwenVL, prompts: PromptBatch, *, group_size: int, sampling: Sampling, seeds: Sequence[int]
+def write(
+    decoder: Decoder, prompts: PromptCache, *, group_size: int, sampling: Sampling, seeds: Sequence[int]
 ) -> Rollout:
-    """Write G completions of each prompt.
+    """Write G completions of each prompt, eagerly.
 
     Args:
-        model: A Qwen-VL causal model.
+        decoder: Of the model that computed the prompts.
         prompts: B prompts.
         group_size: G.
         sampling: Length, end tokens, temperature.
         seeds: B seeds, one per prompt.
     """
-    uniforms = _uniforms(seeds, group_size, sampling, prompts.input_ids.device)  # [N, T]
-    embedded = embed_prompts(model, prompts)
-    cache = DynamicCache(config=model.config.get_text_config())
-    hidden = model.model.language_model(
-        inputs_embeds=embedded.inputs_embeds,
-        position_ids=embedded.position_ids,
-        attention_mask=embedded.attention_mask if prompts.is_padded else None,
-        past_key_values=cache,
-        use_cache=True,
-        **embedded.extra,
-    ).last_hidden_state[:, -1]
-    if group_size > 1:
-        cache.batch_repeat_interleave(group_size)
-    hidden = hidden.repeat_interleave(group_size, 0)
-    next_position = embedded.next_position.repeat_interleave(group_size)
-    mask = embedded.attention_mask.repeat_interleave(group_size, 0) if prompts.is_padded else None
-
-    tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=hidden.device)  # [N, T]
-    lengths = torch.zeros(len(tokens), dtype=torch.long, device=hidden.device)
-    has_ended = torch.zeros(len(tokens), dtype=torch.bool, device=hidden.device)
-    live = torch.arange(len(tokens), device=hidden.device)
-    entropy = torch.zeros((), device=hidden.device)
-    for step in range(sampling.max_new_tokens):
-        logits = head_logits(model, hidden, banned=sampling.banned, temperature=sampling.temperature)
-        chosen, step_entropy = _choose(logits, uniforms[live, step], sampling.is_greedy)
-        tokens[live, step] = chosen
-        lengths[live] += 1
-        entropy += step_entropy
-        ended = torch.isin(chosen, sampling.end_token_ids)
-        has_ended[live] = ended
-        if step + 1 == sampling.max_new_tokens or bool(ended.all()):
+    num_tokens = sampling.max_new_tokens
+    uniforms = draw_uniforms(seeds, group_size, sampling, decoder.device)  # [N, T]
+    rotation = decoder.rotation(prompts, num_tokens)
+    cache: SharedCache | JoinedCache
+    if group_size == 1:
+        cache = JoinedCache(prompts, rotation, dtype=decoder.dtype)
+    else:
+        cache = SharedCache(prompts, rotation, num_rows=group_size, dtype=decoder.dtype)
+    logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)
+    written = Written.room(len(uniforms), num_tokens, decoder)
+    places = torch.arange(len(uniforms), device=decoder.device).view(-1, group_size)  # completion of each row
+    ended = torch.zeros(places.shape, dtype=torch.bool, device=decoder.device)
+    for step in range(num_tokens):
+        flat = places.flatten()
+        tokens, logprobs, entropies = choose(logits, uniforms[flat, step], sampling)
+        written.tokens[flat, step] = tokens
+        written.logprobs[flat, step] = logprobs
+        written.entropies[flat, step] = entropies
+        ended |= is_any_of(tokens, sampling.end_token_ids).view(ended.shape)
+        if step + 1 == num_tokens or bool(ended.all()):
             break
-        if bool(ended.any()):  # finished rows leave the cache
-            going = (~ended).nonzero()[:, 0]
-            cache.batch_select_indices(going)
-            live, chosen, next_position = live[going], chosen[going], next_position[going]
-            mask = mask[going] if mask is not None else None
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        hidden = model.model.language_model(
-            inputs_embeds=model.model.get_input_embeddings()(chosen[:, None]),
-            position_ids=(next_position + step)[None, :, None].expand(3, -1, -1),
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        rows = _rows_to_keep(ended)
+        if rows.numel() <= _WORTH_LEAVING * ended.numel():
+            cache.keep(rows)
+            tokens, places, ended = tokens[rows.flatten()], places.flatten()[rows], ended.flatten()[rows]
+        logits = decoder(tokens, cache)
+    return gather(written, sampling)
+
+
+def _rows_to_keep(ended: Tensor) -> Tensor:
+    """[B', S'] numbers of rows: prompts that still write, each with as many rows as the busiest one needs."""
+    waiting = ended.sort(dim=1, stable=True)  # unfinished rows come first
+    num_rows = int((~ended).sum(1).max())
+    prompts = (~ended).any(1).nonzero()[:, 0]
+    return prompts[:, None] * ended.shape[1] + waiting.indices[prompts, :num_rows]
+
+
+def gather(written: Written, sampling: Sampling) -> Rollout:
+    """Cut every row behind its first end token."""
+    is_end = is_any_of(written.tokens, sampling.end_token_ids)
+    has_ended = is_end.any(1)
+    lengths = torch.where(has_ended, is_end.int().argmax(1) + 1, sampling.max_new_tokens)
+    is_token = torch.arange(sampling.max_new_tokens, device=lengths.device) < lengths[:, None]
     return Rollout(
-        completions=[row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)],
+        completions=[row[:length] for row, length in zip(written.tokens, lengths.tolist(), strict=True)],
+        logprobs=[row[:length] for row, length in zip(written.logprobs, lengths.tolist(), strict=True)],
         is_truncated=(~has_ended).tolist(),
-        entropy=float(entropy / lengths.sum()),
+        entropy=float(written.entropies[is_token].mean()),
     )
 
 
-def _uniforms(seeds: Sequence[int], group_size: int, sampling: Sampling, device: torch.device) -> Tensor:
+def draw_uniforms(seeds: Sequence[int], group_size: int, sampling: Sampling, device: torch.device) -> Tensor:
     """[N, T] numbers in [0, 1), a prompt's own from its own seed; drawn on the CPU so that devices agree."""
     shape = (group_size, sampling.max_new_tokens)
     if sampling.is_greedy:
@@ -126,14 +158,29 @@ def _uniforms(seeds: Sequence[int], group_size: int, sampling: Sampling, device:
     return torch.cat(rows).to(device)
 
 
-def _choose(logits: Tensor, uniforms: Tensor, is_greedy: bool) -> tuple[Tensor, Tensor]:
-    """Next tokens [N] from logits [N, V], and the summed entropy of the rows' distributions."""
-    logprobs = logits.log_softmax(-1)
+def is_any_of(tokens: Tensor, ids: Tensor) -> Tensor:
+    """True where a token is one of the ids; unlike `torch.isin` it never waits for the device."""
+    return (tokens[..., None] == ids).any(-1)
+
+
+def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """The next token of each row.
+
+    Args:
+        logits: [R, V] of the vocabulary head.
+        uniforms: [R] numbers in [0, 1); not looked at when greedy.
+        sampling: Temperature, banned tokens.
+
+    Returns:
+        Ids, their log-probabilities, and the entropies of the distributions, [R] each.
+    """
+    logprobs = restrict(logits, banned=sampling.banned, temperature=sampling.temperature).log_softmax(-1)
     probs = logprobs.exp()
-    entropy = -(probs * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum()
-    if is_greedy:
-        return logits.argmax(-1), entropy
-    cumulative = probs.double().cumsum(-1)
-    threshold = uniforms[:, None] * cumulative[:, -1:]  # rounding may leave the last sum a hair off 1
-    chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return chosen.clamp_max(logits.shape[-1] - 1), entropy
+    entropies = -(probs * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
+    if sampling.is_greedy:
+        chosen = logprobs.argmax(-1)
+    else:
+        cumulative = probs.double().cumsum(-1)
+        threshold = uniforms[:, None] * cumulative[:, -1:]  # rounding may leave the last sum a hair off 1
+        chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0], entropies

@@ -1,0 +1,108 @@
+"""What others do, on top of this project's policy: each prompt, with its images, is repeated for every completion.
+
+Rollouts come from `generate` of transformers, log-probabilities from an ordinary padded forward pass. The benchmarks
+compare the engine with it; nothing in the package uses it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from perception_r1.modules import GRPO
+from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.forward import restrict
+from perception_r1.policy.policy import Policy
+from perception_r1.policy.rollout import Rollout
+
+
+class RepeatedPolicy(Policy):
+    """A policy that shares nothing between the completions of a prompt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model.set_attn_implementation({"text_config": "sdpa"})
+
+    @property
+    def is_vision_frozen(self) -> bool:
+        """False: features are not kept either."""
+        return False
+
+    def prefill(self, prompts: PromptBatch) -> Any:
+        """Nothing is computed ahead."""
+        return prompts
+
+    @torch.no_grad()
+    def write(
+        self,
+        prompts: Any,
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+        is_greedy: bool = False,
+    ) -> Rollout:
+        """`generate` on repeated prompts; it samples from torch's global random state, seeded with the first seed."""
+        rows = _repeat(prompts, group_size)
+        torch.manual_seed(seeds[0])
+        generated = self.model.generate(
+            **_inputs(rows),
+            do_sample=not is_greedy,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=self.banned.tolist(),
+            eos_token_id=self.end_token_ids.tolist(),
+            pad_token_id=int(self.end_token_ids[0]),
+        )[:, rows.input_ids.shape[1] :]
+        is_end = torch.isin(generated, self.end_token_ids)
+        has_ended = is_end.any(1)
+        lengths = torch.where(has_ended, is_end.int().argmax(1) + 1, generated.shape[1]).tolist()
+        completions = [row[:length] for row, length in zip(generated, lengths, strict=True)]
+        return Rollout(
+            completions=completions,
+            logprobs=[torch.zeros(len(row), device=row.device) for row in completions],  # generate does not tell
+            is_truncated=(~has_ended).tolist(),
+            entropy=float("nan"),
+        )
+
+    def forward(self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """[N, T] log-probabilities from one padded pass over prompt and completion of every row."""
+        rows = _repeat(prompts, len(completions) // len(prompts))
+        written = pad_sequence(list(completions), batch_first=True)  # [N, T]
+        is_written = pad_sequence([torch.ones_like(row) for row in completions], batch_first=True)
+        logits = self.model(
+            input_ids=torch.cat([rows.input_ids, written], 1),
+            attention_mask=torch.cat([rows.attention_mask, is_written], 1),
+            mm_token_type_ids=torch.cat([rows.mm_token_type_ids, torch.zeros_like(written).int()], 1),
+            pixel_values=rows.pixel_values,
+            image_grid_thw=rows.image_grid_thw,
+            logits_to_keep=written.shape[1] + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        logits = restrict(logits, banned=self.banned, temperature=temperature)
+        return (logits.gather(-1, written[..., None])[..., 0] - logits.logsumexp(-1)) * is_written
+
+
+class RepeatedGRPO(GRPO):
+    """GRPO with that policy."""
+
+    def configure_model(self) -> None:
+        """Load policy and reference."""
+        if not hasattr(self, "policy"):
+            self.policy = RepeatedPolicy.load(self.policy_config)
+            if self.kl_coef > 0 and self.policy_config.lora is None:
+                self.reference = RepeatedPolicy.load(self.policy_config, is_trained=False)
+
+
+def _repeat(prompts: PromptBatch, times: int) -> PromptBatch:
+    return prompts.select([prompt for prompt in range(len(prompts)) for _ in range(times)])
+
+
+def _inputs(prompts: PromptBatch) -> dict[str, Tensor]:
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    return {name: getattr(prompts, name) for name in names}

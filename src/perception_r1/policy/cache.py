@@ -1,0 +1,232 @@
+"""What the rows of a rollout remember: their prompts, once per group, and the tokens that they have written.
+
+`SharedCache` and `JoinedCache` (a single row per prompt, nothing to share) compute with exactly what has been written,
+and finished rows leave them. `StaticCache` has fixed shapes and changes only in place, as a captured CUDA graph wants.
+
+Legend: B prompts, S rows of each, P prompt tokens (longest), T tokens that can be written, H heads, K key-value heads,
+D head size. Rows are numbered prompt by prompt.
+"""
+
+from abc import ABC, abstractmethod
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perception_r1.policy.attention import next_token_attention
+from perception_r1.policy.prefill import PromptCache
+
+KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
+Rotation: TypeAlias = tuple[Tensor, Tensor]
+"""Cosine and sine of the rotary embedding, [B, T, D] each: the rows of a prompt stand at the same positions."""
+
+
+class RowCache(ABC):
+    """Keys and values of all layers, and the place at which the next token is written."""
+
+    @abstractmethod
+    def rotation(self) -> Rotation:
+        """Cosine and sine for the next token, [B, 1, 1, D] each."""
+
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Remember a layer's keys and values of the next token, and attend to everything up to it.
+
+        Args:
+            layer: Number of the layer.
+            query: [B, S, H, D], scaled.
+            key: [B, S, K, D].
+            value: [B, S, K, D].
+
+        Returns:
+            [B, S, H*D].
+        """
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Go on to the next token: every layer has had its turn."""
+
+
+class _EagerCache(RowCache):
+    """What the two caches of the eager path have in common."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        self._rotation = rotation
+        self._step = 0
+
+    def rotation(self) -> Rotation:
+        """See `RowCache`."""
+        cos, sin = self._rotation
+        return cos[:, self._step, None, None], sin[:, self._step, None, None]
+
+    def advance(self) -> None:
+        """See `RowCache`."""
+        self._step += 1
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Let go of all rows but these, given as [B', S'] numbers; those of one line share a prompt."""
+
+
+class SharedCache(_EagerCache):
+    """Prompts once per group; each row's own tokens beside them.
+
+    Args:
+        prompts: The prompts.
+        rotation: Of all tokens that can be written.
+        num_rows: S.
+        dtype: Of keys and values.
+    """
+
+    def __init__(self, prompts: PromptCache, rotation: Rotation, *, num_rows: int, dtype: torch.dtype) -> None:
+        super().__init__(rotation)
+        self._prompts = _cast(prompts, dtype)
+        batch, heads, _, size = prompts.keys[0].shape
+        shape = (batch, heads, num_rows, rotation[0].shape[1], size)
+        self._own = [(keys.new_empty(shape), keys.new_empty(shape)) for keys, _ in self._prompts]
+        self._bias = _bias(prompts, dtype)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `RowCache`."""
+        keys, values = self._own[layer]  # [B, K, S, T, D]
+        keys[:, :, :, self._step] = key.transpose(1, 2)
+        values[:, :, :, self._step] = value.transpose(1, 2)
+        written = self._step + 1
+        own = keys[:, :, :, :written], values[:, :, :, :written]
+        return next_token_attention(query, self._prompts[layer], own, (self._bias, None))
+
+    def keep(self, rows: Tensor) -> None:
+        """See `_EagerCache`."""
+        num_rows = self._own[0][0].shape[2]
+        prompts, slots = rows[:, 0] // num_rows, rows % num_rows
+        self._rotation = self._rotation[0][prompts], self._rotation[1][prompts]
+        self._bias = None if self._bias is None else self._bias[prompts]
+        self._prompts = [(keys[prompts], values[prompts]) for keys, values in self._prompts]
+
+        def chosen(own: Tensor) -> Tensor:
+            kept = own.new_empty(len(rows), own.shape[1], rows.shape[1], *own.shape[3:])
+            written = own[:, :, :, : self._step]
+            kept[:, :, :, : self._step] = written[prompts[:, None], :, slots].transpose(1, 2)
+            return kept
+
+        self._own = [(chosen(keys), chosen(values)) for keys, values in self._own]
+
+
+class JoinedCache(_EagerCache):
+    """One row per prompt, written behind it into the same buffer.
+
+    Args:
+        prompts: The prompts.
+        rotation: Of all tokens that can be written.
+        dtype: Of keys and values.
+    """
+
+    def __init__(self, prompts: PromptCache, rotation: Rotation, *, dtype: torch.dtype) -> None:
+        super().__init__(rotation)
+        room = rotation[0].shape[1]
+        self._longest = prompts.keys[0].shape[2]
+        self._kept = [
+            (F.pad(keys, (0, 0, 0, room)), F.pad(values, (0, 0, 0, room))) for keys, values in _cast(prompts, dtype)
+        ]
+        bias = _bias(prompts, dtype)
+        self._bias = None if bias is None else F.pad(bias[..., 0, :], (0, room))  # [B, 1, 1, P + T]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `RowCache`."""
+        keys, values = self._kept[layer]  # [B, K, P + T, D]
+        place = self._longest + self._step
+        keys[:, :, place] = key[:, 0]
+        values[:, :, place] = value[:, 0]
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            keys[:, :, : place + 1],
+            values[:, :, : place + 1],
+            attn_mask=None if self._bias is None else self._bias[..., : place + 1],
+            scale=1.0,
+            enable_gqa=query.shape[2] != keys.shape[1],
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `_EagerCache`."""
+        prompts = rows[:, 0]
+        self._rotation = self._rotation[0][prompts], self._rotation[1][prompts]
+        self._bias = None if self._bias is None else self._bias[prompts]
+        self._kept = [(keys[prompts], values[prompts]) for keys, values in self._kept]
+
+
+class StaticCache(RowCache):
+    """Buffers of fixed shape: attention reads all of them and hides what has not been written.
+
+    Args:
+        like: As many prompts of the same model, for shapes.
+        prompt_room: Longest prompt that fits.
+        num_rows: S.
+        num_tokens: T.
+        dtype: Of keys and values.
+    """
+
+    def __init__(
+        self, like: PromptCache, *, prompt_room: int, num_rows: int, num_tokens: int, dtype: torch.dtype
+    ) -> None:
+        num_prompts, heads, _, size = like.keys[0].shape
+        device = like.hidden.device
+        shape = (num_prompts, heads, prompt_room, size)
+        self._prompts = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in like.keys
+        ]
+        own_shape = (num_prompts, heads, num_rows, num_tokens, size)  # zeros: what is hidden must still be finite
+        self._own = [(keys.new_zeros(own_shape), keys.new_zeros(own_shape)) for keys, _ in self._prompts]
+        turns = torch.zeros(
+            2, num_prompts, num_tokens, size, dtype=torch.promote_types(torch.float32, dtype), device=device
+        )
+        self._rotation: Rotation = turns[0], turns[1]
+        self._prompt_bias = torch.zeros(num_prompts, 1, 1, 1, prompt_room, dtype=dtype, device=device)
+        self._own_bias = torch.zeros(num_tokens, dtype=dtype, device=device)
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        """[1] tokens written so far."""
+
+    def load(self, prompts: PromptCache, rotation: Rotation) -> None:
+        """Begin anew with other prompts of the same number, none longer than the room for them."""
+        longest = prompts.keys[0].shape[2]
+        for (keys, values), more_keys, more_values in zip(self._prompts, prompts.keys, prompts.values, strict=True):
+            keys[:, :, :longest] = more_keys
+            values[:, :, :longest] = more_values
+        for buffer, values in zip(self._rotation, rotation, strict=True):
+            buffer.copy_(values)
+        place = torch.arange(self._prompt_bias.shape[-1], device=prompts.lengths.device)
+        self._prompt_bias.zero_().masked_fill_((place >= prompts.lengths[:, None])[:, None, None, None], float("-inf"))
+        self._own_bias.fill_(float("-inf"))
+        self.step.zero_()
+
+    def rotation(self) -> Rotation:
+        """See `RowCache`."""
+        cos, sin = (values.index_select(1, self.step)[:, :, None] for values in self._rotation)
+        return cos, sin
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `RowCache`."""
+        keys, values = self._own[layer]
+        keys.index_copy_(3, self.step, key.transpose(1, 2)[:, :, :, None])
+        values.index_copy_(3, self.step, value.transpose(1, 2)[:, :, :, None])
+        self._own_bias.index_fill_(0, self.step, 0.0)
+        return next_token_attention(query, self._prompts[layer], self._own[layer], (self._prompt_bias, self._own_bias))
+
+    def advance(self) -> None:
+        """See `RowCache`."""
+        self.step += 1
+
+
+def _cast(prompts: PromptCache, dtype: torch.dtype) -> list[KeysAndValues]:
+    return [(keys.to(dtype), values.to(dtype)) for keys, values in zip(prompts.keys, prompts.values, strict=True)]
+
+
+def _bias(prompts: PromptCache, dtype: torch.dtype) -> Tensor | None:
+    """[B, 1, 1, 1, P] minus infinity behind the end of a shorter prompt; None where all are equally long."""
+    is_token = torch.arange(prompts.keys[0].shape[2], device=prompts.lengths.device) < prompts.lengths[:, None]
+    if bool(is_token.all()):
+        return None
+    bias = torch.zeros(is_token.shape, dtype=dtype, device=is_token.device)
+    return bias.masked_fill(~is_token, float("-inf"))[:, None, None, None]

@@ -1,0 +1,123 @@
+"""Writing completions on CUDA: a step is captured once as a graph and replayed, so launching kernels costs nothing.
+
+A graph is bound to addresses and shapes: every buffer is static, the room for prompts is rounded up, and rows stay to
+the end, since a step takes the time of reading the weights whether few or many rows are left. Graphs are kept from one
+rollout to the next. The eager `policy/rollout.py` computes the same and is the oracle.
+
+Legend: B prompts, G completions per prompt, N = B*G rows, T longest completion, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from perception_r1.policy.cache import StaticCache
+from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.rollout import Rollout, Sampling, Written, choose, draw_uniforms, gather, is_any_of
+
+_PROMPT_BUCKET = 256
+"""The room for prompts is a multiple of this, so that few different graphs are needed."""
+
+_LOOK_EVERY = 8
+"""Steps between two looks at whether all rows have ended: each look waits for the device."""
+
+_MOST_GRAPHS = 4
+"""Graphs that are kept; each holds its own buffers."""
+
+Step: TypeAlias = Callable[[], None]
+
+
+def capture(step: Step) -> Step:
+    """A CUDA graph of a step that changes buffers in place; capturing leaves the buffers in any state."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries set themselves up in the first calls, which must not be captured
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+class GraphWriter:
+    """Writes like `rollout.write`, by replaying captured steps.
+
+    Args:
+        decoder: Of the model that computes the prompts.
+        capture: Makes a step replayable.
+    """
+
+    def __init__(self, decoder: Decoder, capture: Callable[[Step], Step] = capture) -> None:
+        self.decoder = decoder
+        self._capture = capture
+        self._captured: dict[tuple[object, ...], _CapturedStep] = {}
+
+    @torch.no_grad()
+    def write(self, prompts: PromptCache, *, group_size: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout:
+        """Write G completions of each prompt; see `rollout.write`."""
+        self.decoder.refresh()
+        num_prompts, _, longest, _ = prompts.keys[0].shape
+        room = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
+        key = (num_prompts, group_size, room, sampling.max_new_tokens, sampling.temperature, sampling.is_greedy)
+        captured = self._captured.pop(key, None)
+        if captured is None:
+            while len(self._captured) >= _MOST_GRAPHS:  # the one that has not been used for the longest time
+                del self._captured[next(iter(self._captured))]
+            captured = _CapturedStep(self.decoder, prompts, room, group_size, sampling, self._capture)
+        self._captured[key] = captured
+        captured.load(prompts, draw_uniforms(seeds, group_size, sampling, self.decoder.device))
+        for step in range(sampling.max_new_tokens):
+            captured.replay()
+            if (step + 1) % _LOOK_EVERY == 0 and bool(captured.ended.all()):
+                break
+        return gather(captured.written, sampling)
+
+
+class _CapturedStep:
+    """Choose a token of each row, record it, read it: with all that the step reads and writes."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: PromptCache,
+        room: int,
+        group_size: int,
+        sampling: Sampling,
+        capture: Callable[[Step], Step],
+    ) -> None:
+        num_prompts, num_tokens = len(prompts.hidden), sampling.max_new_tokens
+        num_rows = num_prompts * group_size
+        self._decoder = decoder
+        self._group_size = group_size
+        self._sampling = sampling
+        self._cache = StaticCache(
+            prompts, prompt_room=room, num_rows=group_size, num_tokens=num_tokens, dtype=decoder.dtype
+        )
+        self._uniforms = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=decoder.device)
+        self._logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)  # [N, V]
+        self.written = Written.room(num_rows, num_tokens, decoder)
+        self.ended = torch.zeros(num_rows, dtype=torch.bool, device=decoder.device)
+        self._cache.load(prompts, decoder.rotation(prompts, num_tokens))
+        self.replay = capture(self._step)
+
+    def load(self, prompts: PromptCache, uniforms: Tensor) -> None:
+        """Begin anew."""
+        self._cache.load(prompts, self._decoder.rotation(prompts, self._sampling.max_new_tokens))
+        self._uniforms.copy_(uniforms)
+        self._logits.copy_(self._decoder.first_logits(prompts).repeat_interleave(self._group_size, 0))
+        self.ended.zero_()
+
+    def _step(self) -> None:
+        step = self._cache.step
+        uniforms = self._uniforms.index_select(1, step)[:, 0]
+        tokens, logprobs, entropies = choose(self._logits, uniforms, self._sampling)
+        self.written.tokens.index_copy_(1, step, tokens[:, None])
+        self.written.logprobs.index_copy_(1, step, logprobs[:, None])
+        self.written.entropies.index_copy_(1, step, entropies[:, None])
+        self.ended.logical_or_(is_any_of(tokens, self._sampling.end_token_ids))
+        self._logits.copy_(self._decoder(tokens, self._cache))
