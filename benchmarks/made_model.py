@@ -98,6 +98,7 @@ def _tokenizer(size: int) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS[1:2] + SPECIAL_TOKENS[3:]),
         padding_side="left",
         chat_template=_TEMPLATE,
     )
