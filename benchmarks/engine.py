@@ -7,16 +7,17 @@ penalty and all weights trained. They run in processes of their own on one threa
 that a busy machine disturbs them alike; compared are medians of CPU-seconds and of peak memory. The first step of each
 is dropped. `trl_worker.py` says how to set TRL's environment up; without it TRL is left out.
 
-TRL has one handicap on a CPU: it computes vocabulary scores at the prompt's places as well. The vocabulary is kept small
-on purpose, so that this costs it little.
+TRL has one handicap on a CPU: it computes vocabulary scores at the prompt's places as well. The vocabulary is kept
+small on purpose, so that this costs it little.
 
 "Reached" is the share of this machine's own rate of matrix products, measured in turn with the steps, at which a step
-of this engine gets the operations done that a shared prompt needs: each prompt once in prefill, reference and loss, each
-completion token once in decoding, reference and loss, backward counted as two forward passes.
+of this engine gets the operations done that a shared prompt needs: each prompt once in prefill, reference and loss,
+each completion token once in decoding, reference and loss, backward counted as two forward passes.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -38,8 +39,11 @@ from made_model import Shape, make_folder
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "engine_cpu.json"
-IMAGE_TOKENS = {333: 256, 1101: 1024}
-"""Prompt length -> tokens of its picture."""
+SHAPES = {
+    333: Shape(prompt_tokens=333, picture=(16, 16)),
+    1101: Shape(prompt_tokens=1101, picture=(32, 32)),
+}
+"""By prompt length."""
 SIZES = ((333, 64), (1101, 64), (333, 256))
 """Prompt and completion tokens."""
 GROUP_SIZES = (8, 4, 16, 32)
@@ -89,7 +93,7 @@ class Worker:
     """A process that makes a step whenever it is told to."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -123,8 +127,6 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -248,9 +250,11 @@ def main() -> int:
         for group_size in args.group_sizes:
             for prompt, completion in (map(int, size.split(",")) for size in args.sizes):
                 folder = Path(made) / str(prompt)
-                make_folder(folder, Shape(image_tokens=IMAGE_TOKENS[prompt]))
+                make_folder(folder, SHAPES[prompt])
                 cell = Cell(prompt=prompt, completion=completion, group_size=group_size)
-                cell.gflop = round(needed_operations(folder, prompt, completion, group_size, IMAGE_TOKENS[prompt]), 2)
+                cell.gflop = round(
+                    needed_operations(folder, prompt, completion, group_size, SHAPES[prompt].image_tokens), 2
+                )
                 rounds = args.rounds if group_size == 8 else args.other_rounds
                 measure(cell, folder, processes, rounds=rounds, trl_python=args.trl_python)
                 cells.append(cell)
@@ -269,7 +273,7 @@ def write(path: Path, cells: Sequence[Cell]) -> None:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
         "trl": "1.16.0, in its own environment; see benchmarks/trl_worker.py",
         "threads": 1,
-        "model": asdict(Shape(image_tokens=256)) | {"image_tokens": list(IMAGE_TOKENS.values())},
+        "shapes": [asdict(shape) for shape in SHAPES.values()],
         "names": PROCESS_NAMES,
         "cells": [
             asdict(cell)

@@ -1,11 +1,9 @@
 """A randomly initialised Qwen2-VL with prompts and pictures, in a folder that any trainer of the field can load.
 
-The picture is a square of `image_tokens` tokens and the question is always 77 tokens long, so that a prompt has
-`image_tokens` + 77 of them.
+The question is filled up so that a prompt has `prompt_tokens` tokens, whatever the picture takes.
 """
 
 import json
-import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,6 @@ SPECIAL_TOKENS = (
 """The benchmarks ban all of them, so that every completion has the full length."""
 
 NUM_PROMPTS = 8
-_QUESTION_TOKENS = 77
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -40,29 +37,43 @@ _TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a network and its picture.
+    """Sizes of a network, its pictures and its prompts.
 
     Attributes:
-        image_tokens: Tokens of a picture, a square number.
-        hidden: Width of the language model; heads have 64 each, twice as many as key-value heads.
-        layers: Of the language model.
+        prompt_tokens: Tokens of a prompt with its picture.
+        picture: Rows and columns of the picture in tokens of 28 x 28 pixels.
+        hidden: Width of the language model.
+        intermediate: Width of its feed-forward layers.
+        layers: Number of its layers.
+        heads: Attention heads.
+        kv_heads: Key-value heads.
         vocabulary: Tokens.
-        vision_layers: Of the vision tower, which is as wide as the language model.
+        is_tied: The vocabulary head shares the embedding's weights.
+        vision_hidden: Width of the vision tower.
+        vision_layers: Number of its layers.
+        vision_heads: Its attention heads.
     """
 
-    image_tokens: int
+    prompt_tokens: int
+    picture: tuple[int, int]
     hidden: int = 256
+    intermediate: int = 1024
     layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
     vocabulary: int = 2048
+    is_tied: bool = True
+    vision_hidden: int = 256
     vision_layers: int = 2
+    vision_heads: int = 4
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of a prompt."""
-        return self.image_tokens + _QUESTION_TOKENS
+    def image_tokens(self) -> int:
+        """Tokens of a picture."""
+        return self.picture[0] * self.picture[1]
 
 
-def make_folder(folder: Path, shape: Shape) -> None:
+def make_folder(folder: Path, shape: Shape, *, has_weights: bool = True) -> None:
     """Write config, weights, tokenizer, image processor, pictures and `prompts.jsonl`; nothing if it is there."""
     if (folder / "shape.json").exists():
         return
@@ -70,18 +81,23 @@ def make_folder(folder: Path, shape: Shape) -> None:
     tokenizer = _tokenizer(shape.vocabulary)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=4096 * 28 * 28).save_pretrained(folder)
-    torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(_config(shape, tokenizer))
+    config = _config(shape, tokenizer)
+    config.save_pretrained(folder)
     end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
-    model.save_pretrained(folder)
-    side = 28 * math.isqrt(shape.image_tokens)
+    generation = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    generation.save_pretrained(folder)
+    if has_weights:
+        torch.manual_seed(0)
+        model = Qwen2VLForConditionalGeneration(config)
+        model.generation_config = generation
+        model.save_pretrained(folder)
+    height, width = (28 * side for side in shape.picture)
     draw = random.Random(0)
     rows = []
     for number in range(NUM_PROMPTS):
         name = f"images/{number}.png"
-        Image.frombytes("RGB", (side, side), draw.randbytes(side * side * 3)).save(folder / name)
-        rows.append({"image": name, "text": _question(tokenizer, number)})
+        Image.frombytes("RGB", (width, height), draw.randbytes(height * width * 3)).save(folder / name)
+        rows.append({"image": name, "text": _question(tokenizer, number, shape)})
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "shape.json").write_text(json.dumps(asdict(shape)))
 
@@ -104,41 +120,46 @@ def _tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _question(tokenizer: PreTrainedTokenizerFast, number: int) -> str:
-    """Fills the prompt up to its length."""
+def _question(tokenizer: PreTrainedTokenizerFast, number: int, shape: Shape) -> str:
+    """Fills the prompt up to its length: one character is one token."""
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     frame = len(tokenizer(text, add_special_tokens=False)["input_ids"]) - 1  # the image's tokens are counted apart
-    return f"Question {number}: how many objects are there in the picture?".ljust(_QUESTION_TOKENS - frame, ".")
+    room = shape.prompt_tokens - shape.image_tokens - frame
+    return f"{number}: how many?".ljust(room, ".")[:room]
 
 
 def _config(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    heads = shape.hidden // 64
+    sections = shape.hidden // shape.heads // 8  # of the rotary embedding: 2 for time, 3 each for height and width
     return Qwen2VLConfig(
         text_config={
             "vocab_size": shape.vocabulary,
             "hidden_size": shape.hidden,
-            "intermediate_size": 4 * shape.hidden,
+            "intermediate_size": shape.intermediate,
             "num_hidden_layers": shape.layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads // 2,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": shape.is_tied,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [sections, sections * 3 // 2, sections * 3 // 2],
+                "rope_theta": 1e6,
+            },
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
             "depth": shape.vision_layers,
-            "embed_dim": shape.hidden,
+            "embed_dim": shape.vision_hidden,
             "hidden_size": shape.hidden,
-            "num_heads": heads,
+            "num_heads": shape.vision_heads,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.is_tied,
     )

@@ -50,10 +50,11 @@ class EvenCharacters(Counting):
 
 
 class Prompts(LightningDataModule):
-    """The folder's prompts in turn, one per step."""
+    """The folder's prompts in turn."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, batch_size: int = 1) -> None:
         super().__init__()
+        self.batch_size = batch_size
         rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
         self.samples: list[Sample[Any]] = []
         for row in rows:
@@ -63,7 +64,7 @@ class Prompts(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """More than anybody will ask for."""
-        return DataLoader(self.samples * 1000, batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(self.samples * 1000, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Samples stay where they are; the policy moves what it encodes."""
@@ -74,12 +75,8 @@ class StepByStep(Callback):
     """Waits for a line before each step and reports the step's cost in a line."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """No completion may end early; then tell that the worker is ready."""
-        policy: Any = pl_module.policy
-        ids = policy.processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-        for one in (policy, getattr(pl_module, "reference", None)):
-            if one is not None:
-                one.banned = torch.tensor(sorted(ids))
+        """Tell that the worker is ready."""
+        ban_special_tokens(pl_module)
         report({"resting_mb": resident_mb()})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -96,6 +93,14 @@ class StepByStep(Callback):
         spent: dict[str, float] = pl_module.phase_seconds  # type: ignore[assignment]
         phases = {name: value - self.before.get(name, 0.0) for name, value in spent.items()}
         report({"cpu_s": cpu, "wall_s": wall, "peak_mb": peak_mb(), "phases_s": phases})
+
+
+def ban_special_tokens(module: Any) -> None:
+    """No completion may end early, so that all have the same length."""
+    for policy in (module.policy, module.reference):
+        if policy is not None:
+            ids = policy.processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+            policy.banned = torch.tensor(sorted(ids), device=policy.device)
 
 
 def report(figures: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One step of TRL's GRPOTrainer whenever a line arrives; started by `engine.py` with the Python of TRL's own environment.
+"""One step of TRL's GRPOTrainer whenever a line arrives; started by `engine.py` with the Python of TRL's environment.
 
     TRL_PYTHON benchmarks/trl_worker.py FOLDER GROUP_SIZE COMPLETION_TOKENS
 
