@@ -42,6 +42,7 @@ RESULTS = HERE / "results" / "engine_cpu.json"
 SHAPES = {
     333: Shape(prompt_tokens=333, picture=(16, 16)),
     1101: Shape(prompt_tokens=1101, picture=(32, 32)),
+    100: Shape(prompt_tokens=100, picture=(4, 4)),  # to try the program
 }
 """By prompt length."""
 SIZES = ((333, 64), (1101, 64), (333, 256))

@@ -48,7 +48,7 @@ from repeated import RepeatedPolicy
 from step_worker import EvenCharacters, Prompts, ban_special_tokens
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
-PICTURES = {400: (20, 17), 1300: (40, 31)}
+PICTURES = {400: (20, 17), 1300: (40, 31), 100: (4, 4)}
 """Prompt tokens -> rows and columns of the picture in tokens."""
 SHAPES = {
     "2b": Shape(
@@ -221,7 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["2b", "7b-lora"], choices=list(SHAPES))
     parser.add_argument("--completion", type=int, default=128)
-    parser.add_argument("--prompts", nargs="+", type=int, default=list(PICTURES), choices=list(PICTURES))
+    parser.add_argument("--prompts", nargs="+", type=int, default=[400, 1300], choices=list(PICTURES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--smoke", action="store_true", help="A tiny shape, on any device.")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -233,6 +233,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
+    if args.smoke:
+        torch.set_num_threads(1)
+        args.models, args.prompts, args.batch_sizes, args.completion = ["smoke"], [100], [2], 4
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
@@ -243,7 +246,7 @@ def main() -> int:
         "runs": [],
     }
     with tempfile.TemporaryDirectory() as made:
-        for model in ["smoke"] if args.smoke else args.models:
+        for model in args.models:
             for prompt in args.prompts:
                 shape = replace(SHAPES[model], prompt_tokens=prompt, picture=PICTURES[prompt])
                 folder = Path(made) / f"{model}-{prompt}"

@@ -151,3 +151,10 @@ def test_end_tokens_are_those_of_model_and_tokenizer_the_chat_s_own_first(copy_f
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[1]}))
     assert load(folder).end_token_ids.tolist() == ids
     shutil.rmtree(folder)
+
+
+def test_sliding_windows_are_refused(copy_folder):
+    folder = copy_folder()
+    change_config(folder, text_config={"layer_types": ["full_attention", "full_attention", "sliding_attention"]})
+    with pytest.raises(UserError, match="attends through full_attention, sliding_attention; only full attention"):
+        load(folder)

@@ -67,7 +67,8 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     """Weights of the policy, without adapter, everything trainable.
 
     Raises:
-        UserError: The folder does not exist, its family is not one of ours, or weights are missing or unexpected.
+        UserError: The folder does not exist, its family is not one of ours, weights are missing or unexpected, or some
+            layers attend through a sliding window.
     """
     family = model_family(config.name)
     try:
@@ -87,6 +88,9 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
             raise UserError(
                 f"{config.name} does not fit {family}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
             )
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UserError(f"{config.name} attends through {', '.join(sorted(kinds))}; only full attention is known here.")
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
     return model
 

@@ -1,0 +1,116 @@
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def program(name):
+    """A module of benchmarks/, whose folder its programs put on the path themselves."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+engine = program("engine")
+memory = program("memory")
+two_commits = program("two_commits")
+made_model = sys.modules["made_model"]
+
+
+def committed(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def cells():
+    names = engine.Cell.__dataclass_fields__
+    return [
+        engine.Cell(**{name: value for name, value in cell.items() if name in names})
+        for cell in committed("engine_cpu.json")["cells"]
+    ]
+
+
+@pytest.mark.parametrize(("prompt", "completion", "least"), [(333, 64, 3.5), (1101, 64, 7.0), (333, 256, 2.0)])
+def test_committed_results_hold_the_claims_beside_trl(cells, prompt, completion, least):
+    (cell,) = (cell for cell in cells if (cell.prompt, cell.completion, cell.group_size) == (prompt, completion, 8))
+    assert cell.steps["trl"] >= 3
+    assert cell.ratio("trl") >= least
+    if prompt == 1101:
+        assert cell.peak_mb["shared"] <= 0.4 * cell.peak_mb["trl"]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [(333, 64), (1101, 64), (333, 256)])
+def test_committed_costs_grow_with_the_completions_and_not_with_repeated_prompts(cells, prompt, completion):
+    found = {cell.group_size: cell for cell in cells if (cell.prompt, cell.completion) == (prompt, completion)}
+    assert set(found) == {4, 8, 16, 32}
+    growth = found[32].cpu_s["shared"] / found[4].cpu_s["shared"]
+    assert growth < 1.3 * (prompt + 32 * completion) / (prompt + 4 * completion)
+    assert growth < 0.8 * found[32].cpu_s["trl"] / found[4].cpu_s["trl"]
+
+
+def test_the_readme_shows_the_committed_tables(cells):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert engine.table(cells) in readme
+    assert memory.table(committed("memory.json")["rows"]) in readme
+
+
+def test_training_of_the_embedded_policy_became_faster():
+    results = committed("train_counting.json")
+    assert results["step_faster_by"] > 1
+    assert results["tokens_per_second_ratio"] > 1
+    old, new = (figures["train/seconds/step"] for figures in results["medians"])
+    assert results["step_faster_by"] == pytest.approx(old / new, abs=1e-3)
+
+
+def test_the_operations_that_are_needed_are_about_those_that_are_made(tmp_path):
+    """Counted while the engine works; its attention also computes what the causal triangle then hides."""
+    shape = made_model.Shape(prompt_tokens=100, picture=(4, 4))
+    made_model.make_folder(tmp_path / "model", shape)
+    policy = Policy.load(PolicyConfig(name=str(tmp_path / "model")))
+    reference = Policy.load(PolicyConfig(name=str(tmp_path / "model")), is_trained=False)
+    policy.end_token_ids = torch.tensor([10**6])
+    text = json.loads((tmp_path / "model" / "prompts.jsonl").read_text().splitlines()[0])["text"]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    prompts = policy.processor.encode([chat], [[Image.new("RGB", (112, 112))]], max_tokens=None)
+    assert prompts.lengths == [100]
+    with FlopCounterMode(display=False) as counter:
+        rollout = policy.roll_out(prompts, group_size=4, max_new_tokens=20, seeds=[0])
+        with torch.no_grad():
+            reference(prompts, rollout.completions)
+        policy(prompts, rollout.completions).sum().backward()
+    needed = 1e9 * engine.needed_operations(tmp_path / "model", 100, 20, 4, 16)
+    assert [len(row) for row in rollout.completions] == [20] * 4
+    assert 0.8 * counter.get_total_flops() < needed < 1.05 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_memory_of_a_long_deep_network_follows_from_short_shallow_ones(tmp_path, monkeypatch, is_checkpointed):
+    shape = made_model.Shape(
+        prompt_tokens=300, picture=(20, 10), hidden=64, intermediate=128, layers=4, vision_layers=3, vision_hidden=32
+    )
+    whole = memory.count(shape, "all weights", is_checkpointed, 1.0, tmp_path)
+    repeated = 4 * (1 if is_checkpointed else 4) * 8 * (300 + 128) * 32
+    expected = memory.activations(shape, "all weights", is_checkpointed) - repeated
+    if is_checkpointed:
+        one = memory.activations(replace(shape, layers=2, vision_layers=1), "all weights", False)
+        expected -= one / 2
+    assert expected == pytest.approx(whole, rel=0.05)
+
+
+def test_a_commit_is_checked_out_apart(tmp_path):
+    folder = two_commits.check_out("HEAD", tmp_path)
+    assert (folder / "src" / "perception_r1" / "cli.py").exists()
