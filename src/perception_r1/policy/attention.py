@@ -107,10 +107,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor
 
 
 def next_token_attention(
-    query: Tensor,
-    prompt: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    biases: tuple[Tensor | None, Tensor | None],
+    query: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], bias: Tensor | None
 ) -> Tensor:
     """One softmax over the prompt that all rows of a group share and over what each row has written itself.
 
@@ -120,7 +117,7 @@ def next_token_attention(
         query: [B, S, H, D], scaled.
         prompt: Keys and values [B, K, P, D].
         own: Keys and values [B, K, S, W, D].
-        biases: Added to the scores where not None: [B, 1, 1, 1, P] for the prompt, [W] for the rows' own tokens.
+        bias: [B, 1, 1, 1, P + W] added to the scores; None adds nothing.
 
     Returns:
         [B, S, H*D].
@@ -129,15 +126,10 @@ def next_token_attention(
     kv_heads = prompt[0].shape[1]
     # [B, K, S, H/K, D]: the heads that share keys and values stand together, and so do the rows that share a prompt
     query = query.view(num_prompts, rows, kv_heads, heads // kv_heads, size).transpose(1, 2).contiguous()
-    together = query.flatten(2, 3)  # [B, K, S*H/K, D]
-    to_prompt = (together @ prompt[0].mT).view(*query.shape[:-1], -1)  # [B, K, S, H/K, P]
-    to_own = query @ own[0].mT  # [B, K, S, H/K, W]
-    if biases[0] is not None:
-        to_prompt = to_prompt + biases[0]
-    if biases[1] is not None:
-        to_own = to_own + biases[1]
-    weights = torch.cat([to_prompt, to_own], -1).softmax(-1)
-    on_prompt, on_own = weights.split([to_prompt.shape[-1], to_own.shape[-1]], -1)
+    to_prompt = query.flatten(2, 3) @ prompt[0].mT  # [B, K, S*H/K, P]
+    scores = torch.cat([to_prompt.view(*query.shape[:-1], -1), query @ own[0].mT], -1)  # [B, K, S, H/K, P + W]
+    weights = (scores if bias is None else scores + bias).softmax(-1)
+    on_prompt, on_own = weights.split([prompt[0].shape[2], own[0].shape[3]], -1)
     attended = (on_prompt.flatten(2, 3) @ prompt[1]).view(query.shape) + on_own @ own[1]
     return attended.transpose(1, 2).reshape(num_prompts, rows, heads * size)
 

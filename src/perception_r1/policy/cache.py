@@ -26,8 +26,8 @@ class RowCache(ABC):
     """Keys and values of all layers, and the place at which the next token is written."""
 
     @abstractmethod
-    def rotation(self) -> Rotation:
-        """Cosine and sine for the next token, [B, 1, 1, D] each."""
+    def begin(self) -> Rotation:
+        """Turn to the next token: cosine and sine for it, [B, 1, 1, D] each."""
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class RowCache(ABC):
 
     @abstractmethod
     def advance(self) -> None:
-        """Go on to the next token: every layer has had its turn."""
+        """The token has been written: every layer has had its turn."""
 
 
 class _EagerCache(RowCache):
@@ -55,7 +55,7 @@ class _EagerCache(RowCache):
         self._rotation = rotation
         self._step = 0
 
-    def rotation(self) -> Rotation:
+    def begin(self) -> Rotation:
         """See `RowCache`."""
         cos, sin = self._rotation
         return cos[:, self._step, None, None], sin[:, self._step, None, None]
@@ -85,7 +85,8 @@ class SharedCache(_EagerCache):
         batch, heads, _, size = prompts.keys[0].shape
         shape = (batch, heads, num_rows, rotation[0].shape[1], size)
         self._own = [(keys.new_empty(shape), keys.new_empty(shape)) for keys, _ in self._prompts]
-        self._bias = _bias(prompts, dtype)
+        self._longest = prompts.keys[0].shape[2]
+        self._bias = _bias(prompts, rotation[0].shape[1], dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `RowCache`."""
@@ -94,7 +95,8 @@ class SharedCache(_EagerCache):
         values[:, :, :, self._step] = value.transpose(1, 2)
         written = self._step + 1
         own = keys[:, :, :, :written], values[:, :, :, :written]
-        return next_token_attention(query, self._prompts[layer], own, (self._bias, None))
+        bias = None if self._bias is None else self._bias[..., : self._longest + written]
+        return next_token_attention(query, self._prompts[layer], own, bias)
 
     def keep(self, rows: Tensor) -> None:
         """See `_EagerCache`."""
@@ -129,8 +131,7 @@ class JoinedCache(_EagerCache):
         self._kept = [
             (F.pad(keys, (0, 0, 0, room)), F.pad(values, (0, 0, 0, room))) for keys, values in _cast(prompts, dtype)
         ]
-        bias = _bias(prompts, dtype)
-        self._bias = None if bias is None else F.pad(bias[..., 0, :], (0, room))  # [B, 1, 1, P + T]
+        self._bias = _bias(prompts, room, dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `RowCache`."""
@@ -142,7 +143,7 @@ class JoinedCache(_EagerCache):
             query.transpose(1, 2),
             keys[:, :, : place + 1],
             values[:, :, : place + 1],
-            attn_mask=None if self._bias is None else self._bias[..., : place + 1],
+            attn_mask=None if self._bias is None else self._bias[:, 0, ..., : place + 1],
             scale=1.0,
             enable_gqa=query.shape[2] != keys.shape[1],
         )
@@ -183,8 +184,8 @@ class StaticCache(RowCache):
             2, num_prompts, num_tokens, size, dtype=torch.promote_types(torch.float32, dtype), device=device
         )
         self._rotation: Rotation = turns[0], turns[1]
-        self._prompt_bias = torch.zeros(num_prompts, 1, 1, 1, prompt_room, dtype=dtype, device=device)
-        self._own_bias = torch.zeros(num_tokens, dtype=dtype, device=device)
+        self._prompt_room = prompt_room
+        self._bias = torch.zeros(num_prompts, 1, 1, 1, prompt_room + num_tokens, dtype=dtype, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         """[1] tokens written so far."""
 
@@ -196,13 +197,15 @@ class StaticCache(RowCache):
             values[:, :, :longest] = more_values
         for buffer, values in zip(self._rotation, rotation, strict=True):
             buffer.copy_(values)
-        place = torch.arange(self._prompt_bias.shape[-1], device=prompts.lengths.device)
-        self._prompt_bias.zero_().masked_fill_((place >= prompts.lengths[:, None])[:, None, None, None], float("-inf"))
-        self._own_bias.fill_(float("-inf"))
+        place = torch.arange(self._prompt_room, device=prompts.lengths.device)
+        is_token = place < prompts.lengths[:, None]  # [B, room for prompts]
+        self._bias.fill_(float("-inf"))
+        self._bias[..., : self._prompt_room].masked_fill_(is_token[:, None, None, None], 0.0)
         self.step.zero_()
 
-    def rotation(self) -> Rotation:
+    def begin(self) -> Rotation:
         """See `RowCache`."""
+        self._bias.index_fill_(-1, self.step + self._prompt_room, 0.0)  # the token is about to be seen
         cos, sin = (values.index_select(1, self.step)[:, :, None] for values in self._rotation)
         return cos, sin
 
@@ -211,8 +214,7 @@ class StaticCache(RowCache):
         keys, values = self._own[layer]
         keys.index_copy_(3, self.step, key.transpose(1, 2)[:, :, :, None])
         values.index_copy_(3, self.step, value.transpose(1, 2)[:, :, :, None])
-        self._own_bias.index_fill_(0, self.step, 0.0)
-        return next_token_attention(query, self._prompts[layer], self._own[layer], (self._prompt_bias, self._own_bias))
+        return next_token_attention(query, self._prompts[layer], self._own[layer], self._bias)
 
     def advance(self) -> None:
         """See `RowCache`."""
@@ -223,10 +225,10 @@ def _cast(prompts: PromptCache, dtype: torch.dtype) -> list[KeysAndValues]:
     return [(keys.to(dtype), values.to(dtype)) for keys, values in zip(prompts.keys, prompts.values, strict=True)]
 
 
-def _bias(prompts: PromptCache, dtype: torch.dtype) -> Tensor | None:
-    """[B, 1, 1, 1, P] minus infinity behind the end of a shorter prompt; None where all are equally long."""
+def _bias(prompts: PromptCache, num_tokens: int, dtype: torch.dtype) -> Tensor | None:
+    """[B, 1, 1, 1, P + T] minus infinity behind the end of a shorter prompt; None where all are equally long."""
     is_token = torch.arange(prompts.keys[0].shape[2], device=prompts.lengths.device) < prompts.lengths[:, None]
     if bool(is_token.all()):
         return None
-    bias = torch.zeros(is_token.shape, dtype=dtype, device=is_token.device)
-    return bias.masked_fill(~is_token, float("-inf"))[:, None, None, None]
+    bias = torch.zeros(is_token.shape, dtype=dtype, device=is_token.device).masked_fill(~is_token, float("-inf"))
+    return F.pad(bias, (0, num_tokens))[:, None, None, None]

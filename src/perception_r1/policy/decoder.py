@@ -40,6 +40,9 @@ class Decoder:
         is_in_place = self._embedding.weight.dtype == self.dtype and num_weights > _LARGEST_COPY
         self._layers = [_Layer(layer, config, None if is_in_place else self.dtype) for layer in text.layers]
         self._norm = text.norm
+        heads = config.num_attention_heads, config.num_key_value_heads
+        scales = [[text.layers[0].self_attn.scaling]] * heads[0] + [[1.0]] * heads[1]
+        self._head_scale = torch.tensor(scales, dtype=_at_least_float(self.dtype), device=self.device)  # of queries
         self._head = _Product([model.lm_head], None if is_in_place else self.dtype)
 
     def fits(self, model: QwenVL) -> bool:
@@ -78,7 +81,7 @@ class Decoder:
             [R, V] logits.
         """
         with torch.autocast(self.device.type, enabled=False):
-            cos, sin = cache.rotation()
+            cos, sin = (part * self._head_scale for part in cache.begin())  # [B, 1, H + K, D]
             rows = self._embedding(tokens).unflatten(0, (len(cos), -1))  # [B, S, hidden size]
             for number, layer in enumerate(self._layers):
                 query, key, value = layer.project(rows, cos, sin)
@@ -94,7 +97,6 @@ class _Layer:
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._scale = attention.scaling
         self._head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3-VL only
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
         self._activation = mlp.act_fn
@@ -109,7 +111,7 @@ class _Layer:
             product.refresh()
 
     def project(self, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries [B, S, H, D], keys and values [B, S, K, D] from [B, S, hidden size]."""
+        """Queries [B, S, H, D], keys and values [B, S, K, D] from [B, S, hidden size], turned by cosine and sine."""
         total = self._heads + 2 * self._kv_heads
         joined = self._qkv(_normalise(rows, self._norms[0])).unflatten(-1, (total, -1))
         turned, value = joined.split([self._heads + self._kv_heads, self._kv_heads], 2)
@@ -117,9 +119,9 @@ class _Layer:
             parts = turned.split([self._heads, self._kv_heads], 2)
             turned = torch.cat([_normalise(part, norm) for part, norm in zip(parts, self._head_norms, strict=True)], 2)
         half = turned.shape[-1] // 2
-        turned = turned * cos + torch.cat([turned[..., half:], turned[..., :half]], -1) * sin
+        turned = torch.addcmul(turned * cos, torch.cat([turned[..., half:], turned[..., :half]], -1), sin)
         query, key = turned.to(value.dtype).split([self._heads, self._kv_heads], 2)
-        return query * self._scale, key, value
+        return query, key, value
 
     def feed_forward(self, rows: Tensor) -> Tensor:
         """[B, S, hidden size] from the same."""
@@ -167,6 +169,10 @@ class _Product:
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _at_least_float(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.float32, dtype)
 
 
 def _normalise(rows: Tensor, norm: Any) -> Tensor:

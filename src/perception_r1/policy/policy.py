@@ -153,25 +153,9 @@ class Policy(nn.Module):
             self._graphs = GraphWriter(Decoder(self.model))
         return self._graphs.write(prompts, group_size=group_size, sampling=sampling, seeds=seeds)
 
-    def roll_out(
-        self,
-        prompts: PromptBatch,
-        *,
-        group_size: int,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-        temperature: float = 1.0,
-        is_greedy: bool = False,
-    ) -> Rollout:
-        """Prefill and write."""
-        return self.write(
-            self.prefill(prompts),
-            group_size=group_size,
-            max_new_tokens=max_new_tokens,
-            seeds=seeds,
-            temperature=temperature,
-            is_greedy=is_greedy,
-        )
+    def roll_out(self, prompts: PromptBatch, **options: Any) -> Rollout:
+        """Prefill and write, with the options of `write`."""
+        return self.write(self.prefill(prompts), **options)
 
     def forward(self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`."""
