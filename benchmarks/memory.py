@@ -55,10 +55,10 @@ def saved_bytes(policy: Policy, prompts: Any, completions: Sequence[torch.Tensor
     kept: dict[int, tuple[torch.Tensor, int]] = {}  # the tensors are held, so that no address is given out twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
+        storage, bare = tensor.untyped_storage(), tensor.detach()  # without its graph, which would hold it for ever
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (tensor, storage.nbytes())
-        return tensor
+            kept[storage.data_ptr()] = (bare, storage.nbytes())
+        return bare
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         policy(prompts, completions)
@@ -111,7 +111,8 @@ def activations(shape: Shape, trained: str, is_checkpointed: bool) -> float:
             short, long = at(layers, vision_layers, 0.1), at(layers, vision_layers, 0.2)
             return long + 8 * (long - short)  # from a fifth to the whole
 
-        one, text, vision = full(1, 1), full(2, 1), full(1, 2)
+        one, text = full(1, 1), full(2, 1)
+        vision = full(1, 2) if trained == "all weights" else one  # a frozen tower keeps nothing
     total = one + (shape.layers - 1) * (text - one) + (shape.vision_layers - 1) * (vision - one)
     if is_checkpointed:  # one layer at a time is computed again
         total += activations(replace(shape, layers=2, vision_layers=1), trained, False) / 2
@@ -194,18 +195,17 @@ def main() -> int:
                 SHAPES["7b-lora" if model == "7b" else model], prompt_tokens=prompt, picture=PICTURES[prompt]
             )
             case = {"model": model, "trained": trained, "checkpointing": is_checkpointed, "prompt": prompt}
+            print(f"{model}, {trained}, P = {prompt} ...", file=sys.stderr, flush=True)
             rows.append(case | {"gib": peak_gib(shape, trained, is_checkpointed)})
-            print(rows[-1], flush=True)
-    results = {
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        "group_size": GROUP_SIZE,
-        "completion": COMPLETION,
-        "rows": rows,
-        "table": table(rows).splitlines(),
-    }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(results, indent=1) + "\n")
+            results = {
+                "date": date.today().isoformat(),
+                "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+                "group_size": GROUP_SIZE,
+                "completion": COMPLETION,
+                "rows": rows,
+            }
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            args.results.write_text(json.dumps(results, indent=1) + "\n")
     print(table(rows))
     return 0
 

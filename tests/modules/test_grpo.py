@@ -1,4 +1,5 @@
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,3 +295,122 @@ def test_validation_is_greedy_and_counts_every_sample_once(folder, tmp_path):
     assert len(outcomes) == 4
     luck = [outcome.score.terms["luck"] for group in outcomes for outcome in group]
     assert float(trainer.callback_metrics["val/reward/luck"]) == pytest.approx(sum(luck) / 4)
+
+
+class Towers(Callback):
+    """The pictures that each run of the vision towers of policy and reference saw."""
+
+    def __init__(self):
+        self.seen = {"policy": [], "reference": []}
+
+    def on_train_start(self, trainer, pl_module):
+        for name, runs in self.seen.items():
+            if getattr(pl_module, name) is not None:
+                spy = lambda module, args, kwargs, runs=runs: runs.append(len(kwargs["grid_thw"]))  # noqa: E731
+                getattr(pl_module, name).model.model.visual.register_forward_pre_hook(spy, with_kwargs=True)
+
+
+@pytest.mark.parametrize("policy", [{"freeze_vision": True}, {"lora": LoraConfig(rank=2)}], ids=["frozen", "adapter"])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_a_vision_tower_that_is_not_trained_sees_each_picture_once_in_a_step(folder, tmp_path, policy, budget):
+    towers, log = Towers(), Log()
+    module = make_module(folder, policy=policy, micro_batch_tokens=budget, updates_per_rollout=2)
+    fit(folder, tmp_path, module, [towers, log], max_steps=4)
+    assert towers.seen == {"policy": [2, 2], "reference": []}
+    assert log.steps[4]["train/kl"] > 0
+
+
+@pytest.mark.parametrize(("budget", "of_parts"), [(None, [2]), (1, [1] * 8)])
+def test_a_vision_tower_that_is_trained_runs_in_rollout_reference_and_every_update(folder, tmp_path, budget, of_parts):
+    towers = Towers()
+    module = make_module(folder, micro_batch_tokens=budget, updates_per_rollout=2)
+    fit(folder, tmp_path, module, [towers])
+    assert towers.seen == {"policy": [2, *of_parts, *of_parts], "reference": of_parts}
+
+
+@pytest.mark.parametrize(
+    ("options", "pulled", "prompts_packed"),
+    [
+        ({}, [0, 1], [0, 1]),
+        ({"micro_batch_tokens": 1}, [0, 1], [0, 0, 0, 0, 1, 1, 1, 1]),
+        ({"kl_coef": 0.0}, [1], [1]),
+        ({"kl_coef": 0.0}, [], []),
+    ],
+    ids=["whole", "split", "one group", "nothing to learn"],
+)
+def test_a_step_logs_what_sharing_prompts_saves(folder, tmp_path, monkeypatch, options, pulled, prompts_packed):
+    def remember(self, prompts, rollout, advantages):
+        seen.update(prompts=prompts, completions=rollout.completions)
+        has_pull = torch.tensor([prompt in pulled for prompt in range(2)])
+        return plain(self, prompts, rollout, advantages * has_pull.repeat_interleave(4))
+
+    plain, seen = GRPO.remember, {}
+    monkeypatch.setattr(GRPO, "remember", remember)
+    _, trainer = fit(folder, tmp_path, make_module(folder, **options), max_steps=1)
+    lengths, completions = seen["prompts"].attention_mask.sum(1).tolist(), seen["completions"]
+    assert lengths[0] != lengths[1]
+    written = sum(len(completion) for prompt in pulled for completion in completions[4 * prompt : 4 * prompt + 4])
+    packed = float(trainer.callback_metrics["train/tokens/packed"])
+    repeated = float(trainer.callback_metrics["train/tokens/repeated"])
+    assert packed == written + sum(lengths[prompt] for prompt in prompts_packed)
+    assert repeated == written + sum(4 * lengths[prompt] for prompt in pulled)
+
+
+@pytest.mark.parametrize("policy", [{}, {"freeze_vision": True}])
+def test_a_step_logs_the_seconds_of_its_phases(folder, tmp_path, policy):
+    _, trainer = fit(folder, tmp_path, make_module(folder, policy=policy))
+    seconds = {
+        name.removeprefix("train/seconds/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("train/seconds/")
+    }
+    phases = {"encode", "prefill", "decode", "reward", "reference", "policy_forward", "backward", "optimizer"}
+    assert set(seconds) == phases | {"step"} | ({"vision"} if policy else set())
+    assert min(seconds.values()) > 0
+    assert sum(value for name, value in seconds.items() if name != "step") <= seconds["step"]
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_the_sampling_gap_is_the_mean_distance_between_sampler_and_first_update(
+    folder, tmp_path, monkeypatch, budget, shift
+):
+    def sample(self, prompts):
+        rollout = plain(self, prompts)
+        turns = [shift * (-1) ** row for row in range(len(rollout.logprobs))]
+        return replace(rollout, logprobs=[row + turn for row, turn in zip(rollout.logprobs, turns, strict=True)])
+
+    plain, log = GRPO.sample, Log()
+    monkeypatch.setattr(GRPO, "sample", sample)
+    fit(folder, tmp_path, make_module(folder, micro_batch_tokens=budget, updates_per_rollout=2), [log])
+    assert log.steps[2]["train/sampling_gap"] == pytest.approx(shift, abs=1e-5)
+
+
+def test_in_mixed_precision_the_sampling_gap_stays_small(folder, tmp_path):
+    log = Log()
+    fit(folder, tmp_path, callbacks=[log], precision="bf16-mixed")
+    assert 1e-5 < log.steps[1]["train/sampling_gap"] < 0.05
+
+
+def test_mixed_precision_points_every_gradient_where_full_precision_does(folder, tmp_path, monkeypatch):
+    """After a rollout in the same autocast context, whose casts of the weights know nothing of gradients."""
+    plain, rollouts = GRPO.sample, []
+
+    def sample(self, prompts):
+        rollouts.append(plain(self, prompts))
+        return rollouts[0]
+
+    monkeypatch.setattr(GRPO, "sample", sample)
+
+    def first(precision):
+        gradients = Gradients()
+        fit(folder, tmp_path, make_module(folder), [gradients], max_steps=1, precision=precision)
+        return gradients.first
+
+    full, mixed = first("32-true"), first("bf16-mixed")
+    assert rollouts[1].logprobs[0].isfinite().all()
+    assert len(rollouts) == 2
+    assert full.keys() == mixed.keys()
+    for name, gradient in full.items():
+        alike = torch.cosine_similarity(gradient.flatten(), mixed[name].flatten(), dim=0)
+        assert float(alike) > 0.9, name

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from perception_r1.policy.load import CODEC_BY_FAMILY, PolicyConfig
+from perception_r1.policy.load import CODEC_BY_FAMILY, LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
@@ -27,6 +27,20 @@ def policy(grouped_folders: dict[str, Path], family: str) -> Policy:
 def plain(grouped_folders: dict[str, Path], family: str) -> Any:
     """The same weights in the plain model."""
     return oracle.plain_model(grouped_folders[family])
+
+
+@pytest.fixture
+def adapted(grouped_folders: dict[str, Path], family: str) -> Policy:
+    """The same policy inside an adapter that changes what it says."""
+    policy = Policy.load(PolicyConfig(name=str(grouped_folders[family]), lora=LoraConfig(rank=2))).double().eval()
+    oracle.shake(policy.network)
+    return policy
+
+
+@pytest.fixture
+def adapted_plain(plain: Any, adapted: Policy) -> Any:
+    """The plain model inside the same adapter; the fixture `plain` itself is changed by it."""
+    return oracle.adapt(plain, adapted.network)
 
 
 @pytest.fixture

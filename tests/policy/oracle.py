@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -17,8 +18,11 @@ CHATS: list[tuple[str, list[tuple[int, int]]]] = [
     ("Where is it?", [(56, 84)]),
     ("Compare the first picture with the second one, please.", [(84, 28), (56, 56)]),
     ("Read.", [(112, 56)]),
+    ("Is there a cup?", [(28, 84)]),
+    ("Who has it??", [(84, 56)]),
 ]
-"""Text and sizes of the pictures of three prompts: ragged in tokens, in pictures and in patches."""
+"""Text and sizes of the pictures of five prompts: three ragged in tokens, in pictures and in patches, then two of as
+many tokens as the first, of which one has a picture of other patches and so ends at another position."""
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -32,7 +36,7 @@ def chat(text: str, num_images: int = 1) -> list[dict[str, Any]]:
 
 
 def encode(processor: Processor, places: Sequence[int] = (0, 1, 2)) -> PromptBatch:
-    """Some of the three prompts as one batch."""
+    """Some of the prompts as one batch."""
     chosen = [CHATS[place] for place in places]
     images = [[noise(*size, seed=place) for size in sizes] for place, (_, sizes) in zip(places, chosen, strict=True)]
     return processor.encode([chat(text, len(sizes)) for text, sizes in chosen], images, max_tokens=None)
@@ -40,6 +44,24 @@ def encode(processor: Processor, places: Sequence[int] = (0, 1, 2)) -> PromptBat
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def shake(network: Any, seed: int = 0) -> None:
+    """Give a fresh adapter, which changes nothing, random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def adapt(plain: Any, network: Any) -> Any:
+    """The plain model inside a second adapter with the same settings and weights as that of a network."""
+    adapted = get_peft_model(plain, network.peft_config["default"])
+    weights = {name: value for name, value in network.state_dict().items() if "lora_" in name}
+    assert weights
+    assert not adapted.load_state_dict(weights, strict=False).unexpected_keys
+    return adapted.to(plain.dtype).eval()
 
 
 def distributions(model: Any, prompt: PromptBatch, completion: Tensor, banned: Tensor, temperature: float) -> Tensor:

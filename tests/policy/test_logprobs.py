@@ -2,9 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
+from perception_r1.policy import attention
 from perception_r1.policy.forward import pack_prompts
 from perception_r1.policy.load import LoraConfig, PolicyConfig
+from perception_r1.policy.packing import lay_out, plan_parts
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
@@ -20,6 +24,47 @@ def naive_logprobs(plain, policy, completions, temperature, places=(0, 1, 2)):
         prompt = oracle.encode(policy.processor, [places[index // group_size]])
         rows.append(oracle.logprobs(plain, prompt, completion, policy.banned, temperature))
     return rows
+
+
+def distance(network, plain):
+    """How far the gradients are from those of the plain model: of each parameter, as a share of the largest entry."""
+    expected = dict(plain.named_parameters())
+    shares = {}
+    for name, parameter in network.named_parameters():
+        if expected[name].grad is None:
+            assert parameter.grad is None, name
+            continue
+        scale = max(float(expected[name].grad.abs().max()), 1e-6)
+        shares[name] = float((parameter.grad - expected[name].grad).abs().max()) / scale
+    return shares
+
+
+def assert_same_gradients(network, plain, tolerance=1e-6):
+    shares = distance(network, plain)
+    assert len(shares) > 60
+    assert {name: share for name, share in shares.items() if share > tolerance} == {}
+    assert any(".visual." in name and network.get_parameter(name).grad.abs().max() > 0 for name in shares)
+
+
+def weighted_sum(rows):
+    """A number on which every log-probability has an influence of its own."""
+    return sum((row * torch.linspace(-1 - place, 1, len(row) + 1)[:-1]).sum() for place, row in enumerate(rows))
+
+
+def without_padding(logprobs, completions):
+    return [row[: len(completion)] for row, completion in zip(logprobs, completions, strict=True)]
+
+
+def assert_same_rows(rows, expected, tolerance=1e-12):
+    for row, other in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row, other, rtol=0, atol=tolerance)
+
+
+def count_calls(module):
+    """A list that grows with every call of a module."""
+    calls = []
+    module.register_forward_hook(lambda *call: calls.append(call))
+    return calls
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -41,19 +86,7 @@ def test_all_gradients_equal_those_of_plain_forwards(policy, plain, exact_layers
     is_token = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     (logprobs[is_token] * weights).sum().backward()
     (torch.cat(naive_logprobs(plain, policy, completions, 0.8)) * weights).sum().backward()
-    expected = dict(plain.named_parameters())
-    num_compared = 0
-    for name, parameter in policy.network.named_parameters():
-        if expected[name].grad is None:
-            assert parameter.grad is None, name
-            continue
-        scale = float(expected[name].grad.abs().max())
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=1e-9 * max(scale, 1e-6), msg=name)
-        num_compared += 1
-    assert num_compared > 60
-    assert any(
-        ".visual." in name and parameter.grad.abs().max() > 0 for name, parameter in policy.network.named_parameters()
-    )
+    assert_same_gradients(policy.network, plain, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("lengths", [[1, 1], [1, 4], [4, 1]])
@@ -127,3 +160,152 @@ def test_many_rows_of_logits_are_computed_in_chunks_with_the_same_result(policy,
     monkeypatch.setattr("perception_r1.policy.logprobs._HEAD_ROWS", 4)
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+MIXED = [2, 0, 1, 3, 4]
+"""Prompts that are not in order of length, three of the same length among them, one with two pictures."""
+
+MIXED_LENGTHS = [3, 7, 1, 5, 4, 2, 6, 6, 2, 1]
+
+
+def test_prompts_of_equal_and_other_lengths_come_back_in_the_order_given(policy, plain, exact_layers):
+    prompts, completions = oracle.encode(policy.processor, MIXED), oracle.random_completions(MIXED_LENGTHS)
+    assert sorted(prompts.lengths) != prompts.lengths
+    assert prompts.lengths[1] == prompts.lengths[3] == prompts.lengths[4]
+    rows = without_padding(policy(prompts, completions, 0.7), completions)
+    naive = naive_logprobs(plain, policy, completions, 0.7, places=MIXED)
+    assert_same_rows(rows, naive)
+    weighted_sum(rows).backward()
+    weighted_sum(naive).backward()
+    assert_same_gradients(policy.network, plain)
+
+
+def test_prompts_of_equal_length_are_computed_together_wherever_they_stand(policy, monkeypatch):
+    rows = []
+
+    def spy(*args):
+        packing = lay_out(*args)
+        rows.append([(tile.num_prompts, tile.length) for tile in packing.tiles])
+        return packing
+
+    for name in ("logprobs", "prefill"):
+        monkeypatch.setattr(f"perception_r1.policy.{name}.lay_out", spy)
+    prompts = oracle.encode(policy.processor, MIXED)
+    policy(prompts, oracle.random_completions(MIXED_LENGTHS))
+    policy.prefill(prompts)
+    short, middle, long = sorted(set(prompts.lengths))
+    assert rows == [[(1, short), (3, middle), (1, long)]] * 2
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_with_an_adapter_every_gradient_equals_that_of_the_plain_model_in_the_same_adapter(
+    adapted, adapted_plain, exact_layers, is_checkpointed
+):
+    if is_checkpointed:
+        adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapted.network.requires_grad_(True).train()
+    adapted_plain.requires_grad_(True)
+    calls = count_calls(adapted.model.model.language_model.layers[0].input_layernorm)
+    completions = oracle.random_completions(MIXED_LENGTHS)
+    rows = without_padding(adapted(oracle.encode(adapted.processor, MIXED), completions, 0.7), completions)
+    naive = naive_logprobs(adapted_plain, adapted, completions, 0.7, places=MIXED)
+    assert_same_rows(rows, naive)
+    weighted_sum(rows).backward()
+    weighted_sum(naive).backward()
+    assert len(calls) == (2 if is_checkpointed else 1)
+    assert_same_gradients(adapted.network, adapted_plain)
+    lora = [parameter.grad for name, parameter in adapted.network.named_parameters() if "lora_" in name]
+    assert min(float(gradient.abs().max()) for gradient in lora) > 0
+
+
+def test_checkpointed_gradients_of_all_weights_equal_those_of_plain_forwards(policy, plain, exact_layers):
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+    completions = oracle.random_completions(MIXED_LENGTHS)
+    logprobs = policy(oracle.encode(policy.processor, MIXED), completions)
+    weighted_sum(without_padding(logprobs, completions)).backward()
+    weighted_sum(naive_logprobs(plain, policy, completions, 1.0, places=MIXED)).backward()
+    assert_same_gradients(policy.network, plain)
+
+
+@pytest.mark.parametrize(("budget", "num_rows"), [(None, [10]), (70, [4, 1, 1, 4]), (1, [1] * 10)])
+def test_gradients_of_the_parts_add_up_to_those_of_the_whole(policy, plain, exact_layers, budget, num_rows):
+    prompts, completions = oracle.encode(policy.processor, MIXED), oracle.random_completions(MIXED_LENGTHS)
+    naive = naive_logprobs(plain, policy, completions, 1.0, places=MIXED)
+    weights = torch.linspace(-1, 1, len(completions))
+    sum(weight * row.sum() for weight, row in zip(weights, naive, strict=True)).backward()
+    parts = plan_parts(prompts.lengths, MIXED_LENGTHS, range(len(MIXED)), budget)
+    assert [len(part.rows) for part in parts] == num_rows
+    for part in parts:
+        logprobs = policy(prompts.select(part.prompts), [completions[row] for row in part.rows])
+        (weights[part.rows] * logprobs.sum(1)).sum().backward()
+    assert_same_gradients(policy.network, plain)
+
+
+def test_prompts_that_were_looked_at_give_the_same_without_the_vision_tower(policy):
+    prompts, completions = oracle.encode(policy.processor, MIXED), oracle.random_completions(MIXED_LENGTHS)
+    expected = policy(prompts, completions).detach()
+    calls = count_calls(policy.model.model.visual)
+    seen = policy.look(prompts)
+    assert len(calls) == 1
+    logprobs = policy(seen, completions)
+    one = policy(seen.select([2, 0]), completions[4:6] + completions[:2]).detach()
+    assert len(calls) == 1
+    assert torch.equal(logprobs, expected)
+    assert_same_rows(
+        without_padding(one, [completions[row] for row in (4, 5, 0, 1)]),
+        [expected[row, : MIXED_LENGTHS[row]] for row in (4, 5, 0, 1)],
+    )
+    logprobs.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in policy.model.model.named_parameters()}
+    assert all((gradient is None) == name.startswith("visual.") for name, gradient in gradients.items())
+
+
+def compare(policy, plain, places, completions):
+    """Distance of the log-probabilities, and of the gradients, from those of plain forwards."""
+    logprobs = policy(oracle.encode(policy.processor, places), completions)
+    rows = without_padding(logprobs, completions)
+    naive = naive_logprobs(plain, policy, completions, 1.0, places=places)
+    weighted_sum(rows).backward()
+    weighted_sum(naive).backward()
+    differences = [(row - other).abs() for row, other in zip(rows, naive, strict=True)]
+    return differences, distance(policy.network, plain)
+
+
+def test_the_comparison_would_notice_prompts_through_which_completions_send_no_gradient(
+    policy, plain, exact_layers, monkeypatch
+):
+    def without_gradient(query, key, value, prompt_key, prompt_value, *rest):
+        return attend_completions(query, key, value, prompt_key.detach(), prompt_value.detach(), *rest)
+
+    attend_completions = attention._attend_completions
+    monkeypatch.setattr(attention, "_attend_completions", without_gradient)
+    differences, shares = compare(policy, plain, [0, 2], oracle.random_completions([5, 4, 3, 6]))
+    assert float(torch.cat(differences).max()) < 1e-12
+    assert max(share for name, share in shares.items() if ".visual." in name) > 0.01
+    assert max(share for name, share in shares.items() if ".k_proj." in name) > 0.01
+
+
+def test_the_comparison_would_notice_completions_that_start_at_the_prompt_s_length(
+    policy, plain, exact_layers, monkeypatch
+):
+    def shifted(model, prompts):
+        packed = pack_prompts(model, prompts)
+        assert packed.next_position.tolist() != prompts.lengths
+        return replace(packed, next_position=torch.tensor(prompts.lengths))
+
+    monkeypatch.setattr("perception_r1.policy.logprobs.pack_prompts", shifted)
+    differences, _ = compare(policy, plain, [0], oracle.random_completions([5, 4]))
+    assert min(float(row[1:].min()) for row in differences) > 1e-6
+
+
+def test_the_comparison_would_notice_completions_that_see_each_other(policy, plain, exact_layers, monkeypatch):
+    def causal(module, query, key, value, mask, packing, scaling, **kwargs):
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return attended.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, causal)
+    differences, _ = compare(policy, plain, [0], oracle.random_completions([5, 4]))
+    assert float(differences[0].max()) < 1e-12
+    assert float(differences[1][0]) < 1e-12
+    assert float(differences[1][1:].min()) > 1e-6

@@ -67,3 +67,18 @@ def test_vision_tokens_are_banned(folder):
     policy = Policy.load(PolicyConfig(name=str(folder)))
     names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     assert policy.banned.tolist() == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_frozen"),
+    [
+        ({}, False),
+        ({"freeze_vision": True}, True),
+        ({"lora": LoraConfig(rank=2)}, True),
+        ({"lora": LoraConfig(rank=2, targets=r".*visual.*qkv")}, False),
+        ({"lora": LoraConfig(rank=2, targets=r".*visual.*qkv"), "freeze_vision": True}, False),
+    ],
+    ids=["full", "frozen", "adapter", "adapter in the tower", "adapter in the frozen tower"],
+)
+def test_the_vision_tower_is_frozen_if_nothing_of_it_is_trained(folder, options, is_frozen):
+    assert Policy.load(PolicyConfig(name=str(folder), **options)).is_vision_frozen == is_frozen

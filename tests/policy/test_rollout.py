@@ -204,3 +204,114 @@ def test_a_tall_picture_does_not_confuse_positions(policy, plain):
         for completion, row in zip(rollout.completions[:2], logprobs, strict=False):
             expected = oracle.logprobs(plain, prompt, completion, policy.banned, 1.0)
             torch.testing.assert_close(row[: len(completion)], expected, rtol=0, atol=1e-6)
+
+
+MANY_ENDS = torch.arange(0, 270, 6)
+"""So many that rows end at many different places."""
+
+
+def ragged(policy, places=(0, 1, 2, 3), **options):
+    """Prompts and a rollout in which many rows end long before the limit."""
+    policy.end_token_ids = MANY_ENDS
+    prompts = oracle.encode(policy.processor, places)
+    defaults = {"group_size": 4, "max_new_tokens": 16, "seeds": range(len(places)), "temperature": 0.7}
+    return prompts, policy.roll_out(prompts, **(defaults | options))
+
+
+def spy_on_rows(monkeypatch):
+    """A list that grows with every step of a decoder: the rows that it was given."""
+    counts = []
+    plain = Decoder.__call__
+    spy = lambda self, tokens, cache: counts.append(len(tokens)) or plain(self, tokens, cache)  # noqa: E731
+    monkeypatch.setattr(Decoder, "__call__", spy)
+    return counts
+
+
+def assert_trained_as_sampled(policy, prompts, rollout, temperature):
+    with torch.no_grad():
+        trained = policy(prompts, rollout.completions, temperature)
+    for sampled, row in zip(rollout.logprobs, trained, strict=True):
+        torch.testing.assert_close(sampled, row[: len(sampled)], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("places", [(0, 1, 2, 3), (3, 0, 4, 4, 3, 0)], ids=["ragged", "equal"])
+@pytest.mark.parametrize("kind", ["policy", "adapted"])
+def test_the_sampler_s_log_probabilities_are_those_of_the_training_pass(
+    request, exact_layers, monkeypatch, kind, places, group_size
+):
+    policy, counts = request.getfixturevalue(kind), spy_on_rows(monkeypatch)
+    prompts, rollout = ragged(policy, places, group_size=group_size)
+    assert len(set(counts)) >= (2 if group_size == 1 else 3)
+    assert_trained_as_sampled(policy, prompts, rollout, 0.7)
+
+
+def test_a_switched_off_adapter_is_not_sampled_from(adapted, policy, exact_layers):
+    with adapted.without_adapter():
+        prompts, rollout = ragged(adapted)
+        assert_trained_as_sampled(adapted, prompts, rollout, 0.7)
+    assert rows(rollout) == rows(ragged(policy)[1])
+    assert rows(rollout) != rows(ragged(adapted)[1])
+
+
+def test_rows_that_have_ended_leave_soon(policy, monkeypatch):
+    counts = spy_on_rows(monkeypatch)
+    _, rollout = ragged(policy)
+    assert len(counts) == max(map(len, rollout.completions)) - 1
+    for step, count in enumerate(counts):
+        unfinished = [[len(row) > step + 1 for row in rollout.completions[at : at + 4]] for at in range(0, 16, 4)]
+        needed = sum(map(any, unfinished)) * max(map(sum, unfinished))
+        assert needed <= count <= max(needed, needed / 0.75)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] <= counts[0] / 2
+
+
+def test_entropy_is_a_mean_over_written_tokens_alone(policy, plain, exact_layers):
+    _, rollout = ragged(policy)
+    entropies = []
+    for index, completion in enumerate(rollout.completions):
+        prompt = oracle.encode(policy.processor, [index // 4])
+        with torch.no_grad():
+            probs = oracle.distributions(plain, prompt, completion, policy.banned, 0.7).exp()
+        entropies.append(torch.special.entr(probs).sum(1))
+    assert len({len(row) for row in entropies}) > 3
+    assert rollout.entropy == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-12)
+
+
+def test_a_rollout_looks_at_each_picture_and_reads_each_prompt_token_once(policy):
+    pictures, tokens = [], []
+    model = policy.model.model
+    model.visual.register_forward_pre_hook(
+        lambda module, args, kwargs: pictures.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
+    model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    prompts, _ = ragged(policy)
+    assert pictures == [len(prompts.image_grid_thw)] == [5]
+    assert tokens == [sum(prompts.lengths)]
+
+
+def test_what_another_call_left_in_the_model_does_not_matter(policy):
+    prompts, rollout = ragged(policy)
+    with torch.no_grad():
+        logprobs = policy(prompts, rollout.completions)
+        policy.model.model.rope_deltas = torch.full((16, 1), 12345)
+        assert torch.equal(policy(prompts, rollout.completions), logprobs)
+    again = ragged(policy)[1]
+    assert rows(again) == rows(rollout)
+    assert all(torch.equal(one, other) for one, other in zip(again.logprobs, rollout.logprobs, strict=True))
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("part", ["all", "language model"])
+def test_half_precision_samples_nearly_what_it_trains(policy, part, group_size):
+    policy.float()
+    (policy.model if part == "all" else policy.model.model.language_model).to(torch.bfloat16)
+    assert policy.model.lm_head.weight.dtype == torch.bfloat16
+    prompts, rollout = ragged(policy, group_size=group_size)
+    with torch.no_grad():
+        trained = policy(prompts, rollout.completions, 0.7)
+    gaps = [(sampled - row[: len(sampled)]).abs() for sampled, row in zip(rollout.logprobs, trained, strict=True)]
+    assert {gap.dtype for gap in gaps} == {torch.float32}
+    assert 0 < float(torch.cat(gaps).mean()) < 0.1

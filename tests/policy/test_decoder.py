@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from perception_r1.policy import decoder as decoder_module
+from perception_r1.policy.cache import JoinedCache, SharedCache
+from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
+from tests.policy import oracle
+
+PLACES = (0, 1, 2, 3)
+
+
+def completions_of(num_rows):
+    return oracle.random_completions([4] * len(PLACES) * num_rows)
+
+
+@torch.no_grad()
+def distributions(decoder, policy, num_rows=2):
+    """[R, 4, V] log-probabilities of every token at four places of some completions of each prompt, step by step."""
+    prompts = policy.prefill(oracle.encode(policy.processor, PLACES))
+    tokens = torch.stack(completions_of(num_rows))
+    rotation = decoder.rotation(prompts, tokens.shape[1])
+    if num_rows == 1:
+        cache = JoinedCache(prompts, rotation, dtype=decoder.dtype)
+    else:
+        cache = SharedCache(prompts, rotation, num_rows=num_rows, dtype=decoder.dtype)
+    logits = [decoder.first_logits(prompts).repeat_interleave(num_rows, 0)]
+    logits += [decoder(column, cache) for column in tokens[:, :-1].T]
+    return torch.stack(logits, 1).log_softmax(-1)
+
+
+@torch.no_grad()
+def expected(plain, policy, num_rows=2):
+    """The same from plain forwards."""
+    nothing = torch.tensor([], dtype=torch.long)
+    prompts = [oracle.encode(policy.processor, [place]) for place in PLACES for _ in range(num_rows)]
+    rows = zip(prompts, completions_of(num_rows), strict=True)
+    return torch.stack([oracle.distributions(plain, prompt, row, nothing, 1.0) for prompt, row in rows])
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def change(network):
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.linspace(-0.05, 0.05, parameter.numel()).view(parameter.shape))
+
+
+@pytest.fixture(params=[False, True], ids=["copied", "in place"])
+def is_in_place(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(decoder_module, "_LARGEST_COPY", 0)
+    return request.param
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_step_is_one_of_the_layers_of_transformers(policy, plain, exact_layers, is_in_place, num_rows):
+    assert_same(distributions(Decoder(policy.model), policy, num_rows), expected(plain, policy, num_rows))
+
+
+def test_a_step_goes_through_the_adapter(adapted, adapted_plain, exact_layers, is_in_place):
+    assert_same(distributions(Decoder(adapted.model), adapted), expected(adapted_plain, adapted))
+
+
+def test_a_step_leaves_an_adapter_out_that_is_switched_off(adapted, plain, exact_layers, is_in_place):
+    with adapted.without_adapter():
+        found = distributions(Decoder(adapted.model), adapted)
+    assert_same(found, expected(plain, adapted))
+
+
+def test_a_refresh_takes_over_changed_weights(policy, adapted, is_in_place):
+    for changing in (policy, adapted):
+        decoder = Decoder(changing.model)
+        before = distributions(decoder, changing)
+        change(changing.network)
+        fresh = distributions(Decoder(changing.model), changing)
+        assert float((before - fresh).abs().max()) > 0.01
+        assert torch.equal(distributions(decoder, changing), fresh) == is_in_place
+        decoder.refresh()
+        assert torch.equal(distributions(decoder, changing), fresh)
+
+
+def test_a_refresh_takes_over_changed_weights_in_mixed_precision(policy):
+    policy.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder = Decoder(policy.model)
+        change(policy.network)
+        fresh = distributions(Decoder(policy.model), policy)
+        assert not torch.equal(distributions(decoder, policy), fresh)
+        decoder.refresh()
+        assert torch.equal(distributions(decoder, policy), fresh)
+
+
+def test_an_adapter_is_switched_off_and_on_by_a_refresh(adapted, plain, exact_layers, is_in_place):
+    decoder = Decoder(adapted.model)
+    with_adapter = distributions(decoder, adapted)
+    with adapted.without_adapter():
+        decoder.refresh()
+        assert_same(distributions(decoder, adapted), expected(plain, adapted))
+    decoder.refresh()
+    assert torch.equal(distributions(decoder, adapted), with_adapter)
+
+
+def test_reading_and_refreshing_change_no_weight_of_the_model(adapted, is_in_place):
+    before = {name: value.clone() for name, value in adapted.network.state_dict().items()}
+    decoder = Decoder(adapted.model)
+    distributions(decoder, adapted)
+    with adapted.without_adapter():
+        decoder.refresh()
+    decoder.refresh()
+    assert all(torch.equal(value, before[name]) for name, value in adapted.network.state_dict().items())
+
+
+def test_it_fits_its_model_as_long_as_the_type_stays_the_same(folder):
+    one, other = (Policy.load(PolicyConfig(name=str(folder))) for _ in range(2))
+    decoder = Decoder(one.model)
+    assert decoder.fits(one.model)
+    assert not decoder.fits(other.model)
+    change(one.network)
+    assert decoder.fits(one.model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not decoder.fits(one.model)
+        mixed = Decoder(one.model)
+        assert mixed.fits(one.model)
+        assert mixed.dtype == torch.bfloat16
+    assert not mixed.fits(one.model)
+    one.double()
+    assert not decoder.fits(one.model)
+    assert Decoder(one.model).fits(one.model)
+
+
+def test_mixed_precision_computes_nearly_the_same(policy):
+    policy.float()
+    exact = distributions(Decoder(policy.model), policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder = Decoder(policy.model)
+        mixed = distributions(decoder, policy)
+    assert 0 < float((mixed - exact).abs().mean()) < 0.05

@@ -1,0 +1,229 @@
+from functools import partial
+from itertools import count
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from perception_r1.policy import policy as policy_module
+from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.graphs import GraphWriter
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
+from perception_r1.policy.prefill import prefill
+from perception_r1.policy.rollout import Sampling, choose, write
+from tests.policy import oracle
+
+MANY_ENDS = torch.arange(0, 270, 6)
+"""So many end tokens that rows end at many different places."""
+
+
+ONE_FAMILY = pytest.mark.parametrize("family", ["qwen2_vl"], indirect=True)
+
+
+class Captures:
+    """Stands in for the capture of CUDA graphs and counts captured steps and replays.
+
+    Args:
+        is_traced: Record the operations of one step, and run these from then on, on the tensors that the step read and
+            wrote while it was recorded: as a CUDA graph does. Otherwise the step itself is run again.
+    """
+
+    def __init__(self, is_traced: bool = False) -> None:
+        self.is_traced = is_traced
+        self.num_steps = self.num_replays = 0
+
+    def __call__(self, step):
+        self.num_steps += 1
+        unused = torch.zeros(1)
+        run = make_fx(lambda unused: step(), tracing_mode="real")(unused) if self.is_traced else lambda unused: step()
+
+        def replay():
+            self.num_replays += 1
+            run(unused)
+
+        return replay
+
+
+@pytest.fixture(params=[False, True], ids=["run", "traced"])
+def captures(request):
+    return Captures(request.param)
+
+
+def sampling_of(policy, **options):
+    defaults = {"max_new_tokens": 12, "end_token_ids": MANY_ENDS, "banned": policy.banned, "temperature": 0.7}
+    return Sampling(**(defaults | options))
+
+
+def rollouts(policy, writer, places=(0, 1, 2), *, group_size=3, seeds=None, **options):
+    """What a writer writes, and what the eager path writes."""
+    prompts = prefill(policy.model, oracle.encode(policy.processor, places))
+    settings = {"group_size": group_size, "sampling": sampling_of(policy, **options), "seeds": seeds or places}
+    return writer.write(prompts, **settings), write(Decoder(policy.model), prompts, **settings)
+
+
+def assert_same(one, other):
+    assert [row.tolist() for row in one.completions] == [row.tolist() for row in other.completions]
+    assert one.is_truncated == other.is_truncated
+    for row, expected in zip(one.logprobs, other.logprobs, strict=True):
+        torch.testing.assert_close(row, expected, rtol=0, atol=1e-12)
+    assert one.entropy == pytest.approx(other.entropy, rel=1e-12)
+
+
+@pytest.mark.parametrize("is_greedy", [False, True])
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_a_step_in_fixed_buffers_writes_what_the_eager_path_writes(policy, group_size, is_greedy):
+    writer = GraphWriter(Decoder(policy.model), Captures())
+    temperature = 1.0 if is_greedy else 0.7
+    one, other = rollouts(policy, writer, group_size=group_size, temperature=temperature, is_greedy=is_greedy)
+    assert_same(one, other)
+    assert is_greedy or len({len(row) for row in one.completions}) > 1
+
+
+@pytest.mark.parametrize(("group_size", "is_greedy"), [(1, True), (3, False)])
+def test_a_recorded_step_that_is_run_again_and_again_writes_the_same(policy, group_size, is_greedy):
+    writer = GraphWriter(Decoder(policy.model), Captures(is_traced=True))
+    assert_same(*rollouts(policy, writer, group_size=group_size, is_greedy=is_greedy))
+
+
+@ONE_FAMILY
+def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy, monkeypatch):
+    def first_two_tokens(captures):
+        turns = count()
+
+        def choose_another(*args):
+            tokens, *figures = choose(*args)
+            return (tokens + next(turns)) % 270, *figures
+
+        monkeypatch.setattr("perception_r1.policy.graphs.choose", choose_another)
+        writer = GraphWriter(Decoder(policy.model), captures)
+        rollout, _ = rollouts(policy, writer, end_token_ids=torch.tensor([287]))
+        return torch.stack(rollout.completions)[:, :2]
+
+    again, recorded = first_two_tokens(Captures()), first_two_tokens(Captures(is_traced=True))
+    assert torch.equal(again, (recorded + torch.tensor([0, 1])) % 270)
+
+
+@ONE_FAMILY
+def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, captures):
+    writer = GraphWriter(Decoder(policy.model), captures)
+    assert_same(*rollouts(policy, writer, (1, 2, 0)))
+    for places in ((2, 0, 3), (0, 3, 4), (1, 1, 2)):
+        one, other = rollouts(policy, writer, places, seeds=[7, 8, 9])
+        assert_same(one, other)
+    assert captures.num_steps == 1
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_weights_that_were_changed_in_place_are_used_from_the_next_rollout_on(policy, adapted, captures, is_adapted):
+    policy = adapted if is_adapted else policy
+    writer = GraphWriter(Decoder(policy.model), captures)
+    before, _ = rollouts(policy, writer)
+    with torch.no_grad():
+        for name, parameter in policy.network.named_parameters():
+            if "lora_" in name or not is_adapted:
+                parameter.add_(torch.linspace(-0.05, 0.05, parameter.numel()).view(parameter.shape))
+    one, other = rollouts(policy, writer)
+    assert_same(one, other)
+    assert one.entropy != pytest.approx(before.entropy, rel=1e-3)
+    assert captures.num_steps == 1
+
+
+@ONE_FAMILY
+def test_the_four_steps_used_last_are_kept(policy):
+    captures = Captures()
+    writer = GraphWriter(Decoder(policy.model), captures)
+
+    def num_captured(*lengths):
+        before = captures.num_steps
+        for length in lengths:
+            assert_same(*rollouts(policy, writer, max_new_tokens=length))
+        return captures.num_steps - before
+
+    assert num_captured(1, 2, 3, 4) == 4
+    assert num_captured(1, 3, 4, 1) == 0
+    assert num_captured(5) == 1
+    assert num_captured(1, 3, 4, 5) == 0
+    assert num_captured(2) == 1
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("change", [{"places": (0, 1)}, {"group_size": 2}, {"temperature": 0.5}, {"is_greedy": True}])
+def test_a_step_of_another_shape_or_sampling_is_captured_anew(policy, change):
+    captures = Captures()
+    writer = GraphWriter(Decoder(policy.model), captures)
+    assert_same(*rollouts(policy, writer))
+    assert_same(*rollouts(policy, writer, **change))
+    assert captures.num_steps == 2
+
+
+@ONE_FAMILY
+def test_longer_prompts_get_more_room(policy, monkeypatch):
+    monkeypatch.setattr("perception_r1.policy.graphs._PROMPT_BUCKET", 32)
+    captures = Captures()
+    writer = GraphWriter(Decoder(policy.model), captures)
+    for places, num_steps in (((2, 0), 1), ((0, 3), 1), ((1, 0), 2), ((4, 2), 2)):
+        assert_same(*rollouts(policy, writer, places))
+        assert captures.num_steps == num_steps
+
+
+@ONE_FAMILY
+def test_replaying_stops_soon_after_the_last_row_has_ended(policy):
+    captures = Captures()
+    writer = GraphWriter(Decoder(policy.model), captures)
+    one, other = rollouts(policy, writer, group_size=2, max_new_tokens=200)
+    assert_same(one, other)
+    assert not any(one.is_truncated)
+    longest = max(map(len, one.completions))
+    assert longest <= captures.num_replays < longest + 8
+    captures.num_replays = 0
+    rollouts(policy, writer, max_new_tokens=11, end_token_ids=torch.tensor([287]))
+    assert captures.num_replays == 11
+
+
+def test_a_policy_keeps_its_steps_until_its_weights_move_or_change_their_type(folder, monkeypatch):
+    captures = Captures()
+    monkeypatch.setattr(policy_module, "GraphWriter", partial(GraphWriter, capture=captures))
+    monkeypatch.setattr(Policy, "device", torch.device("cuda"))
+    policy = Policy.load(PolicyConfig(name=str(folder))).eval()
+    policy.end_token_ids = MANY_ENDS
+    prompts = oracle.encode(policy.processor)
+    options = {"group_size": 2, "max_new_tokens": 6, "seeds": [1, 2, 3], "temperature": 0.7}
+
+    def num_captured():
+        before = captures.num_steps
+        cache = policy.prefill(prompts)
+        rollout = policy.write(cache, **options)
+        eager = write(
+            Decoder(policy.model),
+            cache,
+            group_size=2,
+            sampling=sampling_of(policy, max_new_tokens=6),
+            seeds=options["seeds"],
+        )
+        assert [row.tolist() for row in rollout.completions] == [row.tolist() for row in eager.completions]
+        return captures.num_steps - before
+
+    assert [num_captured(), num_captured()] == [1, 0]
+    policy.double()
+    assert [num_captured(), num_captured()] == [1, 0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        policy.float()
+        assert [num_captured(), num_captured()] == [1, 0]
+    assert num_captured() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_graphs_of_cuda_write_what_the_eager_path_writes_there(policy, group_size):
+    policy = policy.cuda()
+    policy.end_token_ids = MANY_ENDS.cuda()
+    options = {"group_size": group_size, "max_new_tokens": 12}
+    sampling = sampling_of(policy, end_token_ids=policy.end_token_ids)
+    for places in ((0, 1, 2), (2, 0, 3)):
+        prompts = policy.prefill(oracle.encode(policy.processor, places).to("cuda"))
+        one = policy.write(prompts, seeds=places, temperature=0.7, **options)
+        other = write(Decoder(policy.model), prompts, group_size=group_size, sampling=sampling, seeds=places)
+        assert_same(one, other)

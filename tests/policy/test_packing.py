@@ -1,0 +1,196 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from perception_r1.policy.attention import shared_prompt_attention
+from perception_r1.policy.packing import lay_out, plan_parts
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def batches(draw, smallest=1, smallest_group=0):
+    """Tokens of some prompts, with many neighbours of equal length, and of their completions."""
+    prompts = draw(st.lists(st.integers(1, 4), min_size=smallest, max_size=5))
+    size = len(prompts) * draw(st.integers(smallest_group, 3))
+    return prompts, draw(st.lists(st.integers(1, 5), min_size=size, max_size=size))
+
+
+@st.composite
+def choices(draw):
+    """A batch, most of its prompts in any order, and a budget that just suffices for some neighbours, or just not."""
+    prompts, completions = draw(batches(smallest=3, smallest_group=1))
+    group_size = len(completions) // len(prompts)
+    chosen = draw(st.permutations(range(len(prompts))))[: draw(st.integers(2, len(prompts)))]
+    first = draw(st.integers(0, len(chosen) - 1))
+    rows = [prompt * group_size + member for prompt in chosen[first:] for member in range(group_size)]
+    rows = rows[: draw(st.integers(1, len(rows)) | st.sampled_from(range(group_size, len(rows) + 1, group_size)))]
+    needed = sum(prompts[prompt] for prompt in {row // group_size for row in rows})
+    needed += sum(completions[row] for row in rows)
+    return prompts, completions, chosen, max(1, needed + draw(st.sampled_from([0, 0, -1, 1])))
+
+
+def row_of(prompts, completions):
+    """The row as a plain list of what stands at each place: kind, number of the prompt or completion, token."""
+    read = [("prompt", prompt, token) for prompt, length in enumerate(prompts) for token in range(length)]
+    return read + [("completion", row, token) for row, length in enumerate(completions) for token in range(length - 1)]
+
+
+def runs_of(prompts):
+    """Neighbouring prompts of equal length."""
+    runs = [[0]]
+    for prompt in range(1, len(prompts)):
+        if prompts[prompt] == prompts[prompt - 1]:
+            runs[-1].append(prompt)
+        else:
+            runs.append([prompt])
+    return runs
+
+
+@given(batches())
+def test_steps_and_owners_are_those_of_the_inputs_in_the_row(batch):
+    prompts, completions = batch
+    group_size = len(completions) // len(prompts)
+    packing = lay_out(prompts, completions, CPU)
+    inputs = row_of(prompts, completions)[sum(prompts) :]
+    assert packing.steps.tolist() == [token for _, _, token in inputs]
+    assert packing.owners.tolist() == [row // group_size for _, row, _ in inputs]
+
+
+@given(batches())
+def test_each_token_is_predicted_where_the_one_before_it_stands(batch):
+    prompts, completions = batch
+    group_size = len(completions) // len(prompts)
+    row = row_of(prompts, completions)
+    expected = []
+    for number, length in enumerate(completions):
+        prompt = number // group_size
+        before = [("prompt", prompt, prompts[prompt] - 1)]
+        before += [("completion", number, token) for token in range(length - 1)]
+        expected += [row.index(place) for place in before]
+    assert lay_out(prompts, completions, CPU).predictors.tolist() == expected
+
+
+@given(batches())
+def test_tiles_are_runs_of_prompts_of_equal_length_with_their_completions(batch):
+    prompts, completions = batch
+    group_size = len(completions) // len(prompts)
+    row = row_of(prompts, completions)
+    tiles, runs = lay_out(prompts, completions, CPU).tiles, runs_of(prompts)
+    assert len(tiles) == len(runs)
+    for tile, run in zip(tiles, runs, strict=True):
+        assert row[tile.start] == ("prompt", run[0], 0)
+        assert (tile.num_prompts, tile.length, tile.group_size) == (len(run), prompts[run[0]], group_size)
+        members = range(run[0] * group_size, (run[-1] + 1) * group_size)
+        longest = max((completions[number] - 1 for number in members), default=0)
+        slots = [(number, token) for number in members for token in range(longest)]
+        real = [slot for slot, (number, token) in enumerate(slots) if token < completions[number] - 1]
+        assert len(tile.rows) == len(slots)
+        assert [row[tile.rows[slot]] for slot in real] == [("completion", *slots[slot]) for slot in real]
+        assert all(0 <= place < len(row) for place in tile.rows.tolist())
+        assert (list(range(len(slots))) if tile.inputs is None else tile.inputs.tolist()) == real
+        assert (tile.inputs is None) == (len(real) == len(slots))
+
+
+def test_a_row_without_completions_is_its_prompts_alone():
+    packing = lay_out([2, 2, 3], [], CPU)
+    assert [(tile.start, tile.num_prompts, len(tile.rows)) for tile in packing.tiles] == [(0, 2, 0), (4, 1, 0)]
+    assert [len(values) for values in (packing.steps, packing.owners, packing.predictors)] == [0, 0, 0]
+
+
+def sees(row, group_size, place, other):
+    """Whether a place of the row may look at another one."""
+    (kind, number, token), (other_kind, other_number, other_token) = row[place], row[other]
+    if (kind, other_kind) == ("completion", "prompt"):
+        return number // group_size == other_number
+    return (kind, number) == (other_kind, other_number) and other_token <= token
+
+
+@given(batches(), st.sampled_from([1, 2]), st.integers(0, 2**30))
+def test_attention_over_a_row_is_dense_attention_with_a_mask_written_by_hand(batch, times, seed):
+    prompts, completions = batch
+    group_size, row = len(completions) // len(prompts), row_of(*batch)
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(1, heads, len(row), 4, dtype=torch.float64, generator=generator) for heads in (2 * times, 2, 2)
+    )
+    mask = torch.tensor(
+        [[sees(row, group_size, place, other) for other in range(len(row))] for place in range(len(row))]
+    )
+    scores = query @ key.repeat_interleave(times, 1).mT * 0.3
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    expected = (weights @ value.repeat_interleave(times, 1)).transpose(1, 2)
+    packing = lay_out(prompts, completions, CPU)
+    attended, _ = shared_prompt_attention(torch.nn.Module(), query, key, value, None, scaling=0.3, packing=packing)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=1e-12)
+
+
+def size_of(part, prompts, completions):
+    return sum(prompts[prompt] for prompt in part.prompts) + sum(completions[row] for row in part.rows)
+
+
+@given(choices())
+def test_every_chosen_completion_is_in_one_part_and_in_order(choice):
+    prompts, completions, chosen, budget = choice
+    group_size = len(completions) // len(prompts)
+    expected = [prompt * group_size + member for prompt in chosen for member in range(group_size)]
+    parts = plan_parts(prompts, completions, chosen, budget)
+    assert [row for part in parts for row in part.rows] == expected
+
+
+@given(choices())
+@example(([1, 1], [5, 5, 1, 1, 1, 1], [0, 1], 11))
+def test_a_part_has_the_same_number_of_completions_for_each_of_its_prompts(choice):
+    prompts, completions, chosen, budget = choice
+    group_size = len(completions) // len(prompts)
+    for part in plan_parts(prompts, completions, chosen, budget):
+        count = len(part.rows) // len(part.prompts)
+        assert count > 0
+        assert [row // group_size for row in part.rows] == [prompt for prompt in part.prompts for _ in range(count)]
+
+
+@given(choices())
+def test_no_part_exceeds_the_budget_but_a_completion_alone_with_its_prompt(choice):
+    prompts, completions, chosen, budget = choice
+    for part in plan_parts(prompts, completions, chosen, budget):
+        assert size_of(part, prompts, completions) <= budget or len(part.rows) == 1
+
+
+@given(choices())
+def test_a_group_that_fits_is_never_split_and_one_that_is_split_stays_alone(choice):
+    prompts, completions, chosen, budget = choice
+    group_size = len(completions) // len(prompts)
+    parts = plan_parts(prompts, completions, chosen, budget)
+    for prompt in chosen:
+        rows = list(range(prompt * group_size, (prompt + 1) * group_size))
+        homes = [part for part in parts if prompt in part.prompts]
+        fits = prompts[prompt] + sum(completions[row] for row in rows) <= budget
+        assert (len(homes) == 1) if fits else all(home.prompts == [prompt] for home in homes)
+
+
+@given(choices())
+def test_parts_are_as_full_as_the_budget_allows(choice):
+    prompts, completions, chosen, budget = choice
+    group_size = len(completions) // len(prompts)
+    groups = {
+        prompt: prompts[prompt] + sum(completions[prompt * group_size : (prompt + 1) * group_size]) for prompt in chosen
+    }
+    for part, following in pairwise(plan_parts(prompts, completions, chosen, budget)):
+        size, prompt = size_of(part, prompts, completions), following.prompts[0]
+        if part.prompts == [prompt]:
+            assert size + completions[following.rows[0]] > budget
+        elif groups[part.prompts[-1]] <= budget and groups[prompt] <= budget:
+            assert size + groups[prompt] > budget
+
+
+def test_without_a_budget_everything_is_one_part():
+    (part,) = plan_parts([10, 1000, 10], [5, 5, 5, 5000, 5, 40], [0, 2], None)
+    assert (part.prompts, part.rows) == ([0, 2], [0, 1, 4, 5])
+
+
+@pytest.mark.parametrize("budget", [None, 1, 10_000])
+def test_without_a_choice_there_are_no_parts(budget):
+    assert plan_parts([3, 4], [1, 2, 3, 4], [], budget) == []
