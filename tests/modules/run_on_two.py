@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from perception_r1.modules import SFT
-from tests.modules.toy import Checkpoints, Log, Lottery, make_data, make_module, make_trainer, trained_weights
+from perception_r1.modules import GRPO, SFT
+from tests.modules.toy import Checkpoints, Gradients, Log, Lottery, make_data, make_module, make_trainer
+from tests.modules.toy import trained_weights as weights_of
 
 
 class Samples(Callback):
@@ -22,32 +23,61 @@ class Samples(Callback):
         self.ids.append([sample.id for sample in batch])
 
 
-def main(model: str, out: str, kind: str) -> None:
-    torch.set_num_threads(1)
-    samples, log = Samples(), Log()
-    folder = Path(out)
+class Updating(GRPO):
+    """Remembers the experience of every update."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.experiences: list[Any] = []
+
+    def update(self, experience: Any) -> dict[str, float]:
+        self.experiences.append(experience)
+        return super().update(experience)
+
+
+def settings(kind: str, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the module and of the trainer."""
+    exact = {"max_grad_norm": 1e9, "aggregation": "dapo"}
+    return {
+        "grpo": ({"micro_batch_tokens": 150}, {}),
+        # without KL penalty a group of equal rewards is left out: here those of the second process
+        "uneven": ({"micro_batch_tokens": 150, "kl_coef": 0.0, "task": Lottery(spread=1.0 - rank)}, {}),
+        "parts": (exact | {"micro_batch_tokens": None if rank else 1}, {"precision": "64-true"}),
+        "whole": (exact, {"precision": "64-true"}),
+        "sft": ({"kind": SFT, "micro_batch_tokens": 1 if rank else None}, {}),
+    }[kind]
+
+
+def train(model: str, folder: Path, kind: str) -> None:
+    samples, log, gradients = Samples(), Log(), Gradients()
     trainer = make_trainer(
         folder,
-        [samples, log, Checkpoints()],
+        [samples, log, gradients, Checkpoints()],
         strategy="ddp",
         devices=2,
         limit_val_batches=1.0,
         val_check_interval=2,
         check_val_every_n_epoch=None,
+        **settings(kind, 0)[1],
     )
-    options: dict[str, Any] = {"kind": SFT} if kind == "sft" else {"micro_batch_tokens": 150}
-    if kind == "uneven":  # without KL penalty a group of equal rewards is left out: here those of the second process
-        options |= {"kl_coef": 0.0, "task": Lottery(spread=0.0 if trainer.global_rank else 1.0)}
-    module = make_module(Path(model), **options)
+    module = make_module(Path(model), **({"kind": Updating} | settings(kind, trainer.global_rank)[0]))
     trainer.fit(module, datamodule=make_data(module.task))
-    weights = torch.cat([value.flatten().double() for value in trained_weights(module).values()])
+    experiences = getattr(module, "experiences", [])
     result = {
         "ids": samples.ids,
         "steps": log.steps,
-        "weights": [float(weights.sum()), float(weights.abs().sum())],
+        "num_parts": [len(experience.parts) for experience in experiences],
+        "completions": [[row.tolist() for row in experience.completions] for experience in experiences],
         "validated": float(trainer.callback_metrics["val/length"]) if kind != "sft" else 0.0,
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+    torch.save((gradients.first, weights_of(module)), folder / f"rank{trainer.global_rank}.pt")
+
+
+def main(model: str, out: str, *kinds: str) -> None:
+    torch.set_num_threads(1)
+    for kind in kinds:
+        train(model, Path(out) / kind, kind)
 
 
 if __name__ == "__main__":

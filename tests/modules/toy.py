@@ -59,7 +59,7 @@ def make_module(
     **options: Any,
 ) -> Any:
     defaults: dict[str, Any] = {"max_new_tokens": 6}
-    if kind is GRPO:
+    if issubclass(kind, GRPO):
         defaults |= {"group_size": 4, "kl_coef": 0.1}
     return kind(
         task or Lottery(),

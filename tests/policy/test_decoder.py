@@ -139,3 +139,12 @@ def test_mixed_precision_computes_nearly_the_same(policy):
         decoder = Decoder(policy.model)
         mixed = distributions(decoder, policy)
     assert 0 < float((mixed - exact).abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl"], indirect=True)
+def test_switching_an_adapter_on_changes_no_base_weight(adapted):
+    before = {name: value.clone() for name, value in adapted.network.state_dict().items()}
+    with adapted.without_adapter():
+        decoder = Decoder(adapted.model)
+    decoder.refresh()
+    assert all(torch.equal(value, before[name]) for name, value in adapted.network.state_dict().items())

@@ -195,14 +195,10 @@ def test_a_policy_keeps_its_steps_until_its_weights_move_or_change_their_type(fo
         before = captures.num_steps
         cache = policy.prefill(prompts)
         rollout = policy.write(cache, **options)
-        eager = write(
-            Decoder(policy.model),
-            cache,
-            group_size=2,
-            sampling=sampling_of(policy, max_new_tokens=6),
-            seeds=options["seeds"],
-        )
-        assert [row.tolist() for row in rollout.completions] == [row.tolist() for row in eager.completions]
+        if not torch.is_autocast_enabled("cpu"):  # rounding to bfloat16 may turn a draw
+            sampling = sampling_of(policy, max_new_tokens=6)
+            eager = write(Decoder(policy.model), cache, group_size=2, sampling=sampling, seeds=options["seeds"])
+            assert [row.tolist() for row in rollout.completions] == [row.tolist() for row in eager.completions]
         return captures.num_steps - before
 
     assert [num_captured(), num_captured()] == [1, 0]
@@ -227,3 +223,27 @@ def test_graphs_of_cuda_write_what_the_eager_path_writes_there(policy, group_siz
         one = policy.write(prompts, seeds=places, temperature=0.7, **options)
         other = write(Decoder(policy.model), prompts, group_size=group_size, sampling=sampling, seeds=places)
         assert_same(one, other)
+
+
+@ONE_FAMILY
+def test_a_rollout_outlives_the_next_one(policy):
+    writer = GraphWriter(Decoder(policy.model), Captures())
+    one, expected = rollouts(policy, writer, seeds=[1, 2, 3])
+    rollouts(policy, writer, seeds=[4, 5, 6])
+    assert_same(one, expected)
+
+
+@ONE_FAMILY
+def test_an_adapter_can_be_switched_off_in_place(adapted, monkeypatch):
+    monkeypatch.setattr("perception_r1.policy.decoder._LARGEST_COPY", 0)
+    writer = GraphWriter(Decoder(adapted.model), Captures(is_traced=True))
+    assert_same(*rollouts(adapted, writer))
+    with adapted.without_adapter():
+        assert_same(*rollouts(adapted, writer))
+
+
+@ONE_FAMILY
+def test_other_end_tokens_are_heeded(policy):
+    writer = GraphWriter(Decoder(policy.model), Captures())
+    assert_same(*rollouts(policy, writer, max_new_tokens=40))
+    assert_same(*rollouts(policy, writer, max_new_tokens=40, end_token_ids=torch.tensor([287])))

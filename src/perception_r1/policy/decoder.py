@@ -31,6 +31,7 @@ class Decoder:
 
     def __init__(self, model: QwenVL) -> None:
         text, config = model.model.language_model, model.config.get_text_config()
+        self._text = text
         self._embedding = text.embed_tokens
         self._rotary = text.rotary_emb
         self.device: torch.device = self._embedding.weight.device
@@ -51,6 +52,12 @@ class Decoder:
         return (
             weight is self._embedding.weight and weight.device == self.device and _compute_dtype(weight) == self.dtype
         )
+
+    @property
+    def adapters(self) -> tuple[tuple[bool, bool], ...]:
+        """Whether adapters are off, and merged: a captured step keeps to the state in which it was captured."""
+        layers = (module for module in self._text.modules() if hasattr(module, "get_delta_weight"))
+        return tuple(sorted({(layer.disable_adapters, layer.merged) for layer in layers}))
 
     def refresh(self) -> None:
         """Take over what training has changed."""
@@ -185,13 +192,15 @@ def _base(layer: Any) -> Any:
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    """The weight of a linear layer with its active adapters."""
+    """The weight of a linear layer with its active adapters; where there may be one it is a copy, on or off."""
     weight: Tensor = _base(layer).weight
-    if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
+    if not hasattr(layer, "get_delta_weight"):
         return weight
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            weight = weight + layer.get_delta_weight(name)
+    weight = weight.clone()  # `refresh` writes into it
+    if not layer.disable_adapters and not layer.merged:
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                weight = weight + layer.get_delta_weight(name)
     return weight
 
 

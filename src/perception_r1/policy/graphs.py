@@ -63,7 +63,9 @@ class GraphWriter:
         self.decoder.refresh()
         num_prompts, _, longest, _ = prompts.keys[0].shape
         room = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
-        key = (num_prompts, group_size, room, sampling.max_new_tokens, sampling.temperature, sampling.is_greedy)
+        shape = (num_prompts, group_size, room, sampling.max_new_tokens)
+        ids = tuple(sampling.end_token_ids.tolist()), tuple(sampling.banned.tolist())
+        key = (shape, ids, sampling.temperature, sampling.is_greedy, self.decoder.adapters)
         captured = self._captured.pop(key, None)
         if captured is None:
             while len(self._captured) >= _MOST_GRAPHS:  # the one that has not been used for the longest time

@@ -136,14 +136,15 @@ def _rows_to_keep(ended: Tensor) -> Tensor:
 
 
 def gather(written: Written, sampling: Sampling) -> Rollout:
-    """Cut every row behind its first end token."""
+    """Cut every row behind its first end token; the result does not share memory with what was written."""
     is_end = is_any_of(written.tokens, sampling.end_token_ids)
     has_ended = is_end.any(1)
     lengths = torch.where(has_ended, is_end.int().argmax(1) + 1, sampling.max_new_tokens)
     is_token = torch.arange(sampling.max_new_tokens, device=lengths.device) < lengths[:, None]
+    counts = lengths.tolist()
     return Rollout(
-        completions=[row[:length] for row, length in zip(written.tokens, lengths.tolist(), strict=True)],
-        logprobs=[row[:length] for row, length in zip(written.logprobs, lengths.tolist(), strict=True)],
+        completions=list(written.tokens[is_token].split(counts)),
+        logprobs=list(written.logprobs[is_token].split(counts)),
         is_truncated=(~has_ended).tolist(),
         entropy=float(written.entropies[is_token].mean()),
     )
