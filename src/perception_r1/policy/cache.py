@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception_r1.policy.attention import next_token_attention
+from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.prefill import PromptCache
 
 KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
@@ -49,10 +50,19 @@ class RowCache(ABC):
 
 
 class _EagerCache(RowCache):
-    """What the two caches of the eager path have in common."""
+    """What the two caches of the eager path have in common.
 
-    def __init__(self, rotation: Rotation) -> None:
+    Args:
+        prompts: The prompts.
+        rotation: Of all tokens that can be written.
+        dtype: Of keys and values.
+    """
+
+    def __init__(self, prompts: PromptCache, rotation: Rotation, dtype: torch.dtype) -> None:
         self._rotation = rotation
+        self._room = rotation[0].shape[1]
+        self._longest = prompts.keys[0].shape[2]
+        self._bias = _bias(prompts, self._room, dtype)  # [B, 1, 1, 1, P + T]
         self._step = 0
 
     def begin(self) -> Rotation:
@@ -68,6 +78,10 @@ class _EagerCache(RowCache):
     def keep(self, rows: Tensor) -> None:
         """Let go of all rows but these, given as [B', S'] numbers; those of one line share a prompt."""
 
+    def _keep_prompts(self, prompts: Tensor) -> None:
+        self._rotation = self._rotation[0][prompts], self._rotation[1][prompts]
+        self._bias = None if self._bias is None else self._bias[prompts]
+
 
 class SharedCache(_EagerCache):
     """Prompts once per group; each row's own tokens beside them.
@@ -80,13 +94,11 @@ class SharedCache(_EagerCache):
     """
 
     def __init__(self, prompts: PromptCache, rotation: Rotation, *, num_rows: int, dtype: torch.dtype) -> None:
-        super().__init__(rotation)
+        super().__init__(prompts, rotation, dtype)
         self._prompts = _cast(prompts, dtype)
         batch, heads, _, size = prompts.keys[0].shape
-        shape = (batch, heads, num_rows, rotation[0].shape[1], size)
+        shape = (batch, heads, num_rows, self._room, size)
         self._own = [(keys.new_empty(shape), keys.new_empty(shape)) for keys, _ in self._prompts]
-        self._longest = prompts.keys[0].shape[2]
-        self._bias = _bias(prompts, rotation[0].shape[1], dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `RowCache`."""
@@ -102,8 +114,7 @@ class SharedCache(_EagerCache):
         """See `_EagerCache`."""
         num_rows = self._own[0][0].shape[2]
         prompts, slots = rows[:, 0] // num_rows, rows % num_rows
-        self._rotation = self._rotation[0][prompts], self._rotation[1][prompts]
-        self._bias = None if self._bias is None else self._bias[prompts]
+        self._keep_prompts(prompts)
         self._prompts = [(keys[prompts], values[prompts]) for keys, values in self._prompts]
 
         def chosen(own: Tensor) -> Tensor:
@@ -125,13 +136,9 @@ class JoinedCache(_EagerCache):
     """
 
     def __init__(self, prompts: PromptCache, rotation: Rotation, *, dtype: torch.dtype) -> None:
-        super().__init__(rotation)
-        room = rotation[0].shape[1]
-        self._longest = prompts.keys[0].shape[2]
-        self._kept = [
-            (F.pad(keys, (0, 0, 0, room)), F.pad(values, (0, 0, 0, room))) for keys, values in _cast(prompts, dtype)
-        ]
-        self._bias = _bias(prompts, room, dtype)
+        super().__init__(prompts, rotation, dtype)
+        filling = (0, 0, 0, self._room)
+        self._kept = [(F.pad(keys, filling), F.pad(values, filling)) for keys, values in _cast(prompts, dtype)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `RowCache`."""
@@ -152,8 +159,7 @@ class JoinedCache(_EagerCache):
     def keep(self, rows: Tensor) -> None:
         """See `_EagerCache`."""
         prompts = rows[:, 0]
-        self._rotation = self._rotation[0][prompts], self._rotation[1][prompts]
-        self._bias = None if self._bias is None else self._bias[prompts]
+        self._keep_prompts(prompts)
         self._kept = [(keys[prompts], values[prompts]) for keys, values in self._kept]
 
 
@@ -180,9 +186,7 @@ class StaticCache(RowCache):
         ]
         own_shape = (num_prompts, heads, num_rows, num_tokens, size)  # zeros: what is hidden must still be finite
         self._own = [(keys.new_zeros(own_shape), keys.new_zeros(own_shape)) for keys, _ in self._prompts]
-        turns = torch.zeros(
-            2, num_prompts, num_tokens, size, dtype=torch.promote_types(torch.float32, dtype), device=device
-        )
+        turns = torch.zeros(2, num_prompts, num_tokens, size, dtype=at_least_fp32(dtype), device=device)
         self._rotation: Rotation = turns[0], turns[1]
         self._prompt_room = prompt_room
         self._bias = torch.zeros(num_prompts, 1, 1, 1, prompt_room + num_tokens, dtype=dtype, device=device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception_r1.policy.cache import Rotation, RowCache
-from perception_r1.policy.forward import QwenVL
+from perception_r1.policy.forward import QwenVL, at_least_fp32
 from perception_r1.policy.prefill import PromptCache
 
 _LARGEST_COPY = 2**28
@@ -43,7 +43,7 @@ class Decoder:
         self._norm = text.norm
         heads = config.num_attention_heads, config.num_key_value_heads
         scales = [[text.layers[0].self_attn.scaling]] * heads[0] + [[1.0]] * heads[1]
-        self._head_scale = torch.tensor(scales, dtype=_at_least_float(self.dtype), device=self.device)  # of queries
+        self._head_scale = torch.tensor(scales, dtype=at_least_fp32(self.dtype), device=self.device)  # of queries
         self._head = _Product([model.lm_head], None if is_in_place else self.dtype)
 
     def fits(self, model: QwenVL) -> bool:
@@ -176,10 +176,6 @@ class _Product:
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-def _at_least_float(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(torch.float32, dtype)
 
 
 def _normalise(rows: Tensor, norm: Any) -> Tensor:

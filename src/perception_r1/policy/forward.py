@@ -119,9 +119,14 @@ def restrict(logits: Tensor, *, banned: Tensor, temperature: float) -> Tensor:
         banned: Ids of tokens that are never written (vision tokens): their logit becomes -inf.
         temperature: Sampling temperature, above 0.
     """
-    logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    logits = logits.to(at_least_fp32(logits.dtype))
     logits = logits.index_fill_(-1, banned, float("-inf"))
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which figures are kept that half precision would spoil: fp32, or fp64 where the model has it."""
+    return torch.promote_types(torch.float32, dtype)
 
 
 def by_length(lengths: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perception_r1.policy.cache import JoinedCache, SharedCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.forward import restrict
+from perception_r1.policy.forward import at_least_fp32, restrict
 from perception_r1.policy.prefill import PromptCache
 
 _WORTH_LEAVING = 0.75
@@ -79,9 +79,7 @@ class Written:
     def room(cls, num_rows: int, num_tokens: int, decoder: Decoder) -> "Written":
         """Nothing written yet."""
         tokens = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=decoder.device)
-        figures = torch.zeros(
-            tokens.shape, dtype=torch.promote_types(torch.float32, decoder.dtype), device=tokens.device
-        )
+        figures = torch.zeros(tokens.shape, dtype=at_least_fp32(decoder.dtype), device=tokens.device)
         return cls(tokens=tokens, logprobs=figures, entropies=figures.clone())
 
 
