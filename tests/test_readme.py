@@ -19,7 +19,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perception_r1.cli import main
-from perception_r1.data.jsonl import load
+from perception_r1.data.samples import load
+from perception_r1.data.sources import JsonLines
 from perception_r1.tasks import TASKS
 from tests.readme import ROOT, blocks, commands
 
@@ -84,7 +85,7 @@ def test_every_example_row_can_be_read(place: Path) -> None:
         if "completion" not in row:
             path = place / f"{number}.jsonl"
             write_rows(path, [row])
-            assert len(load(path, TASKS[task_of(row)]())) == 1
+            assert len(load(JsonLines(path), TASKS[task_of(row)]())) == 1
 
 
 @pytest.fixture(scope="module")

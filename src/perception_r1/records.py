@@ -4,10 +4,10 @@ Inside the program every box is xyxy and every point xy, as fractions of the ori
 Only a codec (`codecs.py`) knows how a model family writes them; only a row (`data/rows.py`) knows pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from PIL import Image
 
@@ -45,25 +45,47 @@ class Mark:
     caption: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A picture file that lies in a table and not in a folder.
+
+    Attributes:
+        name: Tells pictures of a data set apart; equal for rows of the same picture.
+        read: Its bytes.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Picture: TypeAlias = Path | Blob
+"""Where a picture can be read from."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample(Generic[TargetT]):
     """One image, one question about it, and the right answer.
 
     Attributes:
         id: Unique within its data source.
-        image: The picture in RGB, or the file it is read from (see `load_image`).
+        image: The picture in RGB, or what it is read from (see `load_image`).
         width: Width of the original image in pixels.
         height: Height of the original image in pixels.
         query: What fills the slot of the task's prompt ("red cup"); empty when the prompt has none.
         target: The task's own target record.
+        source: Name of its data source, where that has one.
     """
 
     id: str
-    image: Image.Image | Path
+    image: Image.Image | Picture
     width: int
     height: int
     query: str
     target: TargetT
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jsonargparse
 
 from perception_r1.codecs import CODECS, Codec, Qwen25VLCodec
+from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
@@ -25,7 +26,7 @@ from perception_r1.records import Frame, Sample
 from perception_r1.scoring import Outcome, judge
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
-from perception_r1.tasks.detection import COCO_NAMES, Detection
+from perception_r1.tasks.detection import Detection
 
 ValueT = TypeVar("ValueT")
 

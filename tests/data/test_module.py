@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from perception_r1.data.jsonl import DataError
 from perception_r1.data.module import TaskDataModule
+from perception_r1.data.sources import DataError
 from perception_r1.data.worlds import DetectionWorld, TextWorld
 from perception_r1.records import Sample
 

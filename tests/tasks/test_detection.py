@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from perception_r1.codecs import CODECS
+from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.rows import Row, RowError
 from perception_r1.records import Box, Frame, LabelledBox, Mark
-from perception_r1.tasks.detection import COCO_NAMES, Detection, DetectionPrediction, DetectionTarget
+from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
 from tests.tasks import golden
 
 FRAME = Frame(width=100, height=50, seen_width=84, seen_height=56)

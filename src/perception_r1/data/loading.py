@@ -7,10 +7,10 @@ device gets the same number of batches.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from perception_r1.data.images import load_image
@@ -194,4 +194,4 @@ class _Sized(Dataset[None]):
 
 
 def _with_picture(sample: Sample[Any]) -> Sample[Any]:
-    return replace(sample, image=load_image(sample.image)) if isinstance(sample.image, Path) else sample
+    return sample if isinstance(sample.image, Image.Image) else replace(sample, image=load_image(sample.image))

@@ -1,8 +1,8 @@
-"""Base of the tasks' data modules: made scenes or files in, checked splits and batches of samples out."""
+"""Base of the tasks' data modules: made scenes or sources in, checked splits and batches of samples out."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from perception_r1.data.jsonl import DataError, OnBadRow, load
 from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
 from perception_r1.data.rows import Row
+from perception_r1.data.samples import Joined, OnBadRow, PictureCheck, Subset, load
 from perception_r1.data.scenes import SceneSource, Split, scene_fingerprint
+from perception_r1.data.sources import DataError, JsonLines, Source
 from perception_r1.data.worlds import World
 from perception_r1.errors import UserError
 from perception_r1.records import Sample
@@ -31,7 +32,7 @@ _STAGES: dict[str | None, tuple[Split, ...]] = {
 
 
 class TaskDataModule(LightningDataModule):
-    """Samples of one task: made scenes, or with files the rows of those.
+    """Samples of one task: made scenes, or with sources the rows of those.
 
     Every batch that reaches a module is a `list[Sample]` with pictures in RGB. Training batches come in an order that
     depends on seed and epoch alone and is resumed exactly. Evaluation shows every sample once, on all devices together.
@@ -39,15 +40,20 @@ class TaskDataModule(LightningDataModule):
     Args:
         task: The task that reads the rows; public, so that the command line can hand it to the module.
         world: The world of the made scenes.
-        train_file: JSON lines to train on instead of made scenes.
-        val_file: JSON lines to validate on; without it a share of train_file is held out.
-        test_file: JSON lines to test on; without it a share of train_file is held out.
+        train_file: JSON lines of the project's own form to train on instead of made scenes.
+        val_file: JSON lines to validate on; without them a share of the training rows is held out.
+        test_file: JSON lines to test on; without them a share of the training rows is held out.
+        train: Sources to train on by name, in place of train_file (see `data/sources`).
+        val: Sources to validate on by name, in place of val_file.
+        test: Sources to test on by name, in place of test_file; each gets figures of its own.
         num_train: Made scenes per training epoch.
         num_val: Made scenes for validation.
         num_test: Made scenes for testing.
-        held_out_share: Share of train_file's images for each split that has no file of its own. All rows of an image
-            are in the same split.
+        held_out_share: Share of the training images for each split that has no source of its own. All rows of an
+            image are in the same split.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and reports them.
+        picture_check: "decode" decodes every picture once before training, "header" only looks at its size: then a
+            picture that was cut off stops the run when its turn comes.
         batch_size: Prompts per training step and device.
         eval_batch_size: Most samples in an evaluation batch.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
@@ -55,7 +61,7 @@ class TaskDataModule(LightningDataModule):
         shuffle: Show the training samples in a new random order in every epoch.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: A number is out of range, or a split has both a file and sources.
     """
 
     def __init__(
@@ -66,11 +72,15 @@ class TaskDataModule(LightningDataModule):
         train_file: Path | None = None,
         val_file: Path | None = None,
         test_file: Path | None = None,
+        train: dict[str, Source] | None = None,
+        val: dict[str, Source] | None = None,
+        test: dict[str, Source] | None = None,
         num_train: int = 8192,
         num_val: int = 200,
         num_test: int = 400,
         held_out_share: float = 0.1,
         on_bad_row: OnBadRow = "error",
+        picture_check: PictureCheck = "decode",
         batch_size: int = 8,
         eval_batch_size: int = 100,
         num_workers: int = 0,
@@ -80,11 +90,13 @@ class TaskDataModule(LightningDataModule):
         super().__init__()
         self.task = task
         self.world = world
-        files: dict[Split, Path | None] = {"train": train_file, "val": val_file, "test": test_file}
-        self.files: dict[Split, Path] = {split: Path(file) for split, file in files.items() if file is not None}
+        self.sources = sources_by_split(
+            {"train": train_file, "val": val_file, "test": test_file}, {"train": train, "val": val, "test": test}
+        )
         self.num_scenes: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
         self.held_out_share = held_out_share
         self.on_bad_row = on_bad_row
+        self.picture_check = picture_check
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -97,7 +109,7 @@ class TaskDataModule(LightningDataModule):
         """Load and check the splits of a stage; those that are there already are kept.
 
         Raises:
-            DataError: A file cannot be used, or a split that the stage needs has no source.
+            DataError: A source cannot be used, or a split that the stage needs has none.
             UserError: The world has too few different scenes.
         """
         for split in _STAGES[stage]:
@@ -105,10 +117,14 @@ class TaskDataModule(LightningDataModule):
                 self._samples |= self._load(split)
 
     def samples(self, split: Split) -> Samples:
-        """The samples of a split that is set up; pictures of files are not loaded."""
+        """The samples of a split that is set up, source by source; pictures of files are not loaded."""
         if split not in self._samples:
             raise RuntimeError(f"the {split} samples are not loaded: call setup first")
         return self._samples[split]
+
+    def source_names(self, split: Split) -> tuple[str, ...]:
+        """Names of the sources of a split, as in `Sample.source`; one of them at least."""
+        return tuple(self.sources.get(split) or self.sources.get("train") or {"": None})
 
     def train_dataloader(self) -> TrainLoader:
         """Full training batches for this device, resumable."""
@@ -141,13 +157,14 @@ class TaskDataModule(LightningDataModule):
         return batch.samples
 
     def made(self, batch_size: int) -> "TaskDataModule":
-        """The made scenes of the same task and seed, whatever files there are: what the embedded policy starts from."""
+        """The made scenes of the same task and seed, whatever the sources: what the embedded policy starts from."""
         return type(self)(self.task, self.world, seed=self.seed, batch_size=batch_size)
 
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the samples of all splits; it needs no setup."""
-        if self.files:
-            parts = [f"{split} {_sha256(path)}" for split, path in self.files.items()]
+        if self.sources:
+            named = [(split, name, source) for split, group in self.sources.items() for name, source in group.items()]
+            parts = [f"{split} {name} {source.fingerprint()}" for split, name, source in named]
             parts += [str(self.held_out_share), self.on_bad_row]
         else:
             sizes = self.num_scenes.items()
@@ -166,20 +183,26 @@ class TaskDataModule(LightningDataModule):
             raise UserError(f"held_out_share must be more than 0 and less than 0.5, got {self.held_out_share}")
 
     def _has_source(self, split: Split) -> bool:
-        return not self.files or split in self.files or "train" in self.files
+        return not self.sources or split in self.sources or "train" in self.sources
 
     def _load(self, split: Split) -> dict[Split, Samples]:
-        """The samples of a split, and of those that come from the same file."""
-        if not self.files:
+        """The samples of a split, and of those that come from the same sources."""
+        if not self.sources:
             size = self.num_scenes[split]
             return {split: _SceneSamples(self.task, SceneSource(self.world, split, self.seed, size))}
         if not self._has_source(split):
             raise DataError(f"the {split} samples have no source: give {split}_file or train_file")
-        if split != "train" and split in self.files:
-            return {split: load(self.files[split], self.task, self.on_bad_row)}
-        held_out: list[Split] = [name for name in ("val", "test") if name not in self.files]
-        samples = load(self.files["train"], self.task, self.on_bad_row)
-        return _divide(samples, self.files["train"], held_out, self.held_out_share)
+        if split != "train" and split in self.sources:
+            return {split: self._read(split)}
+        held_out: list[Split] = [name for name in ("val", "test") if name not in self.sources]
+        return _divide(self._read("train"), list(self.sources["train"].values()), held_out, self.held_out_share)
+
+    def _read(self, split: Split) -> Samples:
+        parts: list[Samples] = [
+            load(source, self.task, name=name, on_bad_row=self.on_bad_row, picture_check=self.picture_check)
+            for name, source in self.sources[split].items()
+        ]
+        return parts[0] if len(parts) == 1 else Joined(parts)
 
     def _eval_loader(self, split: Split) -> DataLoader[Batch]:
         samples = self.samples(split)
@@ -217,37 +240,61 @@ class _SceneSamples(Samples):
         )
 
 
-def _divide(samples: Samples, path: Path, held_out: Sequence[Split], share: float) -> dict[Split, Samples]:
-    """Samples of one file by split: images in the order of a hash of their paths, the first to the held-out splits.
+def sources_by_split(
+    files: Mapping[Split, Path | None], sources: Mapping[Split, Mapping[str, Source] | None]
+) -> dict[Split, dict[str, Source]]:
+    """The sources of each split that has any; a file is one without a name.
+
+    Raises:
+        UserError: A split has both, or no source in its list of sources.
+    """
+    found: dict[Split, dict[str, Source]] = {}
+    for split, file in files.items():
+        named = sources[split]
+        if file is not None and named is not None:
+            raise UserError(f"{split}_file and {split} both say where the {split} samples come from: give one of them")
+        if named is not None and not named:
+            raise UserError(f"{split} names no source: give at least one, or leave it out")
+        if file is not None:
+            found[split] = {"": JsonLines(Path(file))}
+        elif named is not None:
+            found[split] = dict(named)
+    return found
+
+
+def _divide(
+    samples: Samples, sources: Sequence[Source], held_out: Sequence[Split], share: float
+) -> dict[Split, Samples]:
+    """Samples by split: images in the order of a hash of their names, the first to the held-out splits.
 
     Raises:
         DataError: There are fewer images than splits.
     """
-    images = sorted({_image_key(sample, path) for sample in samples}, key=lambda name: _digest(name.encode()))
+    if not held_out:
+        return {"train": samples}
+    keys = [_image_key(sample, sources) for sample in samples]
+    images = sorted(set(keys), key=lambda name: _digest(name.encode()))
     if len(images) <= len(held_out):
         raise DataError(
-            f"{path}: has rows of {len(images)} different images, but holding out {' and '.join(held_out)} needs at"
-            f" least {len(held_out) + 1}: add images or give {' and '.join(f'{split}_file' for split in held_out)}"
+            f"{sources[0]}: has rows of {len(images)} different images, but holding out {' and '.join(held_out)} needs"
+            f" at least {len(held_out) + 1}: add images or give {' and '.join(f'{split}_file' for split in held_out)}"
         )
     num_held_out = max(1, int(share * len(images)))
     split_of: dict[str, Split] = dict.fromkeys(images, "train")
     for position, split in enumerate(held_out):
         split_of |= dict.fromkeys(images[position * num_held_out : (position + 1) * num_held_out], split)
-    splits: dict[Split, list[Sample[Any]]] = {split: [] for split in ("train", *held_out)}
-    for sample in samples:
-        splits[split_of[_image_key(sample, path)]].append(sample)
-    return dict(splits)
+    places: dict[Split, list[int]] = {split: [] for split in ("train", *held_out)}
+    for place, key in enumerate(keys):
+        places[split_of[key]].append(place)
+    return {split: Subset(samples, chosen) for split, chosen in places.items()}
 
 
-def _image_key(sample: Sample[Any], path: Path) -> str:
-    """The image's path from the data file's folder: the same on every machine."""
-    return os.path.relpath(str(sample.image), path.parent)
+def _image_key(sample: Sample[Any], sources: Sequence[Source]) -> str:
+    """The image's path from the folder of the first source's pictures: the same on every machine."""
+    folder = next((source.images for source in sources if source.images is not None), None)
+    is_file = folder is not None and isinstance(sample.image, Path)
+    return os.path.relpath(str(sample.image), folder) if is_file else str(sample.image)
 
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-r"""One row of annotated data: checked access to its keys, pixels turned into fractions.
+r"""One row of annotated data: checked access to its keys, coordinates turned into fractions.
 
 The project's own format is JSON lines. Boxes are `[x1, y1, x2, y2]` and points `[x, y]` in pixels of the original
 image, upright (after its EXIF orientation), origin top left.
@@ -8,7 +8,8 @@ image, upright (after its EXIF orientation), origin top left.
     detection   {"image": "a.jpg", "objects": [{"box": [10, 20, 50, 80], "label": "cup"}]}, maybe an empty list
     ocr         {"image": "a.jpg", "text": "first line\nsecond line"}
 
-Every row may also have "width", "height" and "id".
+Every row may also have "width", "height" and "id", and a "unit" of its coordinates: "pixels" unless it says
+"fractions", "percent" or "thousandths" of the image's width and height.
 """
 
 import math
@@ -20,6 +21,8 @@ from perception_r1.records import Box, LabelledBox, Point
 _TOLERANCE = 1e-6
 """Pixels by which a coordinate may lie outside the image: rounding of fractions that were turned into pixels."""
 _MAX_INTEGER = 2**31 - 1
+_UNITS = {"fractions": 1, "percent": 100, "thousandths": 1000}
+"""Units that divide width and height alike, by their number in the whole image."""
 
 
 class RowError(ValueError):
@@ -36,6 +39,8 @@ class Row:
         self.values = values
         self.width = width
         self.height = height
+        unit = values.get("unit")
+        self._unit = "pixels" if unit is None else unit if isinstance(unit, str) else _show(unit)
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
@@ -53,16 +58,16 @@ class Row:
 
     def box(self, key: str) -> Box:
         """A box in fractions of the image."""
-        return self._box(self._get(key, "a box [x1, y1, x2, y2] in pixels"), key)
+        return self._box(self._get(key, f"a box [x1, y1, x2, y2] in {self._unit}"), key)
 
     def boxes(self, key: str) -> tuple[Box, ...]:
         """Boxes in fractions of the image, maybe none."""
-        items = _list(self._get(key, "a list of boxes [x1, y1, x2, y2] in pixels"), key, "boxes")
+        items = _list(self._get(key, f"a list of boxes [x1, y1, x2, y2] in {self._unit}"), key, "boxes")
         return tuple(self._box(item, f"{key}[{index}]") for index, item in enumerate(items))
 
     def points(self, key: str) -> tuple[Point, ...]:
         """Points in fractions of the image, maybe none."""
-        items = _list(self._get(key, "a list of points [x, y] in pixels"), key, "points")
+        items = _list(self._get(key, f"a list of points [x, y] in {self._unit}"), key, "points")
         return tuple(self._point(item, f"{key}[{index}]") for index, item in enumerate(items))
 
     def objects(self, key: str) -> tuple[LabelledBox, ...]:
@@ -85,7 +90,7 @@ class Row:
         return LabelledBox(label=label, box=self._box(value["box"], f"{name}.box"))
 
     def _box(self, value: object, name: str) -> Box:
-        x1, y1, x2, y2 = _numbers(value, name, ("x1", "y1", "x2", "y2"))
+        x1, y1, x2, y2 = _numbers(value, name, ("x1", "y1", "x2", "y2"), self._unit)
         self._check_inside(name, value, xs=(x1, x2), ys=(y1, y2))
         box = self._across(x1), self._down(y1), self._across(x2), self._down(y2)
         if box[0] >= box[2] or box[1] >= box[3]:
@@ -93,22 +98,29 @@ class Row:
         return box
 
     def _point(self, value: object, name: str) -> Point:
-        x, y = _numbers(value, name, ("x", "y"))
+        x, y = _numbers(value, name, ("x", "y"), self._unit)
         self._check_inside(name, value, xs=(x,), ys=(y,))
         return self._across(x), self._down(y)
 
     def _check_inside(self, name: str, value: object, *, xs: tuple[float, ...], ys: tuple[float, ...]) -> None:
-        low, right, bottom = -_TOLERANCE, self.width + _TOLERANCE, self.height + _TOLERANCE
+        width, height = self._extent()
+        low, right, bottom = -_TOLERANCE, width + _TOLERANCE, height + _TOLERANCE
         if not (all(low <= x <= right for x in xs) and all(low <= y <= bottom for y in ys)):
-            raise RowError(
-                f"{name}: must lie inside the image of {self.width} x {self.height} pixels, got {_show(value)}"
-            )
+            raise RowError(f"{name}: must lie inside the image of {width} x {height} {self._unit}, got {_show(value)}")
 
     def _across(self, x: float) -> float:
-        return min(1.0, max(0.0, x / self.width))
+        return min(1.0, max(0.0, x / self._extent()[0]))
 
     def _down(self, y: float) -> float:
-        return min(1.0, max(0.0, y / self.height))
+        return min(1.0, max(0.0, y / self._extent()[1]))
+
+    def _extent(self) -> tuple[int, int]:
+        """Width and height of the image in the row's unit."""
+        if self._unit == "pixels":
+            return self.width, self.height
+        if self._unit not in _UNITS:
+            raise RowError(f"unit: must be one of pixels, {', '.join(_UNITS)}, got {_show(self.values['unit'])}")
+        return _UNITS[self._unit], _UNITS[self._unit]
 
 
 def _text(value: object, name: str, may_be_empty: bool) -> str:
@@ -127,9 +139,9 @@ def _list(value: object, name: str, plural: str) -> list[object] | tuple[object,
     return value
 
 
-def _numbers(value: object, name: str, axes: tuple[str, ...]) -> tuple[float, ...]:
+def _numbers(value: object, name: str, axes: tuple[str, ...], unit: str) -> tuple[float, ...]:
     """As many finite numbers as there are axes."""
-    wanted = f"[{', '.join(axes)}] in pixels"
+    wanted = f"[{', '.join(axes)}] in {unit}"
     if not isinstance(value, list | tuple) or len(value) != len(axes):
         raise RowError(f"{name}: must be {wanted}, got {_show(value)}")
     for axis, number in zip(axes, value, strict=True):

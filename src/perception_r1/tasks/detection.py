@@ -1,18 +1,17 @@
 """Detection: a labelled box for every object. Reward = format + F1 + class + IoU, weighted, less what is missing."""
 
-import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 from torchmetrics import Metric
 
 from perception_r1.codecs import Codec
-from perception_r1.data.module import TaskDataModule
+from perception_r1.data.categories import COCO_NAMES
+from perception_r1.data.module import TaskDataModule, sources_by_split
 from perception_r1.data.rows import Row, RowError
+from perception_r1.data.scenes import Split
 from perception_r1.data.worlds import DetectionWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
@@ -20,20 +19,6 @@ from perception_r1.metrics import BoxAP
 from perception_r1.records import Frame, LabelledBox, Mark, Sample, Score
 from perception_r1.task import Task
 from perception_r1.tasks._options import check_matching, check_weights
-
-# fmt: off
-COCO_NAMES: tuple[str, ...] = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
-    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)
-"""The 80 categories of COCO 2017, in COCO's order."""
-# fmt: on
 
 _PAIR_IOU = 0.5
 """A matched pair stands when its IoU is greater than this."""
@@ -245,7 +230,7 @@ def _format(prediction: DetectionPrediction | None) -> float:
 class DetectionData(TaskDataModule):
     """Images with all their labelled objects.
 
-    Without `task.categories` the known names are those of the made scenes or, with files, all that the files use.
+    Without `task.categories` the known names are those of the made scenes or, with sources, those of the sources.
 
     Args:
         task: Options of the task.
@@ -255,23 +240,15 @@ class DetectionData(TaskDataModule):
 
     def __init__(self, task: Detection = Detection(), world: DetectionWorld = DetectionWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
         if task.categories is None:
-            files = [kwargs.get(f"{split}_file") for split in ("train", "val", "test")]
-            found = labels_of([Path(file) for file in files if file is not None]) or world.labels
-            task = replace(task, categories=found)
+            names: tuple[Split, ...] = ("train", "val", "test")
+            sources = sources_by_split(
+                {name: kwargs.get(f"{name}_file") for name in names}, {name: kwargs.get(name) for name in names}
+            )
+            found = [label for group in sources.values() for source in group.values() for label in source.labels()]
+            task = replace(task, categories=tuple(dict.fromkeys(found)) or world.labels)
         super().__init__(task, world, **kwargs)
 
     def made(self, batch_size: int) -> "TaskDataModule":
         """The made scenes have their own names."""
         task, world = cast(Detection, self.task), cast(DetectionWorld, self.world)
         return DetectionData(replace(task, categories=None), world, seed=self.seed, batch_size=batch_size)
-
-
-def labels_of(files: Sequence[Path]) -> tuple[str, ...]:
-    """Every label in data files, sorted; rows that cannot be read are passed over, for loading names them."""
-    labels = set()
-    for file in files:
-        with contextlib.suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                    labels |= {item["label"] for item in json.loads(line)["objects"] if isinstance(item["label"], str)}
-    return tuple(sorted(labels))

@@ -6,7 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from perception_r1.data.jsonl import DataError, load
+from perception_r1.data.samples import load as load_source
+from perception_r1.data.sources import DataError, JsonLines
+
+
+def load(path, task, **options):
+    return load_source(JsonLines(path), task, **options)
 
 
 def test_rows_become_samples_in_order(task, write_rows, tmp_path):
@@ -44,7 +49,7 @@ BAD_ROWS = [
         r"data\.jsonl:2: width: must be that of the upright image, which has 40 x 30 pixels, got 41",
     ),
     ({**GOOD, "height": "30"}, r"data\.jsonl:2: height: must be a whole number"),
-    ({**GOOD, "id": "1"}, r"data\.jsonl:2: id: must be unique, but '1' is also that of line 1"),
+    ({**GOOD, "id": "1"}, r"data\.jsonl:2: id: must be unique, but '1' is also that of .*data\.jsonl:1"),
     ({**GOOD, "id": [1]}, r"data\.jsonl:2: id: must be a text or a whole number"),
 ]
 

@@ -1,0 +1,245 @@
+"""From the rows of a source to samples: every row is checked before training starts, and built when it is asked for.
+
+The check covers the task's own keys and the picture itself, which is decoded once, in a pool of threads: a header says
+nothing about a file that was cut off. A bad row is an error, or left out and counted when asked for; it is never
+replaced by another row.
+"""
+
+import logging
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, islice
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import track
+
+from perception_r1.data.images import ImageError, check_image
+from perception_r1.data.rows import Row, RowError
+from perception_r1.data.sources import DataError, Source, SourceRow
+from perception_r1.errors import UserError
+from perception_r1.records import Picture, Sample, TargetT
+from perception_r1.task import Task
+
+OnBadRow = Literal["error", "skip"]
+PictureCheck = Literal["decode", "header"]
+Size: TypeAlias = tuple[int, int]
+"""Width and height in pixels."""
+ItemT = TypeVar("ItemT")
+
+_log = logging.getLogger(__name__)
+_NUM_SHOWN = 5
+"""Sentences about left-out rows in the warning; a broken file would otherwise fill the screen."""
+_NUM_SILENT = 2000
+"""Rows that are read without a progress bar: a few seconds of work."""
+_WINDOW = 1024
+"""Rows whose pictures are checked side by side."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked(Generic[TargetT]):
+    """A row after its check.
+
+    Attributes:
+        row: The row.
+        sample: Its sample, with the picture not loaded; None where the row is bad.
+        problem: Why it is bad, with its place.
+    """
+
+    row: SourceRow
+    sample: Sample[TargetT] | None = None
+    problem: str | None = None
+
+
+class SourceSamples(Sequence[Sample[TargetT]]):
+    """The good rows of a source as samples, pictures not loaded; only numbers, ids and sizes are in memory."""
+
+    def __init__(self, source: Source, task: Task[TargetT, Any], name: str) -> None:
+        self._source, self._task, self._name = source, task, name
+        self._numbers, self._widths, self._heights = array("q"), array("q"), array("q")
+        self._ids: list[str] = []
+
+    def add(self, number: int, sample: Sample[TargetT]) -> None:
+        """Remember a good row by its number in the source."""
+        self._numbers.append(number)
+        self._widths.append(sample.width)
+        self._heights.append(sample.height)
+        self._ids.append(sample.id)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        size = self._widths[index], self._heights[index]
+        sample = _sample(self._source[self._numbers[index]], self._task, size, self._ids[index])
+        return replace(sample, source=self._name)
+
+
+class Joined(Sequence[ItemT]):
+    """Several sequences, one after another."""
+
+    def __init__(self, parts: Sequence[Sequence[ItemT]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        part = bisect_right(self._ends, place)
+        return self._parts[part][place - (self._ends[part - 1] if part else 0)]
+
+
+class Subset(Sequence[ItemT]):
+    """Some items of a sequence, in a given order."""
+
+    def __init__(self, items: Sequence[ItemT], places: Sequence[int]) -> None:
+        self._items, self._places = items, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._items[place] for place in self._places[index]]
+        return self._items[self._places[index]]
+
+
+def load(
+    source: Source,
+    task: Task[TargetT, Any],
+    *,
+    name: str = "",
+    on_bad_row: OnBadRow = "error",
+    picture_check: PictureCheck = "decode",
+) -> SourceSamples[TargetT]:
+    """Check the rows of a source.
+
+    Args:
+        source: Where the rows come from.
+        task: The task that reads them.
+        name: Of the source, for the samples.
+        on_bad_row: Stop at the first bad row, or leave bad rows out and report them.
+        picture_check: Decode every picture, or only look at its header, which takes a hundredth of the time.
+
+    Returns:
+        One sample per good row, in order.
+
+    Raises:
+        DataError: A bad row (with "error"), no usable row at all, or a source that cannot be read.
+    """
+    if on_bad_row not in get_args(OnBadRow):
+        raise UserError(f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, got {on_bad_row!r}")
+    samples, problems = SourceSamples(source, task, name), []
+    for number, checked in enumerate(check(source, task, picture_check)):
+        if checked.sample is not None:
+            samples.add(number, checked.sample)
+        elif checked.problem is not None:
+            problems.append(checked.problem)
+            if on_bad_row == "error":
+                raise DataError(problems[0])
+    if not samples:
+        first = f", the first because: {problems[0]}" if problems else ""
+        raise DataError(f"{source}: none of its {len(source)} rows can be used{first}")
+    if problems:
+        _report(source, problems)
+    return samples
+
+
+def check(
+    source: Source, task: Task[TargetT, Any], picture_check: PictureCheck = "decode"
+) -> Iterator[Checked[TargetT]]:
+    """The rows of a source with their samples or what is wrong with them, in order.
+
+    Raises:
+        DataError: The source cannot be read or is empty.
+    """
+    if picture_check not in get_args(PictureCheck):
+        raise UserError(f"picture_check must be one of {', '.join(get_args(PictureCheck))}, got {picture_check!r}")
+    if not len(source):
+        raise DataError(f"{source}: is empty, it needs at least one row")
+    sizes: dict[str, Size | ImageError] = {}
+    ids: dict[str, str] = {}
+    pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
+    is_silent = len(source) < _NUM_SILENT or getattr(rank_zero_only, "rank", 0) != 0
+    rows = iter(track(source, f"Checking {source}", total=len(source), disable=is_silent))
+    try:
+        while window := list(islice(rows, _WINDOW)):
+            new = {str(row.image): row.image for row in window if row.image is not None and str(row.image) not in sizes}
+            look = partial(_size, is_decoded=picture_check == "decode")
+            sizes |= zip(new, pool.map(look, new.values()), strict=True)
+            for row in window:
+                try:
+                    yield Checked(row=row, sample=_checked_sample(row, task, sizes, ids))
+                except RowError as error:
+                    yield Checked(row=row, problem=f"{row.place}: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _size(picture: Picture, *, is_decoded: bool) -> Size | ImageError:
+    try:
+        return check_image(picture, is_decoded=is_decoded)
+    except ImageError as error:
+        return error
+
+
+def _checked_sample(
+    row: SourceRow, task: Task[TargetT, Any], sizes: dict[str, Size | ImageError], ids: dict[str, str]
+) -> Sample[TargetT]:
+    """The sample of a row; `ids` holds those of the rows before, with their places.
+
+    Raises:
+        RowError: The row is bad.
+    """
+    if row.image is None:
+        raise RowError(row.problem or "image: is missing")
+    size = sizes[str(row.image)]
+    if isinstance(size, ImageError):
+        raise RowError(f"image: {size}")
+    values = Row(row.values, width=size[0], height=size[1])
+    for key, length in zip(("width", "height"), size, strict=True):
+        if key in values and values.integer(key, minimum=1) != length:
+            raise RowError(
+                f"{key}: must be that of the upright image, which has {size[0]} x {size[1]} pixels, "
+                f"got {row.values[key]}"
+            )
+    return _sample(row, task, size, _new_id(row, ids))
+
+
+def _sample(row: SourceRow, task: Task[TargetT, Any], size: Size, name: str) -> Sample[TargetT]:
+    width, height = size
+    query, target = task.read_row(Row(row.values, width=width, height=height))
+    if row.image is None:
+        raise RowError("image: is missing")
+    return Sample(id=name, image=row.image, width=width, height=height, query=query, target=target)
+
+
+def _new_id(row: SourceRow, ids: dict[str, str]) -> str:
+    """The row's id, else its number."""
+    value = row.values.get("id")
+    if value is None:
+        value = row.number
+    elif isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowError(f"id: must be a text or a whole number, got {value!r}")
+    name = str(value)
+    if name in ids:
+        raise RowError(f"id: must be unique, but {name!r} is also that of {ids[name]}")
+    ids[name] = row.place
+    return name
+
+
+@rank_zero_only
+def _report(source: Source, problems: list[str]) -> None:
+    shown = "; ".join(problems[:_NUM_SHOWN]) + ("; ..." if len(problems) > _NUM_SHOWN else "")
+    _log.warning("%s: %d of %d rows cannot be used and are left out: %s", source, len(problems), len(source), shown)

@@ -1,0 +1,154 @@
+"""What a data source is: annotated pictures by number, as rows of the project's own form (`data/rows.py`).
+
+Whatever a data set looks like on disk, its reader says no more than how one of its entries becomes such a row; checks,
+splits, conversion and statistics then are the same for all.
+"""
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from perception_r1.errors import UserError
+from perception_r1.records import Picture
+
+
+class DataError(UserError):
+    """Data that cannot be used; the message names file, line and key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceRow:
+    """One row of a source, not yet checked.
+
+    Attributes:
+        place: Where it stands, for messages: "cups.jsonl:12".
+        number: Its number at this place, from 1 on; it stands for the id of a row that has none.
+        values: The row in the project's own form, without its image.
+        image: Its picture; None where there is a problem.
+        problem: Why the entry cannot be a row at all.
+    """
+
+    place: str
+    number: int
+    values: Mapping[str, object]
+    image: Picture | None = None
+    problem: str | None = None
+
+
+class Source(ABC):
+    """Rows by number. Only an index is in memory; pictures never are.
+
+    Args:
+        take: Which rows: "all", or "first:N", "last:N" or "random:N", where N is a number or a percentage ("10%").
+        seed: Of the random ones, which keep their order.
+
+    Raises:
+        UserError: `take` is none of these.
+    """
+
+    images: Path | None = None
+    """Folder of the pictures, where they are files."""
+
+    def __init__(self, *, take: str = "all", seed: int = 0) -> None:
+        self.take = take
+        self.seed = seed
+        _parse(take)
+
+    @abstractmethod
+    def read(self) -> Sequence[SourceRow]:
+        """All rows, before any are taken; called once.
+
+        Raises:
+            DataError: The source cannot be read.
+        """
+
+    @abstractmethod
+    def contents(self) -> Iterable[Path | str]:
+        """What determines the rows: files by their content, anything else by name."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Its name in messages."""
+
+    def labels(self) -> tuple[str, ...]:
+        """Names of all categories of a detection data set, in the order of the prompt; by default those in use."""
+        found = set()
+        for row in self:
+            objects = row.values.get("objects")
+            for item in objects if isinstance(objects, list | tuple) else ():
+                if isinstance(item, Mapping) and isinstance(item.get("label"), str):
+                    found.add(item["label"])
+        return tuple(sorted(found))
+
+    @cached_property
+    def _rows(self) -> Sequence[SourceRow]:
+        return self.read()
+
+    @cached_property
+    def numbers(self) -> Sequence[int]:
+        """Which rows are taken."""
+        return taken(self.take, len(self._rows), self.seed)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> SourceRow:
+        return self._rows[self.numbers[index]]
+
+    def __iter__(self) -> Iterator[SourceRow]:
+        return (self._rows[number] for number in self.numbers)
+
+    def fingerprint(self) -> str:
+        """A hex digest of everything that determines the rows."""
+        parts = [_sha256(item) if isinstance(item, Path) else item for item in self.contents()]
+        return hashlib.sha256("\n".join([type(self).__name__, self.take, str(self.seed), *parts]).encode()).hexdigest()
+
+
+def taken(take: str, size: int, seed: int) -> Sequence[int]:
+    """Numbers of the rows that `Source.take` means, in ascending order.
+
+    >>> taken("first:3", 10, 0), taken("last:20%", 10, 0)
+    (range(0, 3), range(8, 10))
+    >>> taken("random:30%", 10, seed=1)
+    [1, 2, 9]
+
+    Raises:
+        DataError: There are not so many rows.
+    """
+    kind, number, is_percent = _parse(take)
+    if kind == "all":
+        return range(size)
+    count = max(1, round(size * number / 100)) if is_percent else int(number)
+    if count > size:
+        raise DataError(f"take: {take!r} asks for {count} rows, but there are only {size}")
+    if kind == "random":
+        return sorted(random.Random(seed).sample(range(size), count))
+    return range(count) if kind == "first" else range(size - count, size)
+
+
+def _parse(take: str) -> tuple[str, float, bool]:
+    """Kind, number, and whether the number is a percentage."""
+    kind, _, amount = take.partition(":")
+    is_percent = amount.endswith("%")
+    try:
+        number = float(amount.removesuffix("%")) if is_percent else int(amount or 0)
+    except ValueError:
+        number = -1
+    is_sound = 0 < number <= 100 if is_percent else number > 0
+    if take != "all" and not (kind in ("first", "last", "random") and is_sound):
+        raise UserError(
+            f'take must be "all", "first:N", "last:N" or "random:N", N a number or a percentage, not {take!r}'
+        )
+    return kind, number, is_percent
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error

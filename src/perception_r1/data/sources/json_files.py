@@ -1,0 +1,232 @@
+"""Sources in JSON: the project's own lines, pages of text as conversations, and the public files of Perception-R1.
+
+A file is a list of objects (`.json`) or has one object a line (any other name). Lines are read when they are asked for;
+only their places in the file are in memory.
+"""
+
+import ast
+import json
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from perception_r1.data.categories import COCO_NAME_OF
+from perception_r1.data.rows import Row, RowError
+from perception_r1.data.sources.base import DataError, Source, SourceRow
+
+Unit = Literal["pixels", "thousandths", "percent", "fractions"]
+
+_LONGEST_SOLUTION = 100_000
+"""Characters of a solution that is written as text; 2,000 boxes need about half of that."""
+
+
+class JsonSource(Source):
+    """Objects in a JSON file.
+
+    Args:
+        file: The file.
+        images: Folder to which the paths of images are relative; that of the file unless given.
+        take: See `Source`.
+        seed: See `Source`.
+    """
+
+    def __init__(self, file: Path, *, images: Path | None = None, take: str = "all", seed: int = 0) -> None:
+        super().__init__(take=take, seed=seed)
+        self.file = Path(file)
+        self.images: Path = self.file.parent if images is None else Path(images)
+
+    @abstractmethod
+    def convert(self, values: dict[str, Any]) -> Mapping[str, object]:
+        """An entry in the project's own form, "image" included.
+
+        Raises:
+            RowError: It cannot be read.
+        """
+
+    def read(self) -> Sequence[SourceRow]:
+        """See `Source`."""
+        try:
+            return _List(self) if self.file.suffix == ".json" else _Lines(self)
+        except OSError as error:
+            raise DataError(f"{self.file}: cannot be read ({error.strerror or error})") from error
+
+    def contents(self) -> Iterable[Path | str]:
+        """See `Source`."""
+        return [self.file]
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def row(self, number: int, read: Any) -> SourceRow:
+        """Row number `number` of the file from a function that reads its values."""
+        place = f"{self.file}:{number}"
+        try:
+            values = read()
+            if not isinstance(values, dict):
+                raise RowError("the line must be a JSON object in braces")
+            values = self.convert(values)
+            image = self.images / Row(values, width=1, height=1).text("image")
+            return SourceRow(place=place, number=number, values=values, image=image)
+        except RowError as error:
+            problem = str(error)
+        except UnicodeDecodeError:
+            problem = "the line must be UTF-8 text"
+        except (ValueError, RecursionError) as error:
+            problem = f"the line must be a JSON object ({error})"
+        return SourceRow(place=place, number=number, values={}, problem=problem)
+
+
+class JsonLines(JsonSource):
+    """Rows of the project's own form."""
+
+    def convert(self, values: dict[str, Any]) -> Mapping[str, object]:
+        """They are in it already."""
+        return values
+
+
+class Conversations(JsonSource):
+    """Pages with their text as the last turn of a conversation: the form of PageOCR and Fox, as of LLaVA.
+
+    An entry is `{"image": ..., "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": TEXT}]}`.
+    """
+
+    def convert(self, values: dict[str, Any]) -> Mapping[str, object]:
+        """Keep the answer of the last turn as the text of the page."""
+        turns = values.get("conversations")
+        answers = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+        texts = [turn.get("value") for turn in answers if turn.get("from") in ("gpt", "assistant")]
+        if not texts:
+            raise RowError('conversations: must have a turn from "gpt" with the text of the page')
+        return {"image": values.get("image"), "id": values.get("id"), "text": texts[-1]}
+
+
+class PerceptionR1(JsonSource):
+    """The public files of Perception-R1 and VLM-R1: problem and solution.
+
+    A solution is a box (grounding), points or clicks (counting), a number (counting), a text (ocr), or
+    `{"target_id": [COCO's numbers], "target_box": [...]}` (detection). Where there is a `normalized_solution` it is
+    preferred: it is in thousandths, whatever the unit of the solution. A solution in a text is read as a literal.
+
+    Args:
+        file: The file.
+        images: Folder to which the paths of images are relative; that of the file unless given.
+        unit: Unit of boxes, points and clicks. The public code compares the solutions of grounding and counting with
+            what Qwen2-VL writes, so there they are thousandths; those of detection are pixels.
+        take: See `Source`.
+        seed: See `Source`.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        images: Path | None = None,
+        unit: Unit = "thousandths",
+        take: str = "all",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(file, images=images, take=take, seed=seed)
+        self.unit = unit
+
+    def contents(self) -> Iterable[Path | str]:
+        """See `Source`."""
+        return [self.file, self.unit]
+
+    def convert(self, values: dict[str, Any]) -> Mapping[str, object]:
+        """Tell by the form of the solution what it is."""
+        row = {"image": values.get("image"), "id": values.get("id"), "unit": self.unit}
+        problem = values.get("problem")
+        if values.get("clicks") is not None:
+            return row | {"label": problem, "points": _points(values["clicks"])}
+        if values.get("normalized_solution") is not None:
+            return row | {"question": problem, "box": _literal(values["normalized_solution"]), "unit": "thousandths"}
+        solution = _literal(values.get("solution"))
+        if isinstance(solution, dict):
+            return row | {"objects": _objects(solution)}
+        if isinstance(solution, int | float):
+            return row | {"label": problem, "count": solution}
+        if isinstance(solution, str):
+            return row | {"text": solution}
+        if not isinstance(solution, list):
+            raise RowError("solution: must be a box, a list of points, a number, a text, or target_id with target_box")
+        is_box = len(solution) == 4 and all(isinstance(number, int | float) for number in solution)
+        if is_box:
+            return row | {"question": problem, "box": solution}
+        return row | {"label": problem, "points": _points(solution)}
+
+
+def _literal(value: object) -> object:
+    """What a text spells out ("[1, 2, 3, 4]"), never evaluated; a text that spells nothing out stays a text."""
+    if not isinstance(value, str) or len(value) > _LONGEST_SOLUTION or not value.lstrip().startswith(("[", "(", "{")):
+        return value
+    try:
+        found = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+    return list(found) if isinstance(found, tuple) else found
+
+
+def _points(items: object) -> list[object]:
+    """Points as pairs, from pairs or from `{"x": ..., "y": ...}`; what is neither is left for the check of the row."""
+    if not isinstance(items, list):
+        raise RowError("clicks: must be a list of points")
+    return [[item.get("x"), item.get("y")] if isinstance(item, dict) else item for item in items]
+
+
+def _objects(solution: dict[str, Any]) -> list[dict[str, object]]:
+    """Objects from the parallel lists of a detection solution."""
+    numbers, boxes = solution.get("target_id"), solution.get("target_box")
+    if not isinstance(numbers, list) or not isinstance(boxes, list) or len(numbers) != len(boxes):
+        raise RowError("solution: target_id and target_box must be lists of the same length")
+    unknown = [number for number in numbers if not isinstance(number, int) or number not in COCO_NAME_OF]
+    if unknown:
+        raise RowError(f"solution: target_id must hold COCO's category numbers, got {unknown[0]!r}")
+    return [{"box": box, "label": COCO_NAME_OF[number]} for number, box in zip(numbers, boxes, strict=True)]
+
+
+class _Lines(Sequence[SourceRow]):
+    """The lines of a file that are not blank, read one at a time."""
+
+    def __init__(self, source: JsonSource) -> None:
+        self._source = source
+        self._starts, self._numbers = array("q"), array("q")
+        start = 0
+        with source.file.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        def read() -> object:
+            with self._source.file.open("rb") as file:
+                file.seek(self._starts[index])
+                return json.loads(file.readline().decode("utf-8-sig"))
+
+        return self._source.row(self._numbers[index], read)
+
+
+class _List(Sequence[SourceRow]):
+    """The objects of one JSON list."""
+
+    def __init__(self, source: JsonSource) -> None:
+        self._source = source
+        try:
+            values = json.loads(source.file.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{source.file}: must be a JSON list of objects ({error})") from error
+        if not isinstance(values, list):
+            raise DataError(f"{source.file}: must be a JSON list of objects")
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._source.row(index + 1, lambda: self._values[index])
