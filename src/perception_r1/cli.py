@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -38,6 +39,23 @@ _SIGTERM_STATUS = 143
 
 class PerceptionCLI(LightningCLI):
     """LightningCLI with this project's callbacks, links and names."""
+
+    @classmethod
+    def of(cls, args: list[str] | None, *, run: bool = True) -> Self:
+        """Parse a command line (None: that of the process), instantiate, and run the verb unless told otherwise."""
+        mode: dict[str, Any] = {"parser_mode": "omegaconf+"}
+        verbs = ("fit", "validate", "test", "predict") if run else ()
+        return cls(
+            PolicyModule,
+            TaskDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=mode | {"description": _DESCRIPTION, "epilog": _EPILOG} | {verb: mode for verb in verbs},
+            args=args,
+            run=run,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options besides trainer, model and data."""
@@ -108,20 +126,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return score.main(args[1:])
     _quieten()
-    mode = {"parser_mode": "omegaconf+"}
+    if args[:1] == ["data"]:
+        from perception_r1 import data_command
+
+        return data_command.main(args[1:])
+    return guarded(lambda: PerceptionCLI.of(None if argv is None else args))
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Run something; an error that speaks to the user ends in its sentence, any other in a traceback.
+
+    Returns:
+        The exit status: that of `run` if it returns one, 0 if not, 2 after a user's error.
+    """
     try:
-        PerceptionCLI(
-            PolicyModule,
-            TaskDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs=mode
-            | {"description": _DESCRIPTION, "epilog": _EPILOG}
-            | {name: mode for name in ("fit", "validate", "test", "predict")},
-            args=None if argv is None else list(argv),
-        )
+        status = run()
     except SIGTERMException:
         sys.stderr.write("Stopped by SIGTERM; --ckpt_path last goes on from the last checkpoint.\n")
         return _SIGTERM_STATUS
@@ -131,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"perception-r1: error: {known}\n")
         return 2
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def _known_error(error: BaseException | None) -> BaseException | None:
@@ -151,6 +170,7 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the reference, rightly
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # of verbs that are ours
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 

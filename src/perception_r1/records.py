@@ -77,6 +77,7 @@ class Sample(Generic[TargetT]):
         query: What fills the slot of the task's prompt ("red cup"); empty when the prompt has none.
         target: The task's own target record.
         source: Name of its data source, where that has one.
+        row: The data row that it was read from, without the image; what `Task.read_row` reads again.
     """
 
     id: str
@@ -86,6 +87,7 @@ class Sample(Generic[TargetT]):
     query: str
     target: TargetT
     source: str = ""
+    row: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

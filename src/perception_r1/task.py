@@ -81,6 +81,10 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         """A prediction as JSON-ready data, coordinates in pixels of the original image; by default as it is."""
         return prediction
 
+    def num_objects(self, target: TargetT) -> int:
+        """Objects that an answer has to be matched with: n of the paper's perceptual perplexity n!."""
+        return 1
+
     def metrics(self) -> dict[str, Metric]:
         """Metrics over a whole data set that no mean of per-sample figures gives (AP, say).
 

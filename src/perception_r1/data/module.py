@@ -236,7 +236,13 @@ class _SceneSamples(Samples):
         width, height = scene.image.size
         query, target = self.task.read_row(Row(scene.values, width=width, height=height))
         return Sample(
-            id=f"{self.source.split}-{index}", image=scene.image, width=width, height=height, query=query, target=target
+            id=f"{self.source.split}-{index}",
+            image=scene.image,
+            width=width,
+            height=height,
+            query=query,
+            target=target,
+            row=scene.values,
         )
 
 

@@ -222,7 +222,7 @@ def _sample(row: SourceRow, task: Task[TargetT, Any], size: Size, name: str) -> 
     query, target = task.read_row(Row(row.values, width=width, height=height))
     if row.image is None:
         raise RowError("image: is missing")
-    return Sample(id=name, image=row.image, width=width, height=height, query=query, target=target)
+    return Sample(id=name, image=row.image, width=width, height=height, query=query, target=target, row=row.values)
 
 
 def _new_id(row: SourceRow, ids: dict[str, str]) -> str:

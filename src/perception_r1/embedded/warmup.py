@@ -99,6 +99,20 @@ def warm_policy(
     return folder
 
 
+def build_unwarmed(folder: Path, config: EmbeddedConfig, scenes: TaskDataModule, *, seed: int) -> None:
+    """The embedded policy before its warm start: random weights, and the tokenizer that it keeps.
+
+    Args:
+        folder: Where it goes.
+        config: The embedded policy.
+        scenes: Made scenes of its task; their prompts make the vocabulary.
+        seed: Of the weights.
+    """
+    scenes.setup("fit")
+    corpus = [message["content"][1]["text"] for i in range(_NUM_CORPUS_SAMPLES) for message in _chat(scenes, i)]
+    build_model_folder(folder, family=config.family, seed=seed, corpus=corpus, whole_tokens=config.whole_tokens)
+
+
 class StopAtLoss(Callback):
     """Ends training by the moving average of its loss, after a cool-down of the learning rate.
 
@@ -145,9 +159,7 @@ def _build(
     callbacks: list[Callback],
 ) -> None:
     """Random model, SFT, warmed-up model, all in one folder."""
-    scenes.setup("fit")
-    corpus = [message["content"][1]["text"] for i in range(_NUM_CORPUS_SAMPLES) for message in _chat(scenes, i)]
-    build_model_folder(folder, family=config.family, seed=seed, corpus=corpus, whole_tokens=config.whole_tokens)
+    build_unwarmed(folder, config, scenes, seed=seed)
     module = SFT(
         scenes.task,
         policy=PolicyConfig(name=str(folder)),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
@@ -86,11 +86,7 @@ class Processor:
         """
         pictures = [image for group in images for image in group]
         for image in pictures:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise UserError(
-                    f"A picture has {image.width} x {image.height} pixels; one side may be at most {MAX_ASPECT} times "
-                    "the other."
-                )
+            check_aspect(*image.size)
         pixels = self.image_processor(images=pictures, return_tensors="pt")
         grid = pixels["image_grid_thw"]
         tokens = iter((grid.prod(1) // self.image_processor.merge_size**2).tolist())
@@ -116,6 +112,29 @@ class Processor:
             frames=tuple(self._frame(group[0], grid[i]) for group, i in zip(images, first, strict=True)),
         )
 
+    def frame(self, width: int, height: int) -> Frame:
+        """Sizes of a picture of this size, without a look at it.
+
+        Raises:
+            UserError: It is too narrow for the model.
+        """
+        check_aspect(width, height)
+        seen_height, seen_width = smart_resize(
+            height,
+            width,
+            factor=self.image_processor.patch_size * self.image_processor.merge_size,
+            min_pixels=self.image_processor.size["shortest_edge"],
+            max_pixels=self.image_processor.size["longest_edge"],
+        )
+        return Frame(width=width, height=height, seen_width=seen_width, seen_height=seen_height)
+
+    def num_prompt_tokens(self, chat: list[dict[str, Any]], frame: Frame) -> int:
+        """Tokens of a prompt with one picture, without a look at the picture."""
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        patches = frame.seen_width * frame.seen_height // self.image_processor.patch_size**2
+        expanded = _expand(cast(str, text), [patches // self.image_processor.merge_size**2])
+        return len(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
+
     def encode_answers(self, texts: Sequence[str], end_token_id: int) -> list[Tensor]:
         """Token ids of answers, each closed by the end token: what SFT teaches."""
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -129,6 +148,18 @@ class Processor:
     def _frame(self, image: Image.Image, grid: Tensor) -> Frame:
         _, rows, columns = (int(n) * self.image_processor.patch_size for n in grid)
         return Frame(width=image.width, height=image.height, seen_width=columns, seen_height=rows)
+
+
+def check_aspect(width: int, height: int) -> None:
+    """Refuse a picture that is too narrow for smart-resize.
+
+    Raises:
+        UserError: Names its size.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(
+            f"A picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other."
+        )
 
 
 def _expand(text: str, num_tokens: list[int]) -> str:

@@ -168,6 +168,10 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         }
         return Score(reward=terms["format"] * terms["ratio"] * terms["closeness"], terms=terms, figures=figures)
 
+    def num_objects(self, target: CountingTarget) -> int:
+        """Their true number."""
+        return target.count
+
     def marks(self, answer: CountingTarget | CountingPrediction) -> Sequence[Mark]:
         """Boxes where they are known, points otherwise."""
         if isinstance(answer, CountingPrediction):

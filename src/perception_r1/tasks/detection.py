@@ -184,6 +184,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         }
         return Score(reward=self._reward(terms), terms=terms, figures=figures)
 
+    def num_objects(self, target: DetectionTarget) -> int:
+        """Those of the image."""
+        return len(target.objects)
+
     def marks(self, answer: DetectionTarget | DetectionPrediction) -> Sequence[Mark]:
         """Every object with its name."""
         return [Mark(shape=item.box, caption=item.label) for item in answer.objects]

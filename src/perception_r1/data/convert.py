@@ -1,0 +1,65 @@
+"""Any source as JSON lines of the project's own form."""
+
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from perception_r1.errors import UserError
+from perception_r1.records import Blob, Sample
+
+ROWS = "data.jsonl"
+_PICTURES = "pictures"
+
+
+def convert(samples: Iterable[Sample[Any]], folder: Path) -> int:
+    """Write samples to `data.jsonl` in a folder; pictures that lie in tables become files beside it.
+
+    Pictures in files stay where they are: the rows name them by their path from the folder.
+
+    Args:
+        samples: Samples of a source, pictures not loaded.
+        folder: Where the file goes.
+
+    Returns:
+        Number of rows written.
+
+    Raises:
+        UserError: There is such a file already.
+    """
+    path = folder / ROWS
+    if path.exists():
+        raise UserError(f"{path} exists; move it away, or choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / (ROWS + ".tmp")
+    written: dict[str, str] = {}
+    num_rows = 0
+    with draft.open("w", encoding="utf-8") as lines:
+        for sample in samples:
+            if isinstance(sample.image, Blob):
+                if sample.image.name not in written:
+                    written[sample.image.name] = _save(sample.image, folder, len(written))
+                image = written[sample.image.name]
+            else:
+                image = os.path.relpath(str(sample.image), folder)
+            known = {"id": sample.id, "image": image, "width": sample.width, "height": sample.height}
+            row = {key: value for key, value in sample.row.items() if value is not None}
+            lines.write(json.dumps(row | known) + "\n")
+            num_rows += 1
+    draft.replace(path)
+    return num_rows
+
+
+def _save(blob: Blob, folder: Path, number: int) -> str:
+    """Write the bytes of a picture as they are; its path from the folder."""
+    data = blob.read()
+    with Image.open(io.BytesIO(data)) as image:
+        suffix = (image.format or "img").lower()
+    path = Path(_PICTURES) / f"{number:06d}.{suffix}"
+    (folder / path).parent.mkdir(exist_ok=True)
+    (folder / path).write_bytes(data)
+    return str(path)

@@ -1,0 +1,90 @@
+"""What a data set looks like to a model: sizes, tokens, objects, and in how many ways its objects can be matched."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from perception_r1.codecs import Codec
+from perception_r1.errors import UserError
+from perception_r1.policy.processor import Processor
+from perception_r1.records import Sample
+from perception_r1.task import Task
+
+
+@dataclass(kw_only=True, slots=True)
+class Survey:
+    """Figures of samples, one entry per sample unless said otherwise.
+
+    Attributes:
+        widths: Of the images, in pixels.
+        heights: Of the images, in pixels.
+        images: Names of the different images.
+        prompt_tokens: Of the prompts, images included.
+        answer_tokens: Of the ideal answers, end token included; only of those that can be written.
+        num_objects: Objects to match.
+        num_unseen: Samples whose picture the model cannot take.
+        num_unwritable: Samples whose data does not say enough for an answer (a count without places).
+    """
+
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    images: set[str] = field(default_factory=set)
+    prompt_tokens: list[int] = field(default_factory=list)
+    answer_tokens: list[int] = field(default_factory=list)
+    num_objects: list[int] = field(default_factory=list)
+    num_unseen: int = 0
+    num_unwritable: int = 0
+
+
+def survey(samples: Iterable[Sample[Any]], task: Task[Any, Any], codec: Codec, processor: Processor) -> Survey:
+    """Go through samples once; no picture is opened."""
+    found = Survey()
+    for sample in samples:
+        found.widths.append(sample.width)
+        found.heights.append(sample.height)
+        found.images.add(str(sample.image))
+        found.num_objects.append(task.num_objects(sample.target))
+        try:
+            frame = processor.frame(sample.width, sample.height)
+            found.prompt_tokens.append(processor.num_prompt_tokens(task.messages(sample), frame))
+        except UserError:
+            found.num_unseen += 1
+            continue
+        try:
+            answer = task.answer(sample, codec, frame)
+            found.answer_tokens.append(len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1)
+        except UserError:
+            found.num_unwritable += 1
+    return found
+
+
+def spread(values: Sequence[int]) -> str:
+    """Least, median and most.
+
+    >>> spread([3, 1, 2])
+    '1, 2, 3'
+    """
+    return f"{min(values)}, {median(values):g}, {max(values)}" if values else "-"
+
+
+def share_over(values: Sequence[int], limit: int | None) -> float | None:
+    """Share of values over a limit; None without a limit or values.
+
+    >>> share_over([1, 2, 3, 4], 3)
+    0.25
+    """
+    return sum(value > limit for value in values) / len(values) if values and limit is not None else None
+
+
+def log10_mean_factorial(counts: Sequence[int]) -> float:
+    """log10 of the mean of n! over the counts: the paper's perceptual perplexity, which overflows as a number.
+
+    >>> round(10 ** log10_mean_factorial([3, 4]))
+    15
+    """
+    logs = [math.lgamma(count + 1) for count in counts]
+    highest = max(logs)
+    total = math.fsum(math.exp(value - highest) for value in logs)
+    return (highest + math.log(total / len(logs))) / math.log(10)

@@ -1,0 +1,223 @@
+"""`perception-r1 data check|stats|convert|fetch`: look at data before a run, with the configuration of that run.
+
+check    every row and picture; names each bad row, and shows three samples as the model is to answer them
+stats    sizes, tokens, objects
+convert  any source to JSON lines of the project's own form
+fetch    the pictures that a source names by URL
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from rich import get_console
+from rich.table import Table
+
+from perception_r1.cli import EMBEDDED, PerceptionCLI, guarded
+from perception_r1.codecs import CODECS, Codec
+from perception_r1.data.convert import ROWS, convert
+from perception_r1.data.fetch import fetch
+from perception_r1.data.images import load_image
+from perception_r1.data.module import TaskDataModule
+from perception_r1.data.samples import check, load
+from perception_r1.data.scenes import Split
+from perception_r1.data.sources import PixMoCount, Source
+from perception_r1.data.survey import Survey, log10_mean_factorial, share_over, spread, survey
+from perception_r1.drawing import contact_sheet, draw_card
+from perception_r1.embedded.warmup import build_unwarmed
+from perception_r1.errors import UserError
+from perception_r1.modules.base import PolicyModule
+from perception_r1.policy.load import CODEC_BY_FAMILY, model_family
+from perception_r1.policy.processor import Processor
+from perception_r1.records import Blob, Sample
+
+_NUM_SHOWN = 3
+"""Samples whose answer is written out and drawn."""
+
+
+class _DataCLI(PerceptionCLI):
+    """The command line of a run, of which only data, task and the model's processor are used."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options besides those of a run."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="Rows to look at.")
+        parser.add_argument("--to", type=Path | None, default=None, help="Folder for what is written.")
+        parser.add_argument("--num_threads", type=int, default=16, help="Pictures that are fetched at once.")
+
+    def before_instantiate_classes(self) -> None:
+        """There is no checkpoint."""
+
+    def after_instantiate_classes(self) -> None:
+        """There is no warm start."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """There is none: the data of a run on eight devices can be looked at on a laptop."""
+        return cast(Trainer, None)
+
+    @property
+    def data(self) -> TaskDataModule:
+        """The data module of the configuration."""
+        return self.datamodule
+
+    @property
+    def split(self) -> Split:
+        """Rows to look at."""
+        return self.config.split
+
+    def sources(self) -> dict[str, Source]:
+        """Sources of the split by name.
+
+        Raises:
+            UserError: The configuration has made scenes.
+        """
+        if not self.data.sources:
+            raise UserError("made scenes need no check and no conversion; give DATA, or --data.train_file")
+        return self.data.sources.get(self.split) or self.data.sources["train"]
+
+    @contextmanager
+    def reader(self) -> Iterator[tuple[Codec, Processor]]:
+        """How the model reads: codec and processor; those of the embedded policy are built for the occasion."""
+        config = cast(PolicyModule, self.model).policy_config
+        with TemporaryDirectory() as folder:
+            name, seed = config.name, int(self.config.seed_everything or 0)
+            if name == EMBEDDED:
+                name = folder
+                build_unwarmed(Path(folder), self.config_init.embedded, self.data.made(batch_size=1), seed=seed)
+            processor = Processor.load(name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+            yield CODECS[CODEC_BY_FAMILY[model_family(name)]], processor
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one verb; the result is the exit status: 1 where `check` found a bad row or `fetch` failed on a picture."""
+    verbs = {"check": _check, "stats": _stats, "convert": _convert, "fetch": _fetch}
+    if not argv or argv[0] not in verbs:
+        is_help = bool(argv) and argv[0] in ("-h", "--help")
+        (sys.stdout if is_help else sys.stderr).write(
+            f"usage: perception-r1 data [CONFIGURATION OF A RUN]\n\n{__doc__}"
+        )
+        return 0 if is_help else 2
+    return guarded(lambda: verbs[argv[0]](_DataCLI.of(list(argv[1:]), run=False)))
+
+
+def _check(cli: _DataCLI) -> int:
+    num_rows = num_bad = 0
+    shown: list[Sample[Any]] = []
+    for source in cli.sources().values():
+        for checked in check(source, cli.data.task, cli.data.picture_check):
+            num_rows += 1
+            if checked.sample is None:
+                num_bad += 1
+                sys.stdout.write(f"{checked.problem}\n")
+            elif len(shown) < _NUM_SHOWN:
+                shown.append(checked.sample)
+    sys.stdout.write(f"{num_rows} rows, {num_bad} of them bad\n")
+    if shown:
+        _show(cli, shown)
+    return 1 if num_bad else 0
+
+
+def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
+    """Write out and draw what the model is to answer; the drawn answer was read back from that text."""
+    cards, task = [], cli.data.task
+    with cli.reader() as (codec, processor):
+        for sample in samples:
+            frame = processor.frame(sample.width, sample.height)
+            try:
+                answer = task.answer(sample, codec, frame)
+            except UserError as error:
+                sys.stdout.write(f"{sample.id}: has no answer to learn from ({error})\n")
+                continue
+            sys.stdout.write(f"{sample.id}: {answer}\n")
+            prediction = task.parse(answer, codec, frame)
+            image = sample.image
+            cards.append(
+                draw_card(
+                    load_image(image) if isinstance(image, Path | Blob) else image,
+                    title=sample.id,
+                    fields={"prompt": task.prompt(sample.query), "answer": answer},
+                    target_marks=task.marks(sample.target),
+                    predicted_marks=[] if prediction is None else task.marks(prediction),
+                )
+            )
+    if cards:
+        path = (cli.config.to or Path("logs") / "data") / f"{task.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(cards, num_columns=1).save(path)
+        sys.stdout.write(f"drawn in {path}\n")
+
+
+def _stats(cli: _DataCLI) -> int:
+    data = cli.data
+    with cli.reader() as (codec, processor):
+        if data.sources:
+            groups: dict[str, Iterator[Sample[Any]]] = {
+                name: (checked.sample for checked in check(source, data.task, "header") if checked.sample is not None)
+                for name, source in cli.sources().items()
+            }
+        else:
+            data.setup("fit" if cli.split != "test" else "test")
+            groups = {"made scenes": iter(data.samples(cli.split))}
+        for name, samples in groups.items():
+            module = cast(PolicyModule, cli.model)
+            get_console().print(
+                _table(
+                    name or cli.split,
+                    survey(samples, data.task, codec, processor),
+                    max_prompt_tokens=module.policy_config.max_prompt_tokens,
+                    max_new_tokens=module.max_new_tokens,
+                )
+            )
+    return 0
+
+
+def _table(title: str, found: Survey, *, max_prompt_tokens: int | None, max_new_tokens: int) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+
+    def limited(values: Sequence[int], limit: int | None) -> str:
+        share = share_over(values, limit)
+        return spread(values) + ("" if share is None else f"; {share:.2%} over {limit}")
+
+    rows = {
+        "samples": str(len(found.widths)),
+        "different images": str(len(found.images)),
+        "image width (least, median, most)": spread(found.widths),
+        "image height": spread(found.heights),
+        "images the model cannot take": str(found.num_unseen),
+        "prompt tokens": limited(found.prompt_tokens, max_prompt_tokens),
+        "answer tokens": limited(found.answer_tokens, max_new_tokens),
+        "samples without an answer to learn from": str(found.num_unwritable),
+        "objects": spread(found.num_objects),
+        "objects, mean": f"{sum(found.num_objects) / max(1, len(found.num_objects)):.2f}",
+        "log10 of the mean n!": f"{log10_mean_factorial(found.num_objects):.2f}" if found.num_objects else "-",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _convert(cli: _DataCLI) -> int:
+    if cli.config.to is None:
+        raise UserError("convert needs --to FOLDER")
+    for name, source in cli.sources().items():
+        folder = cli.config.to / name
+        samples = load(source, cli.data.task, on_bad_row=cli.data.on_bad_row, picture_check=cli.data.picture_check)
+        num_rows = convert(samples, folder)
+        sys.stdout.write(f"{num_rows} rows in {folder / ROWS}\n")
+    return 0
+
+
+def _fetch(cli: _DataCLI) -> int:
+    num_failed = 0
+    for source in cli.sources().values():
+        if not isinstance(source, PixMoCount):
+            raise UserError(f"{source} names no pictures by URL, there is nothing to fetch")
+        report = fetch(source.downloads(), num_threads=cli.config.num_threads)
+        sys.stdout.write(f"{report}\n")
+        num_failed += report.num_failed
+    return 1 if num_failed else 0
