@@ -60,6 +60,8 @@ class BatchDataset(Dataset[Batch]):
 class TrainBatches(DistributedSampler[Any]):
     """Full batches in an order that depends on nothing but (seed, epoch); the rest of an epoch is left out.
 
+    Without `shuffle` the order is that of the samples, or the one that is given.
+
     Step `k` of all devices together shows the same samples whatever their number, as long as `batch_size` times that
     number stays the same.
 
@@ -71,10 +73,19 @@ class TrainBatches(DistributedSampler[Any]):
     """
 
     def __init__(
-        self, num_samples: int, *, batch_size: int, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        order: Sequence[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         super().__init__(_Sized(num_samples), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.size = num_samples
+        self.fixed_order = range(num_samples) if order is None else order
         self.batch_size = batch_size
         self.start = 0
         self.samples_per_step = batch_size * world_size
@@ -95,7 +106,7 @@ class TrainBatches(DistributedSampler[Any]):
 
     def _order(self) -> list[int]:
         if not self.shuffle:
-            return list(range(self.size))
+            return list(self.fixed_order)
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         return torch.randperm(self.size, generator=generator).tolist()
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from perception_r1.data.curriculum import easy_to_hard
 from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
 from perception_r1.data.rows import Row
 from perception_r1.data.samples import Joined, OnBadRow, PictureCheck, Subset, load
@@ -59,6 +60,8 @@ class TaskDataModule(LightningDataModule):
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the made scenes and of the training order.
         shuffle: Show the training samples in a new random order in every epoch.
+        curriculum: `predictions.jsonl` of an evaluation on the training rows: they are shown from high reward to low,
+            and not shuffled.
 
     Raises:
         UserError: A number is out of range, or a split has both a file and sources.
@@ -86,6 +89,7 @@ class TaskDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         shuffle: bool = True,
+        curriculum: Path | None = None,
     ) -> None:
         super().__init__()
         self.task = task
@@ -101,7 +105,8 @@ class TaskDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.shuffle = shuffle
+        self.shuffle = shuffle and curriculum is None
+        self.curriculum = None if curriculum is None else Path(curriculum)
         self._samples: dict[Split, Samples] = {}
         self._check_settings()
 
@@ -135,6 +140,7 @@ class TaskDataModule(LightningDataModule):
             batch_size=self.batch_size,
             shuffle=self.shuffle,
             seed=self.seed,
+            order=None if self.curriculum is None else easy_to_hard(samples, self.curriculum),
             rank=rank,
             world_size=world_size,
         )

@@ -108,6 +108,7 @@ class PolicyModule(LightningModule):
         self.eval_metrics = task_metrics(task)
         self.phase_seconds: dict[str, float] = {}
         self.num_skipped_steps = 0
+        self.num_steps = 0  # of the whole run, known once it starts
         self._skipped_in_a_row = 0
 
     # ---------------------------------------------------------------------------------------------- set-up
@@ -121,8 +122,8 @@ class PolicyModule(LightningModule):
         """Optimiser over what is trained, with the schedule stepped at every update."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = self.optimizer_factory(trained)
-        num_steps = self.num_planned_steps()
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, num_steps))
+        self.num_steps = self.num_planned_steps()
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def num_planned_steps(self) -> int:

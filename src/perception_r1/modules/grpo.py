@@ -61,6 +61,7 @@ class GRPO(PolicyModule):
         optimizer: Optimiser of the trainable weights.
         schedule: Learning rate over the steps.
         group_size: Completions of each prompt (G), compared with each other.
+        final_group_size: The group grows (or shrinks) evenly to this size over the run; null keeps it as it is.
         temperature: Of sampling; log-probabilities use the same.
         max_new_tokens: Longest completion, end token included.
         kl_coef: Weight of the KL penalty towards the policy before training (beta); 0: no reference is loaded or run.
@@ -85,6 +86,7 @@ class GRPO(PolicyModule):
         optimizer: OptimizerCallable,
         schedule: ScheduleConfig,
         group_size: int = 8,
+        final_group_size: int | None = None,
         temperature: float = 1.0,
         max_new_tokens: int = 768,
         kl_coef: float = 0.04,
@@ -107,14 +109,17 @@ class GRPO(PolicyModule):
             micro_batch_tokens=micro_batch_tokens,
             seed=seed,
         )
-        if group_size < 2:
-            raise UserError(f"group_size is {group_size}; a completion is compared with its group, so use 2 or more.")
+        for name, size in {"group_size": group_size, "final_group_size": final_group_size}.items():
+            if size is not None and size < 2:
+                raise UserError(f"{name} is {size}; a completion is compared with its group, so use 2 or more.")
         if temperature <= 0:
             raise UserError(f"temperature is {temperature}; sampling needs a value above 0 (validation is greedy).")
         if updates_per_rollout < 1:
             raise UserError(f"updates_per_rollout is {updates_per_rollout}; it must be 1 or more.")
         if kl_coef < 0 or not 0 <= clip_low < 1 or clip_high < 0:
             raise UserError("kl_coef and clip_high must not be negative, and clip_low must lie in [0, 1).")
+        self.first_group_size = group_size
+        self.final_group_size = group_size if final_group_size is None else final_group_size
         self.group_size = group_size
         self.temperature = temperature
         self.kl_coef = kl_coef
@@ -140,6 +145,7 @@ class GRPO(PolicyModule):
     def training_step(self, batch: list[Sample[Any]], batch_idx: int) -> None:
         """Roll out, score, compare within the group, update, log."""
         started = time.perf_counter()
+        self.group_size = self.planned_group_size()
         seconds_before = dict(self.phase_seconds)
         with self.phase("encode"):
             prompts = self.policy.encode(self.task, batch)
@@ -157,6 +163,11 @@ class GRPO(PolicyModule):
         figures |= {"advantage_std": float(advantages.std()), "sampling_gap": sampling_gap(rollout, experience)}
         self.log_step(rollout, outcomes, rewards, figures)
         self.log_cost(rollout, experience, seconds_before, time.perf_counter() - started)
+
+    def planned_group_size(self) -> int:
+        """G of the step that comes next."""
+        done = self.global_step / max(1, self.num_steps - 1)
+        return round(self.first_group_size + (self.final_group_size - self.first_group_size) * min(1.0, done))
 
     def sample(self, prompts: PromptBatch) -> Rollout:
         """G completions of each prompt, from seeds that depend on the run's seed and the step alone."""
@@ -278,6 +289,7 @@ class GRPO(PolicyModule):
         self.log_train(
             figures
             | {
+                "group_size": float(self.group_size),
                 "reward_std": spread.mean(),
                 "zero_variance_groups": is_equal_group(rewards, self.group_size).float().mean(),
                 "entropy": rollout.entropy,
