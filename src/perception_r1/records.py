@@ -38,6 +38,21 @@ class LabelledBox:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Annotation:
+    """What a data row tells about one object.
+
+    Attributes:
+        item: Its name and box.
+        area: Area of its outline in pixels squared of the original image; None where the row does not tell.
+        is_crowd: It is a region of many objects of this name.
+    """
+
+    item: LabelledBox
+    area: float | None
+    is_crowd: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
     """Something to draw on a picture: a box or a point (fractions of the original image), maybe with a caption."""
 
