@@ -1,6 +1,6 @@
 """OCR: the text of a page. Reward = 1 - edit distance / length of the longer text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
@@ -45,7 +45,7 @@ class Ocr(Task[OcrTarget, str]):
             which METEOR takes synonyms from "wordnet", as published, or knows only "stems". Needs `perception-r1[ocr]`.
     """
 
-    word_figures: Equals | None = None
+    word_figures: Equals | None = field(default=None, repr=False)  # a warm start, cached by the rest, is the same
 
     name = "ocr"
     term_names = ("similarity",)
