@@ -1,16 +1,20 @@
 import contextlib
 import io
+import json
 import math
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import multiprocessing as mp
+from torch.utils.data import DataLoader
 
+from perception_r1.data.rows import Row
 from perception_r1.metrics import BoxAP, ScoreMeans, task_metrics
 from perception_r1.records import Frame, LabelledBox, Score
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
@@ -37,58 +41,115 @@ class Objects:
     objects: tuple[LabelledBox, ...]
 
 
-def make_images(seed: int, count: int) -> tuple[list[Objects | None], list[Objects], list[Frame]]:
-    """Predictions that are targets, shaken, relabelled, left out and doubled, in images of many sizes."""
+def make_coco(seed: int, num_images: int, decimals: int) -> tuple[dict[str, list], list[dict]]:
+    """Annotations and results as COCO's files have them: shaken, relabelled, left out and doubled; areas and crowds.
+
+    Ids are COCO's: large, with gaps, and not in the order of the file. Without decimals many overlaps and areas lie
+    exactly on a threshold. Results are not rounded.
+    """
     rng = np.random.default_rng(seed)
-    predictions: list[Objects | None] = []
-    targets, frames = [], []
-    for _ in range(count):
-        width, height = (int(side) for side in rng.integers(60, 900, 2))
-        objects, guesses = [], []
+    images, annotations, crowds, results = [], [], [], []
+    for image_id in rng.choice(600_000, num_images, replace=False).tolist():
+        width, height = (int(side) for side in rng.integers(70, 900, 2))
+        images.append({"id": image_id, "width": width, "height": height})
         for _ in range(rng.integers(0, 7)):
-            x, y = rng.uniform(0, 0.6, 2)
-            w, h = rng.uniform(0.03, 0.4, 2)
-            box = np.array([x, y, x + w, y + h])
-            objects.append(LabelledBox(label=str(rng.choice(NAMES)), box=tuple(box.tolist())))
+            x, y = rng.uniform(0, 0.6, 2) * [width, height]
+            w, h = rng.choice([0.03, 0.1, 0.2, 0.39], 2) * [width, height] if rng.random() < 0.8 else (32, 32)
+            bbox = [max(round(float(value), decimals), 1) for value in (x, y, w, h)]
+            bbox[2:] = min(bbox[2], width - bbox[0]), min(bbox[3], height - bbox[1])
+            category = int(rng.integers(3)) * 10 + 1
+            row = {"image_id": image_id, "category_id": category, "bbox": bbox}
+            share = rng.choice([1, 0.8, 0.5])
+            is_crowd = rng.random() < 0.15
+            area = bbox[2] * bbox[3] * float(share)
+            (crowds if is_crowd else annotations).append(row | {"area": area, "iscrowd": int(is_crowd)})
             for _ in range(rng.choice([0, 1, 1, 1, 2])):
-                moved = box + rng.normal(0, 0.02, 4) * np.array([w, h, w, h]) * rng.choice([0, 1, 8])
-                label = objects[-1].label if rng.random() < 0.8 else str(rng.choice(NAMES))
-                if moved[0] < moved[2] and moved[1] < moved[3]:
-                    guesses.append(LabelledBox(label=label, box=tuple(moved.tolist())))
-        targets.append(Objects(objects=tuple(objects)))
-        predictions.append(Objects(objects=tuple(guesses)) if guesses else None)
-        frames.append(Frame(width=width, height=height, seen_width=28, seen_height=28))
-    return predictions, targets, frames
+                moved = [*bbox]
+                if rng.random() < 0.5:  # half the box: an overlap of exactly one half
+                    moved[2] = max(bbox[2] // 2, 1)
+                elif rng.random() < 0.8:
+                    moved = [value * float(rng.normal(1, 0.1)) for value in bbox]
+                label = category if rng.random() < 0.8 else int(rng.integers(3)) * 10 + 1
+                if min(moved[2:]) > 0:
+                    results.append({"image_id": image_id, "category_id": label, "bbox": moved, "score": 1.0})
+    annotations = [{**row, "id": number} for number, row in enumerate([*annotations, *crowds], start=1)]
+    categories = [{"id": number * 10 + 1, "name": name} for number, name in enumerate(NAMES)]
+    return {"images": images, "categories": categories, "annotations": annotations}, results
 
 
-def pycocotools_stats(predictions, targets, frames) -> dict[str, float]:
-    """The same numbers by pycocotools' own road: a data set, and results that `loadRes` reads."""
-
-    def rows(answers) -> list[dict[str, object]]:
-        found = []
-        for image, (answer, frame) in enumerate(zip(answers, frames, strict=True)):
-            for item in answer.objects if answer is not None else ():
-                x1, y1, x2, y2 = np.array(item.box) * [frame.width, frame.height, frame.width, frame.height]
-                bbox = [x1, y1, x2 - x1, y2 - y1]
-                found.append({"image_id": image, "category_id": NAMES.index(item.label), "bbox": bbox, "score": 1.0})
-        return found
-
+def pycocotools_stats(truth: dict[str, list], results: list[dict]) -> dict[str, float]:
+    """The figures by pycocotools' own road: the annotations of a file, and results that `loadRes` reads."""
+    truth, results = json.loads(json.dumps([truth, results]))
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = {
-            "images": [{"id": image} for image in range(len(frames))],
-            "categories": [{"id": number} for number in range(len(NAMES))],
-            "annotations": [
-                {**row, "id": number + 1, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]}
-                for number, row in enumerate(rows(targets))
-            ],
-        }
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(rows(predictions)), "bbox")
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return {name: float(value) for name, value in zip(STATS, evaluation.stats, strict=True) if name is not None}
+    values = {name: float(value) for name, value in zip(STATS, evaluation.stats, strict=True) if name is not None}
+    return {name: value if value >= 0 else math.nan for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a metric is told about one image."""
+
+    prediction: Objects | None
+    target: DetectionTarget
+    frame: Frame
+    id: str
+
+
+def our_images(truth: dict[str, list], results: list[dict]) -> list[Image]:
+    """The same by the project's own road: rows of the data format, read by the task."""
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+
+    def corners(row: dict) -> list[float]:
+        x, y, w, h = row["bbox"]
+        return [x, y, x + w, y + h]
+
+    found = []
+    for image in truth["images"]:
+        width, height = image["width"], image["height"]
+        objects = [
+            {"box": corners(row), "label": names[row["category_id"]], "area": row["area"]}
+            | ({"crowd": True} if row["iscrowd"] else {})
+            for row in truth["annotations"]
+            if row["image_id"] == image["id"]
+        ]
+        for thing in objects:
+            if thing["area"] == (thing["box"][2] - thing["box"][0]) * (thing["box"][3] - thing["box"][1]):
+                del thing["area"]  # that of the box goes without saying
+        _, target = Detection(categories=NAMES).read_row(Row({"objects": objects}, width=width, height=height))
+        sides = np.array([width, height, width, height])
+        guesses = tuple(
+            LabelledBox(label=names[row["category_id"]], box=tuple((corners(row) / sides).tolist()))
+            for row in results
+            if row["image_id"] == image["id"]
+        )
+        frame = Frame(width=width, height=height, seen_width=28, seen_height=28)
+        prediction = Objects(guesses) if guesses else None
+        found.append(Image(prediction=prediction, target=target, frame=frame, id=str(image["id"])))
+    return found
+
+
+def update(metric: BoxAP, images: list[Image]) -> None:
+    metric.update(
+        predictions=[image.prediction for image in images],
+        targets=[image.target for image in images],
+        frames=[image.frame for image in images],
+        ids=[image.id for image in images],
+    )
+
+
+def values_of(metric: BoxAP) -> dict[str, float]:
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def exactly(values: dict[str, float]) -> object:
+    return pytest.approx(values, abs=1e-9, rel=0, nan_ok=True)
 
 
 def test_score_means_agree_with_a_naive_mean():
@@ -99,7 +160,7 @@ def test_score_means_agree_with_a_naive_mean():
         rows = table[start : start + 7].tolist()
         metric.update(scores=[Score(reward=r, terms={"iou": i}, figures={"count": c}) for r, i, c in rows])
     means = metric.compute()
-    assert [means[name].item() for name in ("reward", "iou", "count")] == pytest.approx(table.mean(axis=0), abs=1e-6)
+    assert [means[name].item() for name in ("reward", "iou", "count")] == pytest.approx(table.mean(axis=0), abs=1e-12)
     metric.reset()
     metric.update(scores=[])
     assert metric.compute()["iou"].isnan()
@@ -110,37 +171,153 @@ def test_score_means_refuse_names_that_collide():
         ScoreMeans(("reward", "iou", "iou"))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_box_ap_agrees_with_pycocotools(seed, capsys):
-    images = make_images(seed, 40)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("decimals", [0, 2, 6])
+def test_box_ap_is_that_of_pycocotools_whatever_the_batches(seed, decimals, capsys):
+    truth, results = make_coco(seed, 40, decimals)
+    images = our_images(truth, results)
     metric = BoxAP([*NAMES, "never seen"])
+    np.random.default_rng(seed).shuffle(images)
     for start in range(0, 40, 7):
-        predictions, targets, frames = (part[start : start + 7] for part in images)
-        metric.update(predictions=predictions, targets=targets, frames=frames)
-    found = {name: value.item() for name, value in metric.compute().items()}
+        update(metric, images[start : start + 7])
+    found = values_of(metric)
     assert capsys.readouterr().out == ""
-    assert found == pytest.approx(pycocotools_stats(*images), abs=1e-5)
-    assert 0.2 < found["ap"] < found["ap50"] < 1
+    wanted = pycocotools_stats(truth, results)
+    assert found == exactly(wanted)
+    assert 0.02 < found["ap"] < found["ap50"] < 1
+    assert all(value.dtype == torch.float64 for value in metric.compute().values())
+
+
+def test_areas_crowds_and_the_order_of_images_each_count():
+    """The test above would not see what makes no difference."""
+    truth, results = make_coco(0, 40, 0)
+    wanted = pycocotools_stats(truth, results)
+    for change in ({"area": 5000}, {"iscrowd": 0}):
+        annotations = [{**row, **change} for row in truth["annotations"]]
+        assert pycocotools_stats({**truth, "annotations": annotations}, results) != exactly(wanted)
+    turned = {image["id"]: 600_000 - image["id"] for image in truth["images"]}
+    images = [{**image, "id": turned[image["id"]]} for image in truth["images"]]
+    annotations, results = (
+        [{**row, "image_id": turned[row["image_id"]]} for row in rows] for rows in (truth["annotations"], results)
+    )
+    assert pycocotools_stats({**truth, "images": images, "annotations": annotations}, results) != exactly(wanted)
+
+
+def test_ids_that_are_no_numbers_have_an_order_of_their_own():
+    images = [replace(image, id=f"page {image.id}") for image in our_images(*make_coco(1, 20, 2))]
+    images[3], images[4] = replace(images[3], id="\ud800"), replace(images[4], id="9" * 5000)
+    found = []
+    for order in (images, images[::-1], sorted(images, key=lambda image: image.id)):
+        metric = BoxAP(NAMES)
+        update(metric, order)
+        found.append(values_of(metric))
+    assert found[1] == exactly(found[0])
+    assert found[2] == exactly(found[0])
 
 
 def test_box_ap_worked_by_hand():
     frame = Frame(width=200, height=100, seen_width=28, seen_height=28)
     cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))  # 100 x 50 pixels: medium
+    target = DetectionTarget(objects=(cat,))
+    hit, miss = (Image(prediction=found, target=target, frame=frame, id="1") for found in (Objects((cat,)), None))
     metric = BoxAP(NAMES)
-    metric.update(predictions=[], targets=[], frames=[])
+    update(metric, [])
     assert all(value.isnan() for value in metric.compute().values())
-    metric.update(predictions=[Objects((cat,))], targets=[Objects((cat,))], frames=[frame])
-    found = {name: value.item() for name, value in metric.compute().items()}
+    update(metric, [hit])
+    found = values_of(metric)
     assert [found[name] for name in ("ap", "ap50", "ap75", "ap_medium", "ar", "ar_medium")] == pytest.approx([1.0] * 6)
     assert all(math.isnan(found[name]) for name in ("ap_small", "ap_large", "ar_small", "ar_large"))
-    metric.update(predictions=[None], targets=[Objects((cat,))], frames=[frame])
+    update(metric, [replace(miss, id="2")])
     assert metric.compute()["ar"].item() == pytest.approx(0.5)
     metric.reset()
-    metric.update(predictions=[None], targets=[Objects((cat,))], frames=[frame])
+    update(metric, [miss])
     assert metric.compute()["ap"].item() == 0
     metric.reset()
-    metric.update(predictions=[Objects((cat,))], targets=[Objects(())], frames=[frame])
+    update(metric, [replace(hit, target=DetectionTarget(objects=()))])
     assert metric.compute()["ap50"].isnan()
+
+
+def test_an_area_decides_the_size_and_a_crowd_forgives():
+    frame = Frame(width=200, height=100, seen_width=28, seen_height=28)
+    cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))
+    inside = LabelledBox(label="cat", box=(0.6, 0.1, 0.7, 0.3))
+    crowd = LabelledBox(label="cat", box=(0.5, 0.0, 1.0, 1.0))
+    image = Image(
+        prediction=Objects((inside, inside, cat)),
+        target=DetectionTarget(objects=(cat,), areas=(1024.0,), crowds=(crowd,)),
+        frame=frame,
+        id="1",
+    )
+    metric = BoxAP(NAMES)
+    update(metric, [image])
+    found = values_of(metric)
+    assert [found[name] for name in ("ap", "ap_small", "ap_medium")] == pytest.approx(
+        [1, 1, 1]
+    )  # 32 x 32 pixels are both
+    assert math.isnan(found["ap_large"])
+    metric.reset()
+    update(metric, [replace(image, target=DetectionTarget(objects=(cat,)))])
+    assert metric.compute()["ap"].item() == pytest.approx(1 / 3)
+    metric.reset()
+    update(metric, [replace(image, target=DetectionTarget(objects=(), crowds=(crowd,)))])
+    assert metric.compute()["ap"].isnan()
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.half(),
+        lambda module: module.float(),
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.to("cpu"),
+        lambda module: [metric.set_dtype(torch.float16) for metric in module],
+    ],
+)
+def test_no_cast_reduces_the_state(cast):
+    means, ap = ScoreMeans(("reward",)), BoxAP(NAMES)
+    module = torch.nn.ModuleList([means, ap])
+    images = our_images(*make_coco(0, 20, 2))
+    for half in (images[:10], images[10:]):
+        cast(module)
+        means.update(scores=[Score(reward=0.1)])
+        update(ap, half)
+    cast(module)
+    assert means.compute()["reward"].item() == 0.1
+    assert values_of(ap) == exactly(pycocotools_stats(*make_coco(0, 20, 2)))
+    assert all(part.dtype == torch.float64 for part in [means.sums, means.count, *ap.records])
+    means.reset()
+    assert means.sums.dtype == torch.float64
+
+
+class Logs(LightningModule):
+    """Logs a metric of the rewards as the modules do; a batch is places among them."""
+
+    def __init__(self, rewards) -> None:
+        super().__init__()
+        self.rewards = rewards
+        self.means = ScoreMeans(("reward",))
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def validation_step(self, batch, batch_idx) -> None:
+        self.means.update(scores=[Score(reward=float(self.rewards[index])) for index in batch])
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.means.compute(), sync_dist=True, batch_size=1)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_what_is_logged_is_exact(tmp_path, precision):
+    trainer = Trainer(
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    rewards = np.random.default_rng(0).uniform(size=100)
+    found = trainer.validate(Logs(rewards), DataLoader(range(100), batch_size=7), verbose=False)
+    assert found[0]["reward"] == pytest.approx(rewards.mean(), abs=1e-12, rel=0)
 
 
 def test_task_metrics_give_one_flat_dict():
@@ -151,7 +328,9 @@ def test_task_metrics_give_one_flat_dict():
     metrics = task_metrics(task)
     frame = Frame(width=200, height=100, seen_width=28, seen_height=28)
     for guess in (prediction, None):
-        metrics.update(scores=[task.score(guess, target)], predictions=[guess], targets=[target], frames=[frame])
+        metrics.update(
+            scores=[task.score(guess, target)], predictions=[guess], targets=[target], frames=[frame], ids=["1"]
+        )
     values = {name: value.item() for name, value in metrics.compute().items()}
     assert values["reward"] == pytest.approx(1.5)
     assert values["iou"] == pytest.approx(0.5)
@@ -160,27 +339,26 @@ def test_task_metrics_give_one_flat_dict():
     assert metrics["ap"].records == []
 
 
-SHARES = [[[*range(9)], [9, 10, 11]], [[*range(12)], []]]
-"""Images of two devices: uneven numbers, and one device without any."""
+SHARES = [[[*range(11, 2, -1)], [0, 1, 2]], [[*range(12)], []]]
+"""Images of two devices: uneven numbers in any order, and one device without any."""
 
 
 def _merged(rank: int, port: int, queue) -> None:
     """What one device computes after the states of both are merged."""
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    images = make_images(0, 12)
+    images = our_images(*make_coco(0, 12, 0))
     for shares in SHARES:
         means, ap = ScoreMeans(("reward",)), BoxAP(NAMES)
         for index in shares[rank]:
-            predictions, targets, frames = ([part[index]] for part in images)
-            means.update(scores=[Score(reward=float(index))])
-            ap.update(predictions=predictions, targets=targets, frames=frames)
+            means.update(scores=[Score(reward=index / 7)])
+            update(ap, [images[index]])
         values = {**means.compute(), **ap.compute()}
         queue.put({name: value.item() for name, value in values.items()})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_devices_together_find_what_one_finds(free_port):
+def test_devices_together_find_what_pycocotools_finds(free_port):
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [context.Process(target=_merged, args=(rank, free_port, queue)) for rank in range(2)]
@@ -189,12 +367,9 @@ def test_devices_together_find_what_one_finds(free_port):
     for process in processes:
         process.join(timeout=300)
         assert process.exitcode == 0
-    single = BoxAP(NAMES)
-    predictions, targets, frames = make_images(0, 12)
-    single.update(predictions=predictions, targets=targets, frames=frames)
-    wanted = {"reward": 5.5} | {name: value.item() for name, value in single.compute().items()}
+    wanted = {"reward": 5.5 / 7} | pycocotools_stats(*make_coco(0, 12, 0))
     for _ in range(len(processes) * len(SHARES)):
-        assert queue.get() == pytest.approx(wanted, nan_ok=True, abs=1e-6)
+        assert queue.get() == exactly(wanted)
 
 
 @pytest.fixture

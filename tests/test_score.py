@@ -80,6 +80,7 @@ def test_a_line_says_everything_about_its_completion(tmp_path, capsys):
                 "accuracy_50": 1.0,
                 "accuracy_75": 1.0,
                 "accuracy_95": 1.0,
+                "accuracy_mean": 1.0,
                 "center_accuracy": 1.0,
                 "false_positives": 0.0,
                 "false_negatives": 0.0,

@@ -1,21 +1,26 @@
 """What is known about a whole data set: means of scores, and COCO's average precision.
 
-`task_metrics(task)` is all that validation, testing and offline scoring need; its states add up over devices.
+`task_metrics(task)` and `update_metrics` are all that validation, testing and offline scoring need. Figures are float64
+and depend neither on the batches nor on the number of devices.
 """
 
 import contextlib
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from perception_r1.records import Frame, LabelledBox, Score
+from perception_r1.scoring import Outcome
 from perception_r1.task import Task
 
 _COCO_STATS = (
@@ -32,18 +37,36 @@ _COCO_STATS = (
 )
 """Our names of pycocotools' figures and their places in `COCOeval.stats`; recalls are those at 100 detections."""
 
-_IMAGE, _TARGET, _DETECTION = range(3)
+_IMAGE, _TARGET, _CROWD, _DETECTION = range(4)
 """Kinds of record in the state of `BoxAP`."""
-_RECORD_SIZE = 6
+_RECORD_SIZE = 7
+_DECIMALS = 6
+"""Decimals of a pixel that count. A fraction times the size of the image misses the annotated number by some 1e-13,
+which would decide where an overlap or an area lies exactly on a threshold."""
+_MAX_DIGITS, _HASH_BITS = 15, 52
+"""Whole numbers of so many digits or bits are exact in float64."""
 
 
 def task_metrics(task: Task[Any, Any]) -> MetricCollection:
-    """All metrics of a task under plain names ("reward", "iou", "ap50").
+    """All metrics of a task under plain names ("reward", "iou", "ap50"), for outcomes judged with `is_evaluation`.
 
-    `update(scores=..., predictions=..., targets=..., frames=...)` takes sequences of one length, `compute()` gives one
-    flat dict of scalars. Metrics are never grouped: two that agree on the first batch would stay merged for ever.
+    `update(scores=..., predictions=..., targets=..., frames=..., ids=...)` takes sequences of one length, `compute()`
+    gives one flat dict of float64 scalars. Metrics are never grouped: two that agree on the first batch would stay
+    merged for ever.
     """
-    return MetricCollection({"scores": score_means(task), **task.metrics()}, compute_groups=False)
+    means = ScoreMeans(("reward", *task.term_names, *task.figure_names, *task.evaluation_figure_names))
+    return MetricCollection({"scores": means, **task.metrics()}, compute_groups=False)
+
+
+def update_metrics(metrics: MetricCollection, outcomes: Sequence[Outcome]) -> None:
+    """Feed outcomes to a task's metrics."""
+    metrics.update(
+        scores=[outcome.score for outcome in outcomes],
+        predictions=[outcome.prediction for outcome in outcomes],
+        targets=[outcome.sample.target for outcome in outcomes],
+        frames=[outcome.frame for outcome in outcomes],
+        ids=[outcome.sample.id for outcome in outcomes],
+    )
 
 
 def score_means(task: Task[Any, Any]) -> "ScoreMeans":
@@ -51,7 +74,19 @@ def score_means(task: Task[Any, Any]) -> "ScoreMeans":
     return ScoreMeans(("reward", *task.term_names, *task.figure_names))
 
 
-class ScoreMeans(Metric):
+class _ExactMetric(Metric):
+    """A metric whose state stays float64 when the module around it is cast; it moves between devices only."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the state, also where a device has none yet."""
+        return torch.float64
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+
+class ScoreMeans(_ExactMetric):
     """Mean reward, terms and figures over all samples; not a number before the first.
 
     Args:
@@ -75,13 +110,14 @@ class ScoreMeans(Metric):
         if len(set(names)) < len(names):
             raise ValueError(f"names of terms and figures must all be different, not {', '.join(names)}")
         self.names = tuple(names)
-        self.add_state("sums", torch.zeros(len(self.names)), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(self.names), dtype=self.dtype), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=self.dtype), dist_reduce_fx="sum")
 
     def update(self, scores: Sequence[Score]) -> None:
         """Add the scores of a batch."""
         rows = [{"reward": score.reward, **score.terms, **score.figures} for score in scores]
-        table = torch.tensor([[row[name] for name in self.names] for row in rows], device=self.sums.device)
+        values = [[row[name] for name in self.names] for row in rows]
+        table = torch.tensor(values, dtype=self.dtype, device=self.sums.device)
         self.sums += table.reshape(-1, len(self.names)).sum(dim=0)
         self.count += len(scores)
 
@@ -91,25 +127,37 @@ class ScoreMeans(Metric):
 
 
 class HasObjects(Protocol):
-    """A target or prediction that lists labelled boxes."""
+    """A prediction that lists labelled boxes."""
 
     @property
     def objects(self) -> Sequence[LabelledBox]:
         """The labelled boxes."""
 
 
-class BoxAP(Metric):
+class HasAnnotations(HasObjects, Protocol):
+    """A target that lists labelled boxes."""
+
+    @property
+    def areas(self) -> Sequence[float | None]:
+        """Area of each object in pixels squared of the original image, None for that of its box; or nothing at all."""
+
+    @property
+    def crowds(self) -> Sequence[LabelledBox]:
+        """Regions of many objects, in which no detection is right or wrong."""
+
+
+class BoxAP(_ExactMetric):
     """COCO's average precision and recall of boxes by pycocotools, each detection with score 1.0.
 
-    Boxes are measured in pixels of the original image. Deviations from COCO's own numbers: small, medium and large go
-    by the area of the box, not of the outline, and there are no crowd regions, as our data has neither. Detections
-    beyond the first 100 of an image do not count, as in COCO. A figure without any object to judge it by is not a
-    number.
+    Boxes are measured in pixels of the original image. Detections beyond the first 100 of an image do not count, as in
+    COCO. A figure without any object to judge it by is not a number.
 
-    The state is one flat list of records of six numbers, (kind, category, x1, y1, x2, y2), in which every image is a
-    record of its own kind followed by its targets and detections. So the states of several devices can be put one after
-    the other, whatever their lengths, and no image needs a number that is unique among devices. Float32 holds pixels to
-    a thousandth.
+    With equal scores the precision at a recall depends on the order of the images, which is COCO's: by their ids. Ids
+    that are no whole numbers (of up to 15 digits) come last, in the order of their hashes.
+
+    The state is one flat list of records of seven numbers. An image is a record (kind, 0 or 1 for what is no number, id
+    or hash, 0, 0, 0, 0), followed by its targets, crowds and detections as (kind, category, x, y, width, height, area).
+    So the states of several devices can be put one after the other, whatever their lengths.
 
     Args:
         categories: All names that objects can have.
@@ -120,20 +168,24 @@ class BoxAP(Metric):
 
     def __init__(self, categories: Sequence[str]) -> None:
         super().__init__()
-        self.category_numbers = {name: number for number, name in enumerate(categories)}
+        self.category_numbers = {name: number for number, name in enumerate(categories, start=1)}
         self.add_state("records", [], dist_reduce_fx="cat")
 
     def update(
         self,
         predictions: Sequence[HasObjects | None],
-        targets: Sequence[HasObjects],
+        targets: Sequence[HasAnnotations],
         frames: Sequence[Frame],
+        ids: Sequence[str],
     ) -> None:
-        """Add the images of a batch; None is a prediction without objects."""
+        """Add the images of a batch, one id each; None is a prediction without objects."""
         rows: list[tuple[float, ...]] = []
-        for prediction, target, frame in zip(predictions, targets, frames, strict=True):
-            rows.append((_IMAGE, 0, 0, 0, 0, 0))
-            rows += [self._record(_TARGET, item, frame) for item in target.objects]
+        for prediction, target, frame, image_id in zip(predictions, targets, frames, ids, strict=True):
+            rows.append((_IMAGE, *_place(image_id), 0, 0, 0, 0))
+            areas = target.areas or [None] * len(target.objects)
+            for item, area in zip(target.objects, areas, strict=True):
+                rows.append(self._record(_TARGET, item, frame, area))
+            rows += [self._record(_CROWD, item, frame) for item in target.crowds]
             if prediction is not None:
                 rows += [self._record(_DETECTION, item, frame) for item in prediction.objects]
         if rows:
@@ -142,36 +194,52 @@ class BoxAP(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The figures of `_COCO_STATS` by name."""
         has_records = isinstance(self.records, Tensor) or len(self.records) > 0  # a tensor once devices are merged
-        flat = dim_zero_cat(self.records) if has_records else torch.zeros(0)
-        rows = flat.double().cpu().reshape(-1, _RECORD_SIZE)
-        stats = _coco_stats(rows, num_categories=len(self.category_numbers))
+        flat = dim_zero_cat(self.records) if has_records else torch.zeros(0, dtype=self.dtype)
+        stats = _coco_stats(flat.cpu().numpy().reshape(-1, _RECORD_SIZE), num_categories=len(self.category_numbers))
         values = {name: stats[place] for name, place in _COCO_STATS}
         return {
-            name: torch.tensor(value if value >= 0 else float("nan"), device=self.device)
+            name: torch.tensor(value if value >= 0 else float("nan"), dtype=self.dtype, device=self.device)
             for name, value in values.items()
         }
 
-    def _record(self, kind: int, item: LabelledBox, frame: Frame) -> tuple[float, ...]:
+    def _record(self, kind: int, item: LabelledBox, frame: Frame, area: float | None = None) -> tuple[float, ...]:
         x1, y1, x2, y2 = item.box
-        corners = (x1 * frame.width, y1 * frame.height, x2 * frame.width, y2 * frame.height)
-        return kind, self.category_numbers[item.label], *corners
+        sides = (x1 * frame.width, y1 * frame.height, (x2 - x1) * frame.width, (y2 - y1) * frame.height)
+        x, y, width, height = (round(side, _DECIMALS) for side in sides)
+        return kind, self.category_numbers[item.label], x, y, width, height, width * height if area is None else area
 
 
-def _coco_stats(rows: Tensor, *, num_categories: int) -> list[float]:
+def _place(image_id: str) -> tuple[int, int]:
+    """Where an image stands among all: whole numbers first, each as its value, then all other ids by a hash.
+
+    >>> _place("000000000139") < _place("285") < _place("page 7")
+    True
+    """
+    if image_id.isascii() and image_id.isdigit() and len(image_id) <= _MAX_DIGITS:
+        return 0, int(image_id)
+    digest = hashlib.sha256(image_id.encode(errors="surrogatepass")).digest()
+    return 1, int.from_bytes(digest[:8]) >> (64 - _HASH_BITS)
+
+
+def _coco_stats(rows: NDArray[np.float64], *, num_categories: int) -> list[float]:
     """The twelve numbers of `COCOeval.summarize`; -1 where COCO has nothing to judge.
 
     Args:
-        rows: [records, 6], see `BoxAP`.
+        rows: [records, 7], see `BoxAP`.
         num_categories: Number of categories.
     """
-    kinds, image_numbers = rows[:, 0], (rows[:, 0] == _IMAGE).cumsum(0)
-    num_images = int((kinds == _IMAGE).sum())
+    kinds = rows[:, 0]
+    images = rows[kinds == _IMAGE]
     if not (kinds == _TARGET).any():
         return [-1.0] * 12
+    numbers = np.empty(len(images), dtype=int)
+    numbers[np.lexsort((images[:, 2], images[:, 1]))] = range(1, len(images) + 1)  # in order of their places
+    image_numbers = numbers[(kinds == _IMAGE).cumsum() - 1]  # [records]
+    is_target, is_detection = np.isin(kinds, (_TARGET, _CROWD)), kinds == _DETECTION
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         target, detection = (
-            _coco(rows[kinds == kind], image_numbers[kinds == kind], num_images, num_categories)
-            for kind in (_TARGET, _DETECTION)
+            _coco(rows[chosen], image_numbers[chosen], num_images=len(images), num_categories=num_categories)
+            for chosen in (is_target, is_detection)
         )
         evaluation = COCOeval(target, detection, "bbox")
         evaluation.params.catIds = sorted(target.catToImgs)  # those without targets take time and count for nothing
@@ -181,21 +249,20 @@ def _coco_stats(rows: Tensor, *, num_categories: int) -> list[float]:
     return [float(value) for value in evaluation.stats]
 
 
-def _coco(rows: Tensor, image_numbers: Tensor, num_images: int, num_categories: int) -> COCO:
+def _coco(rows: NDArray[np.float64], image_numbers: NDArray[np.int_], *, num_images: int, num_categories: int) -> COCO:
     """Objects as pycocotools wants them, ids from 1 on (it takes 0 for "no match")."""
     annotations = []
-    for number, (image, (_, category, x1, y1, x2, y2)) in enumerate(
+    for number, (image, (kind, category, *box, area)) in enumerate(
         zip(image_numbers.tolist(), rows.tolist(), strict=True), start=1
     ):
-        width, height = x2 - x1, y2 - y1
         annotations.append(
             {
                 "id": number,
                 "image_id": image,
-                "category_id": int(category) + 1,
-                "bbox": [x1, y1, width, height],
-                "area": width * height,
-                "iscrowd": 0,
+                "category_id": int(category),
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(kind == _CROWD),
                 "score": 1.0,
             }
         )

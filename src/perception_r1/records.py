@@ -1,7 +1,8 @@
 """The records that travel the road: samples, boxes, scores.
 
 Inside the program every box is xyxy and every point xy, as fractions of the original image (0..1, origin top left).
-Only a codec (`codecs.py`) knows how a model family writes them; only a row (`data/rows.py`) knows pixels.
+Only a codec (`codecs.py`) knows how a model family writes them; only a row (`data/rows.py`) knows pixels. An area of an
+outline, which no box gives, is in pixels squared of the original image.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,6 +36,21 @@ class LabelledBox:
 
     label: str
     box: Box
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotation:
+    """What a data row tells about one object.
+
+    Attributes:
+        item: Its name and box.
+        area: Area of its outline in pixels squared of the original image; None where the row does not tell.
+        is_crowd: It is a region of many objects of this name.
+    """
+
+    item: LabelledBox
+    area: float | None
+    is_crowd: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
-from perception_r1.metrics import task_metrics
+from perception_r1.metrics import task_metrics, update_metrics
 from perception_r1.records import Frame, Sample
 from perception_r1.scoring import Outcome, judge
 from perception_r1.task import Task
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as end:  # --help
         return int(end.code or 0)
     samples, frames, completions = zip(*rows, strict=True)
-    outcomes = judge(task, codec, samples=samples, frames=frames, completions=completions)
+    outcomes = judge(task, codec, samples=samples, frames=frames, completions=completions, is_evaluation=True)
     for line, outcome in zip(lines, outcomes, strict=True):
         sys.stdout.write(json.dumps(_described(line, outcome, task), allow_nan=False) + "\n")
     sys.stderr.write(_summary(task, outcomes))
@@ -262,14 +262,10 @@ def _described(line: _Line, outcome: Outcome, task: Task[Any, Any]) -> dict[str,
 def _summary(task: Task[Any, Any], outcomes: Sequence[Outcome]) -> str:
     """Means and metrics of the whole file, one a line."""
     metrics = task_metrics(task)
-    metrics.update(
-        scores=[outcome.score for outcome in outcomes],
-        predictions=[outcome.prediction for outcome in outcomes],
-        targets=[outcome.sample.target for outcome in outcomes],
-        frames=[outcome.frame for outcome in outcomes],
-    )
+    update_metrics(metrics, outcomes)
     values = metrics.compute()
-    own = {name: values[name] for name in ("reward", *task.term_names, *task.figure_names)}  # first, in their order
+    names = ("reward", *task.term_names, *task.figure_names, *task.evaluation_figure_names)
+    own = {name: values[name] for name in names}  # first, in their order
     width = max(len(name) for name in values)
     rows = "".join(f"  {name:<{width}}  {float(value):.6g}\n" for name, value in (own | values).items())
     return f"{task.name}: {len(outcomes)} completions\n{rows}"

@@ -1,7 +1,7 @@
 """From a completion to its score: the one place where model text is judged, in training, validation and offline."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perception_r1.codecs import Codec
@@ -41,8 +41,11 @@ def judge(
     completions: Sequence[str],
     lengths: Sequence[int] | None = None,
     truncated: Sequence[bool] | None = None,
+    is_evaluation: bool = False,
 ) -> list[Outcome]:
     """Parse and score completions; the sequences run in parallel, one entry per completion.
+
+    In evaluation the scores also hold the task's `evaluation_figures`.
 
     Raises:
         ValueError: The sequences differ in length.
@@ -53,13 +56,16 @@ def judge(
         samples, frames, completions, lengths or [0] * count, truncated or [False] * count, strict=True
     ):
         prediction = task.parse(completion, codec, frame)
+        score = task.score(prediction, sample.target)
+        if is_evaluation:
+            score = replace(score, figures={**score.figures, **task.evaluation_figures(prediction, sample.target)})
         outcomes.append(
             Outcome(
                 sample=sample,
                 frame=frame,
                 completion=completion,
                 prediction=prediction,
-                score=task.score(prediction, sample.target),
+                score=score,
                 num_tokens=num_tokens,
                 is_truncated=is_truncated,
             )

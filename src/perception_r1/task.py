@@ -73,6 +73,15 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     def score(self, prediction: PredictionT | None, target: TargetT) -> Score:
         """Reward, terms and figures of one prediction."""
 
+    @property
+    def evaluation_figure_names(self) -> tuple[str, ...]:
+        """Names of `evaluation_figures`."""
+        return ()
+
+    def evaluation_figures(self, prediction: PredictionT | None, target: TargetT) -> dict[str, float]:
+        """Further figures of one prediction, too slow for every training step; none unless a task says so."""
+        return {}
+
     def marks(self, answer: TargetT | PredictionT) -> Sequence[Mark]:
         """What to draw for a target or a prediction; nothing unless a task says so."""
         return ()
@@ -88,8 +97,8 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     def metrics(self) -> dict[str, Metric]:
         """Metrics over a whole data set that no mean of per-sample figures gives (AP, say).
 
-        Each takes `update(predictions=..., targets=..., frames=...)`, sequences of one length, and computes to a
-        scalar tensor or a dict of them.
+        Each takes any of `update(predictions=..., targets=..., frames=..., ids=...)`, sequences of one length, and
+        computes to a scalar tensor or a dict of them. Its figures must not depend on the order of the samples.
         """
         return {}
 

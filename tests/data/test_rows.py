@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_r1.data.rows import Row, RowError
-from perception_r1.records import LabelledBox
+from perception_r1.records import Annotation, LabelledBox
 
+CUP = {"box": [1, 1, 2, 2], "label": "cup"}
 METHODS = ("text", "integer", "box", "boxes", "points", "objects")
 
 json_values = st.recursive(
@@ -19,7 +20,8 @@ json_values = st.recursive(
     | st.just(10**400)
     | st.just("\ud800"),
     lambda inner: (
-        st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["box", "label", "x"]), inner, max_size=3)
+        st.lists(inner, max_size=5)
+        | st.dictionaries(st.sampled_from(["box", "label", "area", "crowd"]), inner, max_size=4)
     ),
     max_leaves=20,
 )
@@ -35,14 +37,23 @@ def test_pixels_become_fractions_of_width_and_height():
         box=[20, 10, 200, 100],
         points=[[100, 25], [0, 100.0]],
         boxes=[[0, 0, 100, 50]],
-        objects=[{"box": [0, 0, 50, 50], "label": "cup"}],
+        objects=[
+            {"box": [0, 0, 50, 50], "label": "cup"},
+            {"box": [0, 0, 50, 50], "label": "cup", "area": 12.5, "crowd": True},
+            {"box": [0, 0, 50, 50], "label": "cup", "area": 0, "crowd": False},
+        ],
         count=3,
         text="mug",
     )
     assert values.box("box") == (0.1, 0.1, 1.0, 1.0)
     assert values.points("points") == ((0.5, 0.25), (0.0, 1.0))
     assert values.boxes("boxes") == ((0.0, 0.0, 0.5, 0.5),)
-    assert values.objects("objects") == (LabelledBox(label="cup", box=(0.0, 0.0, 0.25, 0.5)),)
+    cup = LabelledBox(label="cup", box=(0.0, 0.0, 0.25, 0.5))
+    assert values.objects("objects") == (
+        Annotation(item=cup, area=None, is_crowd=False),
+        Annotation(item=cup, area=12.5, is_crowd=True),
+        Annotation(item=cup, area=0.0, is_crowd=False),
+    )
     assert values.integer("count") == 3
     assert values.text("text") == "mug"
 
@@ -87,6 +98,13 @@ def test_null_counts_as_missing():
         ("objects", [{"label": "a"}], "key[0].box: is missing"),
         ("objects", [{"box": [1, 1, 2, 2], "label": 3}], "key[0].label: must be a text, got 3"),
         ("objects", [{"box": [1, 1, 0, 2], "label": "a"}], "key[0].box: must have x1 < x2"),
+        ("objects", [{**CUP, "area": -1}], "key[0].area: must be a number of pixels squared from 0 on, got -1"),
+        ("objects", [{**CUP, "area": True}], "key[0].area: must be a number of pixels squared"),
+        ("objects", [{**CUP, "area": math.inf}], "key[0].area: must be a number of pixels squared"),
+        ("objects", [{**CUP, "area": 10**400}], "key[0].area: must be a number of pixels squared"),
+        ("objects", [{**CUP, "area": "9"}], "key[0].area: must be a number of pixels squared from 0 on, got '9'"),
+        ("objects", [CUP, {**CUP, "crowd": 1}], "key[1].crowd: must be true or false, got 1"),
+        ("objects", [{**CUP, "crowd": "true"}], "key[0].crowd: must be true or false, got 'true'"),
         ("objects", [[1, 1, 2, 2]], 'key[0]: must be an object {"box": ..., "label": ...}, got [1, 1, 2, 2]'),
     ],
 )

@@ -11,6 +11,7 @@ from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.tasks.counting import CountingData
 from perception_r1.tasks.grounding import Grounding, GroundingData
+from perception_r1.tasks.ocr import Ocr, OcrData
 
 
 class Count(Callback):
@@ -53,6 +54,11 @@ def test_the_second_call_trains_nothing(tmp_path):
 def untrained(monkeypatch):
     """Folders are made, but nothing is trained."""
     monkeypatch.setattr("perception_r1.embedded.warmup._build", lambda folder, *args, **kwargs: None)
+
+
+def test_what_is_only_evaluated_gives_the_same_folder(tmp_path, untrained):
+    config = config_of(tmp_path)
+    assert warm(config, OcrData(Ocr(word_figures="stems"))) == warm(config, OcrData())
 
 
 def test_everything_that_shapes_it_gives_another_folder(tmp_path, untrained):

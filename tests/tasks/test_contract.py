@@ -128,7 +128,7 @@ def test_names_are_all_different_and_the_headline_is_one_of_them(name):
     assert is_dataclass(task)
     metrics = task_metrics(task)
     target = TARGETS[name][1][0][1]
-    metrics.update(scores=[task.score(None, target)], predictions=[None], targets=[target], frames=[FRAME])
+    metrics.update(scores=[task.score(None, target)], predictions=[None], targets=[target], frames=[FRAME], ids=["1"])
     values = metrics.compute()
     own = ["reward", *task.term_names, *task.figure_names]
     assert len(set(own)) == len(own)

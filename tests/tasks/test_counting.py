@@ -1,5 +1,7 @@
+import random
 from itertools import permutations
 from math import dist, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ import pytest
 from perception_r1.codecs import CODECS
 from perception_r1.data.rows import Row, RowError
 from perception_r1.geometry import center
+from perception_r1.metrics import task_metrics, update_metrics
 from perception_r1.records import Frame, Mark, Sample
+from perception_r1.scoring import judge
 from perception_r1.tasks.counting import Counting, CountingPrediction, CountingTarget
 from tests.tasks import golden
 
@@ -39,6 +43,28 @@ def test_reward_agrees_with_all_assignments_tried_out(num_boxes, num_points):
     ratio = len(short) / len(long)
     assert found.terms["closeness"] == pytest.approx(1 - 1000 * least / (1000 * sqrt(2)))
     assert found.reward == pytest.approx(ratio * (1 - least / sqrt(2)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_means_are_the_share_of_right_counts_and_the_mean_absolute_error(seed):
+    rng = random.Random(seed)
+    samples, completions, is_right, errors = [], [], [], []
+    for number in range(200):
+        wanted, found = rng.randrange(6), rng.randrange(6)
+        is_wordy = rng.random() < 0.2
+        target = CountingTarget(count=wanted)
+        samples.append(Sample(id=str(number), image=Path(), width=1000, height=500, query="cup", target=target))
+        completions.append(("I see " if is_wordy else "") + (REF + BOX * found if found else "none"))
+        is_right.append(found == wanted and found > 0 and not is_wordy)
+        errors.append(abs(found - wanted))
+    outcomes = judge(Counting(), CODECS["qwen2_vl"], samples=samples, frames=[FRAME] * 200, completions=completions)
+    metrics = task_metrics(Counting())
+    rng.shuffle(outcomes)
+    for start in range(0, 200, 33):
+        update_metrics(metrics, outcomes[start : start + 33])
+    values = metrics.compute()
+    assert values["count_accuracy"].item() == pytest.approx(sum(is_right) / 200, abs=1e-9, rel=0)
+    assert values["absolute_error"].item() == pytest.approx(sum(errors) / 200, abs=1e-9, rel=0)
 
 
 def test_sequential_matching_pays_for_the_order():

@@ -147,8 +147,26 @@ def test_rows_with_unknown_labels_are_refused():
     with pytest.raises(RowError, match="'unicorn'"):
         TASK.read_row(row)
     row = Row({"objects": [{"box": [0, 0, 50, 25], "label": "cat"}]}, width=100, height=50)
-    assert TASK.read_row(row) == ("", DetectionTarget(objects=(CAT,)))
+    assert TASK.read_row(row) == ("", DetectionTarget(objects=(CAT,), areas=(None,)))
     assert TASK.read_row(Row({"objects": []}, width=100, height=50)) == ("", DetectionTarget(objects=()))
+
+
+def test_a_crowd_is_no_target():
+    area, crowd = {"area": 700}, {"crowd": True}
+    objects = [
+        {"box": [0, 0, 50, 25], "label": "cat"} | area,
+        {"box": [50, 25, 100, 50], "label": "dog"} | crowd,
+        {"box": [50, 25, 100, 50], "label": "dog", "crowd": False},
+    ]
+    _, target = TASK.read_row(Row({"objects": objects}, width=100, height=50))
+    assert target == DetectionTarget(objects=(CAT, DOG), areas=(700.0, None), crowds=(DOG,))
+    without = DetectionTarget(objects=(CAT, DOG))
+    for answer in (prediction(CAT, DOG), prediction(CAT), prediction(), None):
+        assert TASK.score(answer, target) == TASK.score(answer, without)
+    assert list(TASK.marks(target)) == list(TASK.marks(without))
+    row = Row({"objects": [{"box": [0, 0, 9, 9], "label": "unicorn"} | crowd]}, width=100, height=50)
+    with pytest.raises(RowError, match="'unicorn'"):
+        TASK.read_row(row)
 
 
 def test_marks_and_description():

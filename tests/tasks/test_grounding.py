@@ -1,8 +1,15 @@
+import math
+import random
+from fractions import Fraction
+from pathlib import Path
+
 import pytest
 
 from perception_r1.codecs import CODECS
 from perception_r1.data.rows import Row, RowError
+from perception_r1.metrics import task_metrics, update_metrics
 from perception_r1.records import Frame, Mark, Sample
+from perception_r1.scoring import judge
 from perception_r1.tasks.grounding import Grounding, GroundingPrediction, GroundingTarget
 from tests.tasks import golden
 
@@ -66,19 +73,80 @@ def test_weights_scale_the_terms():
     ("boxes", "figures"),
     [
         # IoU 1, 0.8, 0.5 and 0.4 with the left half; the last has its center in it all the same
-        (((0.0, 0.0, 0.5, 1.0),), (1, 1, 1, 1, 0, 0)),
-        (((0.0, 0.0, 0.4, 1.0),), (1, 1, 0, 1, 0, 0)),
-        (((0.0, 0.0, 0.25, 1.0),), (1, 0, 0, 1, 0, 0)),
-        (((0.0, 0.0, 0.2, 1.0),), (0, 0, 0, 1, 1, 1)),
-        (((0.5, 0.0, 1.0, 1.0),), (0, 0, 0, 0, 1, 1)),
-        (((0.0, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 1.0)), (0, 0, 0, 0, 2, 1)),
-        ((), (0, 0, 0, 0, 0, 1)),
+        (((0.0, 0.0, 0.5, 1.0),), (1, 1, 1, 1, 1, 0, 0)),
+        (((0.0, 0.0, 0.4, 1.0),), (1, 1, 0, 2 / 3, 1, 0, 0)),
+        (((0.0, 0.0, 0.25, 1.0),), (1, 0, 0, 1 / 3, 1, 0, 0)),
+        (((0.0, 0.0, 0.2, 1.0),), (0, 0, 0, 0, 1, 1, 1)),
+        (((0.5, 0.0, 1.0, 1.0),), (0, 0, 0, 0, 0, 1, 1)),
+        (((0.0, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 1.0)), (0, 0, 0, 0, 0, 2, 1)),
+        ((), (0, 0, 0, 0, 0, 0, 1)),
     ],
 )
 def test_figures_worked_by_hand(boxes, figures):
     prediction = GroundingPrediction(boxes=boxes, label="cup", is_well_formed=len(boxes) == 1)
     found = Grounding().score(prediction, TARGET).figures
     assert tuple(found[name] for name in Grounding.figure_names) == figures
+
+
+def naive_figures(box: list[int], target: list[int]) -> dict[str, Fraction]:
+    """The protocol's figures in whole pixels, without any rounding."""
+    inside = overlap = both = 0
+    across, down = (
+        [max(box[k], target[k]), min(box[k + 2], target[k + 2]), box[k] + box[k + 2], 2 * target[k], 2 * target[k + 2]]
+        for k in (0, 1)
+    )
+    overlap = max(across[1] - across[0], 0) * max(down[1] - down[0], 0)
+    both = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (box, target)) - overlap
+    inside = all(low <= twice_center <= high for _, _, twice_center, low, high in (across, down))
+    iou = Fraction(overlap, both)
+    accuracies = [Fraction(iou >= Fraction(threshold, 100)) for threshold in (50, 75, 95)]
+    return {
+        "iou": iou,
+        "accuracy_50": accuracies[0],
+        "accuracy_75": accuracies[1],
+        "accuracy_95": accuracies[2],
+        "accuracy_mean": sum(accuracies) / 3,
+        "center_accuracy": Fraction(inside),
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_are_those_of_whole_pixels_also_on_the_thresholds(seed):
+    rng = random.Random(seed)
+    samples, frames, completions, wanted = [], [], [], []
+    for number in range(400):
+        width, height = rng.randrange(60, 900), rng.randrange(60, 900)
+        x, y, w, h = rng.randrange(width - 40), rng.randrange(height - 40), 20, rng.randrange(1, 41)
+        target = [x, y, x + w, y + h]
+        cut, move = rng.choice([0, 1, 5, 10, 12]), rng.choice([0, 0, 10, -10, 3])
+        box = [x + move, y, x + move + w - cut, y + h]
+        if box[0] < 0 or box[2] > width:
+            box = target
+        task, row = Grounding(), Row({"question": "cup", "box": target}, width=width, height=height)
+        sample = Sample(
+            id=str(number), image=Path(), width=width, height=height, query="", target=task.read_row(row)[1]
+        )
+        samples.append(sample)
+        frames.append(Frame(width=width, height=height, seen_width=width, seen_height=height))
+        completions.append(f'[{{"bbox_2d": {box}, "label": "cup"}}]')
+        wanted.append(naive_figures(box, target))
+    outcomes = judge(
+        task, CODECS["qwen2_5_vl"], samples=samples, frames=frames, completions=completions, is_evaluation=True
+    )
+    for outcome, figures in zip(outcomes, wanted, strict=True):
+        found = golden.flat(outcome.score)
+        assert {name: found[name] for name in figures} == pytest.approx(
+            {k: float(v) for k, v in figures.items()}, abs=1e-9
+        )
+    metrics = task_metrics(task)
+    rng.shuffle(outcomes)
+    for start in range(0, 400, 33):
+        update_metrics(metrics, outcomes[start : start + 33])
+    values = metrics.compute()
+    for name in wanted[0]:
+        mean = math.fsum(figures[name] for figures in wanted) / 400
+        assert values[name].item() == pytest.approx(mean, abs=1e-9, rel=0)
+        assert 0 < mean < 1
 
 
 def test_marks_and_description():

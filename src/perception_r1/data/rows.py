@@ -8,6 +8,7 @@ image, upright (after its EXIF orientation), origin top left.
     detection   {"image": "a.jpg", "objects": [{"box": [10, 20, 50, 80], "label": "cup"}]}, maybe an empty list
     ocr         {"image": "a.jpg", "text": "first line\nsecond line"}
 
+Objects of detection may also have "area" (of the outline, in pixels squared) and "crowd" (true for a region of many).
 Every row may also have "width", "height" and "id", and a "unit" of its coordinates: "pixels" unless it says
 "fractions", "percent" or "thousandths" of the image's width and height.
 """
@@ -16,7 +17,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 
-from perception_r1.records import Box, LabelledBox, Point
+from perception_r1.records import Annotation, Box, LabelledBox, Point
 
 _TOLERANCE = 1e-6
 """Pixels by which a coordinate may lie outside the image: rounding of fractions that were turned into pixels."""
@@ -70,8 +71,8 @@ class Row:
         items = _list(self._get(key, f"a list of points [x, y] in {self._unit}"), key, "points")
         return tuple(self._point(item, f"{key}[{index}]") for index, item in enumerate(items))
 
-    def objects(self, key: str) -> tuple[LabelledBox, ...]:
-        """Labelled boxes in fractions of the image, maybe none."""
+    def objects(self, key: str) -> tuple[Annotation, ...]:
+        """Labelled boxes in fractions of the image, maybe none, each with what is told about its area and crowds."""
         items = _list(self._get(key, 'a list of objects {"box": ..., "label": ...}'), key, "objects")
         return tuple(self._object(item, f"{key}[{index}]") for index, item in enumerate(items))
 
@@ -80,14 +81,18 @@ class Row:
             raise RowError(f"{key}: is missing, the row needs {wanted} here")
         return self.values[key]
 
-    def _object(self, value: object, name: str) -> LabelledBox:
+    def _object(self, value: object, name: str) -> Annotation:
         if not isinstance(value, Mapping):
             raise RowError(f'{name}: must be an object {{"box": ..., "label": ...}}, got {_show(value)}')
         for key in ("box", "label"):
             if value.get(key) is None:
                 raise RowError(f'{name}.{key}: is missing, an object needs both "box" and "label"')
         label = _text(value["label"], f"{name}.label", may_be_empty=False)
-        return LabelledBox(label=label, box=self._box(value["box"], f"{name}.box"))
+        return Annotation(
+            item=LabelledBox(label=label, box=self._box(value["box"], f"{name}.box")),
+            area=_area(value.get("area"), f"{name}.area"),
+            is_crowd=_claim(value.get("crowd"), f"{name}.crowd"),
+        )
 
     def _box(self, value: object, name: str) -> Box:
         x1, y1, x2, y2 = _numbers(value, name, ("x1", "y1", "x2", "y2"), self._unit)
@@ -150,6 +155,22 @@ def _numbers(value: object, name: str, axes: tuple[str, ...], unit: str) -> tupl
         if not _is_finite(number):
             raise RowError(f"{name}: must be {wanted}, but {axis} is not a finite number")
     return tuple(float(number) for number in value)
+
+
+def _area(value: object, name: str) -> float | None:
+    """A number of pixels squared from 0 on, or None when it is not told."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value) or value < 0:
+        raise RowError(f"{name}: must be a number of pixels squared from 0 on, got {_show(value)}")
+    return float(value)
+
+
+def _claim(value: object, name: str) -> bool:
+    """True or false; false when it is not told."""
+    if value is not None and not isinstance(value, bool):
+        raise RowError(f"{name}: must be true or false, got {_show(value)}")
+    return bool(value)
 
 
 def _is_finite(number: float) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
-from perception_r1.metrics import score_means, task_metrics
+from perception_r1.metrics import score_means, task_metrics, update_metrics
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Sample
@@ -215,7 +215,7 @@ class PolicyModule(LightningModule):
     # ---------------------------------------------------------------------------------------------- evaluation
 
     def answer(self, samples: Sequence[Sample[Any]]) -> list[Outcome]:
-        """Greedy completions of loaded samples, scored."""
+        """Greedy completions of loaded samples, scored, with the figures of evaluation."""
         prompts = self.policy.encode(self.task, samples)
         rollout = self.policy.roll_out(
             prompts, group_size=1, max_new_tokens=self.max_new_tokens, seeds=[0] * len(samples), is_greedy=True
@@ -228,6 +228,7 @@ class PolicyModule(LightningModule):
             completions=self.policy.processor.decode(rollout.completions),
             lengths=[len(completion) for completion in rollout.completions],
             truncated=rollout.is_truncated,
+            is_evaluation=True,
         )
 
     def evaluate(self, batches: Iterable[list[Sample[Any]]]) -> dict[str, float]:
@@ -323,16 +324,6 @@ class PolicyModule(LightningModule):
             raise UserError("The checkpoint was not written by a run of this program; give its last.ckpt or best.ckpt.")
         self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]
-
-
-def update_metrics(metrics: Any, outcomes: Sequence[Outcome]) -> None:
-    """Feed outcomes to a task's metrics."""
-    metrics.update(
-        scores=[outcome.score for outcome in outcomes],
-        predictions=[outcome.prediction for outcome in outcomes],
-        targets=[outcome.sample.target for outcome in outcomes],
-        frames=[outcome.frame for outcome in outcomes],
-    )
 
 
 def tag_figures(stage: str, figures: Mapping[str, Any], task: Task[Any, Any]) -> dict[str, Any]:

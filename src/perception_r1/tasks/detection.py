@@ -28,9 +28,18 @@ _SIZE_COST, _LABEL_COST, _OVERLAP_COST = 5.0, 1.0, 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectionTarget:
-    """Every object of the image; may be none."""
+    """Every object of the image; may be none.
+
+    Attributes:
+        objects: Their names and boxes.
+        areas: Area of each object's outline in pixels squared of the original image, None for that of its box; or
+            nothing at all.
+        crowds: Regions of many objects. They are no targets; average precision judges no detection in them.
+    """
 
     objects: tuple[LabelledBox, ...]
+    areas: tuple[float | None, ...] = ()
+    crowds: tuple[LabelledBox, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,14 +140,19 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         return frozenset(self.category_names)
 
     def read_row(self, row: Row) -> tuple[str, DetectionTarget]:
-        """No query, and the labelled boxes of "objects"."""
-        objects = row.objects("objects")
-        for item in objects:
-            if item.label not in self._known:
+        """No query, and the labelled boxes of "objects" with their areas, crowds apart."""
+        annotations = row.objects("objects")
+        for label in (found.item.label for found in annotations):
+            if label not in self._known:
                 raise RowError(
-                    f"objects: must have labels among the {len(self.category_names)} categories, got {item.label!r}"
+                    f"objects: must have labels among the {len(self.category_names)} categories, got {label!r}"
                 )
-        return "", DetectionTarget(objects=objects)
+        objects = [found for found in annotations if not found.is_crowd]
+        return "", DetectionTarget(
+            objects=tuple(found.item for found in objects),
+            areas=tuple(found.area for found in objects),
+            crowds=tuple(found.item for found in annotations if found.is_crowd),
+        )
 
     def prompt(self, query: str) -> str:
         """The user's text, without the picture."""

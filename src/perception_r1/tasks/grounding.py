@@ -15,6 +15,8 @@ from perception_r1.tasks._options import check_weights
 
 _THRESHOLDS = {"accuracy_50": 0.50, "accuracy_75": 0.75, "accuracy_95": 0.95}
 """IoU from which on a box counts as right."""
+_ROUNDING = 1e-9
+"""What rounding in fractions of the image may take from a figure that lies exactly on a threshold in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,7 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
 
     name = "grounding"
     term_names = ("format", "iou")
-    figure_names = (*_THRESHOLDS, "center_accuracy", "false_positives", "false_negatives")
+    figure_names = (*_THRESHOLDS, "accuracy_mean", "center_accuracy", "false_positives", "false_negatives")
     headline = "accuracy_50"
     row_keys = ("question", "box")
 
@@ -102,19 +104,21 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         )
 
     def score(self, prediction: GroundingPrediction | None, target: GroundingTarget) -> Score:
-        """Format and IoU; an accuracy is the share of boxes with at least that IoU.
+        """Format and IoU; an accuracy is the share of boxes with at least that IoU, `accuracy_mean` that of the three.
 
         The center is right when it lies in the target box (the public code's convention).
         """
         boxes = prediction.boxes if prediction is not None else ()
         is_single = len(boxes) == 1
         overlap = iou(boxes[0], target.box) if is_single else 0.0
-        hit = overlap >= _THRESHOLDS["accuracy_50"]
+        accuracies = {name: float(overlap >= threshold - _ROUNDING) for name, threshold in _THRESHOLDS.items()}
+        hit = accuracies["accuracy_50"]
         terms = {"format": float(prediction is not None and prediction.is_well_formed), "iou": overlap}
-        figures = {name: float(overlap >= threshold) for name, threshold in _THRESHOLDS.items()} | {
+        figures = accuracies | {
+            "accuracy_mean": sum(accuracies.values()) / len(accuracies),
             "center_accuracy": float(is_single and _holds_center(target.box, boxes[0])),
-            "false_positives": float(len(boxes) - hit),
-            "false_negatives": float(not hit),
+            "false_positives": len(boxes) - hit,
+            "false_negatives": 1 - hit,
         }
         reward = self.format_weight * terms["format"] + self.iou_weight * overlap**2
         return Score(reward=reward, terms=terms, figures=figures)
@@ -135,7 +139,8 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
 def _holds_center(outer: Box, box: Box) -> bool:
     """Whether the middle of a box lies in another, edges included."""
     x, y = center(box)
-    return outer[0] <= x <= outer[2] and outer[1] <= y <= outer[3]
+    x1, y1, x2, y2 = outer
+    return x1 - _ROUNDING <= x <= x2 + _ROUNDING and y1 - _ROUNDING <= y <= y2 + _ROUNDING
 
 
 class GroundingData(TaskDataModule):

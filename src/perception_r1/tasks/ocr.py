@@ -1,6 +1,6 @@
 """OCR: the text of a page. Reward = 1 - edit distance / length of the longer text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
@@ -11,6 +11,7 @@ from perception_r1.data.rows import Row
 from perception_r1.data.worlds import TextWorld
 from perception_r1.records import Frame, Sample, Score
 from perception_r1.task import Task
+from perception_r1.tasks._words import NAMES, Equals, check_available, word_figures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +39,39 @@ class Ocr(Task[OcrTarget, str]):
     1.0
     >>> task.score(None, OcrTarget(text="")).reward  # no answer at all: too long, or without its tags
     0.0
+
+    Attributes:
+        word_figures: Also compute, in evaluation, precision, recall and F1 of the set of words, BLEU and METEOR, for
+            which METEOR takes synonyms from "wordnet", as published, or knows only "stems". Needs `perception-r1[ocr]`.
     """
+
+    word_figures: Equals | None = field(default=None, repr=False)  # a warm start, cached by the rest, is the same
 
     name = "ocr"
     term_names = ("similarity",)
     figure_names = ("edit_distance", "exact_match")
     headline = "similarity"
     row_keys = ("text",)
+
+    def __post_init__(self) -> None:
+        """Refuse word figures that cannot be computed here.
+
+        Raises:
+            UserError: The option is unknown, or a package or the data of WordNet is missing.
+        """
+        if self.word_figures is not None:
+            check_available(self.word_figures)
+
+    @property
+    def evaluation_figure_names(self) -> tuple[str, ...]:
+        """The word figures, if they are asked for."""
+        return NAMES if self.word_figures is not None else ()
+
+    def evaluation_figures(self, prediction: str | None, target: OcrTarget) -> dict[str, float]:
+        """The word figures, if they are asked for."""
+        if self.word_figures is None:
+            return {}
+        return word_figures(prediction, target.text, equals=self.word_figures)
 
     def read_row(self, row: Row) -> tuple[str, OcrTarget]:
         """No query, and the text of "text"."""
