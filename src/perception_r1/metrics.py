@@ -69,6 +69,33 @@ def update_metrics(metrics: MetricCollection, outcomes: Sequence[Outcome]) -> No
     )
 
 
+class SourceMetrics:
+    """The metrics of a task for each source of a data set; a single source needs no name.
+
+    Args:
+        task: The task.
+        names: Of the sources, as in `Sample.source`.
+        device: Where the states are: those of several processes are added up there.
+    """
+
+    def __init__(self, task: Task[Any, Any], names: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self.by_source = {name: task_metrics(task).to(device) for name in names}
+
+    def update(self, outcomes: Sequence[Outcome]) -> None:
+        """Feed outcomes of any of the sources."""
+        for name, metrics in self.by_source.items():
+            own = [outcome for outcome in outcomes if len(self.by_source) == 1 or outcome.sample.source == name]
+            if own:
+                update_metrics(metrics, own)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Figures by name, by source."""
+        return {
+            name: {figure: float(value) for figure, value in metrics.compute().items()}
+            for name, metrics in self.by_source.items()
+        }
+
+
 def score_means(task: Task[Any, Any]) -> "ScoreMeans":
     """The metric of a task that is cheap enough for every training step: no figure over a whole data set."""
     return ScoreMeans(("reward", *task.term_names, *task.figure_names))

@@ -82,8 +82,8 @@ class Pictures(Callback):
             _save(cards, folder / "pictures" / "last")
 
 
-def outcome_card(task: Task[Any, Any], outcome: Outcome, *, step: int, panel_width: int = 448) -> Image.Image:
-    """The card of one completion.
+def outcome_card(task: Task[Any, Any], outcome: Outcome, *, step: int | None, panel_width: int = 448) -> Image.Image:
+    """The card of one completion, written after so many steps of training (None: that is not of interest).
 
     Raises:
         TypeError: The sample's image is not loaded.
@@ -94,7 +94,7 @@ def outcome_card(task: Task[Any, Any], outcome: Outcome, *, step: int, panel_wid
     target_marks = task.marks(sample.target)
     return draw_card(
         sample.image,
-        title=f"{sample.id}, step {step}",
+        title=sample.id if step is None else f"{sample.id}, step {step}",
         fields={
             "prompt": task.prompt(sample.query),
             "target": summarise(sample.target, target_marks),

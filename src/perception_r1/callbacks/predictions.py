@@ -1,102 +1,91 @@
-"""`predictions.jsonl`: what the policy answered, one line per sample, for whoever wants to look or to score offline."""
+"""`predictions.jsonl`: an outcome as a row of JSON, and back to an outcome by judging its completion again.
+
+A row is the data row that was answered, in its own form, with the completion and everything that is known about it. So
+`perception-r1 score` reads it, and an evaluation that was killed goes on from it.
+"""
 
 import json
-from collections.abc import Iterable
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
-from perception_r1.callbacks.files import finite, run_folder
-from perception_r1.scoring import Outcome
+from perception_r1.codecs import Codec
+from perception_r1.errors import UserError
+from perception_r1.callbacks.files import finite
+from perception_r1.records import Frame, Sample
+from perception_r1.scoring import Outcome, judge
 from perception_r1.task import Task
 
-if TYPE_CHECKING:
-    from perception_r1.modules.base import PolicyModule
-
-_BATCH_END = "\n"
-"""An empty line ends each batch of a part: the batches of the ranks take turns, whatever their sizes."""
+Key = tuple[str, str]
+"""Source and id of a sample."""
 
 
-class Predictions(Callback):
-    """Write every outcome of `predict` to `predictions.jsonl` in the run's folder.
-
-    Each rank writes its own part as it goes; rank zero joins them in the order of the data set. `Trainer.predict` then
-    returns nothing: it would hold all pictures in memory, and it cannot move frozen records.
-    """
-
-    def __init__(self) -> None:
-        self._folder: Path | None = None
-        self._part: IO[str] | None = None
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open this rank's part."""
-        trainer.predict_loop.return_predictions = False
-        self._folder = run_folder(trainer)
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._part = _part_path(self._folder, trainer.global_rank).open("w", encoding="utf-8")
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the outcomes of one batch."""
-        if self._part is not None:
-            task = cast("PolicyModule", pl_module).task
-            self._part.writelines(outcome_line(task, outcome) for outcome in outputs)
-            self._part.write(_BATCH_END)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the parts."""
-        self._close()
-        trainer.strategy.barrier("predictions")
-        if self._folder is not None and trainer.is_global_zero:
-            parts = [_part_path(self._folder, rank) for rank in range(trainer.world_size)]
-            join_parts(parts, self._folder / "predictions.jsonl")
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the parts as they are, complete up to the last batch."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._part is not None:
-            self._part.close()
-            self._part = None
-
-
-def outcome_line(task: Task[Any, Any], outcome: Outcome) -> str:
-    """One outcome as a line of JSON, in ASCII, so that no character of a completion can break the line."""
-    record = {
-        "id": outcome.sample.id,
-        "query": outcome.sample.query,
+def outcome_row(task: Task[Any, Any], outcome: Outcome) -> dict[str, Any]:
+    """One outcome, ready for JSON."""
+    sample, frame = outcome.sample, outcome.frame
+    return {
+        **{key: value for key, value in sample.row.items() if value is not None},
+        "id": sample.id,
+        "source": sample.source,
+        "width": frame.width,
+        "height": frame.height,
+        "seen_width": frame.seen_width,
+        "seen_height": frame.seen_height,
+        "query": sample.query,
         "completion": outcome.completion,
-        "prediction": task.describe(outcome.prediction, outcome.frame),
+        "prediction": task.describe(outcome.prediction, frame),
         "reward": outcome.score.reward,
         "terms": dict(outcome.score.terms),
         "figures": dict(outcome.score.figures),
         "num_tokens": outcome.num_tokens,
         "is_truncated": outcome.is_truncated,
     }
-    return json.dumps(finite(record)) + "\n"
 
 
-def join_parts(parts: Iterable[Path], path: Path) -> None:
-    """Join the ranks' parts batch by batch in turn, as the sampler dealt the batches out, and remove the parts."""
-    parts = list(parts)
-    batches = [part.read_text(encoding="utf-8").split("\n" + _BATCH_END) for part in parts]
-    with path.open("w", encoding="utf-8") as joined:
-        for turn in zip_longest(*batches, fillvalue=""):
-            joined.writelines(batch + "\n" for batch in turn if batch)
-    for part in parts:
-        part.unlink()
+def row_key(row: Mapping[str, Any]) -> Key:
+    """Which sample a row answers."""
+    return row["source"], row["id"]
 
 
-def _part_path(folder: Path, rank: int) -> Path:
-    return folder / f"predictions.rank{rank}.jsonl"
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows so that a reader sees the old file or the new one, never half of one."""
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("w", encoding="utf-8") as lines:
+        lines.writelines(row_line(row) for row in rows)
+    draft.replace(path)
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """A row as a line in ASCII, so that no character of a completion can break it."""
+    return json.dumps(finite(row)) + "\n"
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a line that was not written to its end is passed over.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as predictions ({error}); remove it to answer again.") from error
+
+
+def judge_again(task: Task[Any, Any], codec: Codec, sample: Sample[Any], row: Mapping[str, Any]) -> Outcome:
+    """The outcome of a row, from its completion."""
+    sizes = {name: row[name] for name in ("width", "height", "seen_width", "seen_height")}
+    (outcome,) = judge(
+        task,
+        codec,
+        samples=[sample],
+        frames=[Frame(**sizes)],
+        completions=[row["completion"]],
+        lengths=[row["num_tokens"]],
+        truncated=[row["is_truncated"]],
+        is_evaluation=True,
+    )
+    return outcome

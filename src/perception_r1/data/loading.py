@@ -114,19 +114,13 @@ class TrainBatches(DistributedSampler[Any]):
 class EvalBatches(DistributedSampler[Any]):
     """Every sample once, in order, in batches whose sizes differ by at most one.
 
-    Raises:
-        UserError: Some device would have to get an empty batch.
+    Every device gets the same number of batches, at least one; where there are fewer samples than that, some are empty.
     """
 
     def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(_Sized(num_samples), num_replicas=world_size, rank=rank, shuffle=False)
         self.size = num_samples
-        self.num_batches = math.ceil(math.ceil(num_samples / world_size) / batch_size)
-        if num_samples < self.num_batches * world_size:
-            raise UserError(
-                f"{num_samples} samples cannot be evaluated on {world_size} devices in batches of {batch_size}, one of"
-                " which would be empty: use fewer devices or a larger eval_batch_size"
-            )
+        self.num_batches = max(1, math.ceil(math.ceil(num_samples / world_size) / batch_size))
 
     def __len__(self) -> int:
         return self.num_batches

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ _STAGES: dict[str | None, tuple[Split, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
-    "predict": ("test",),
     None: ("train", "val", "test"),
 }
 
@@ -60,6 +59,7 @@ class TaskDataModule(LightningDataModule):
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the made scenes and of the training order.
         shuffle: Show the training samples in a new random order in every epoch.
+        eval_split: The split that `test` evaluates; with "train" it makes the file for `curriculum`.
         curriculum: `predictions.jsonl` of an evaluation on the training rows: they are shown from high reward to low,
             and not shuffled.
 
@@ -89,6 +89,7 @@ class TaskDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         shuffle: bool = True,
+        eval_split: Split = "test",
         curriculum: Path | None = None,
     ) -> None:
         super().__init__()
@@ -106,8 +107,10 @@ class TaskDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle = shuffle and curriculum is None
+        self.eval_split = eval_split
         self.curriculum = None if curriculum is None else Path(curriculum)
         self._samples: dict[Split, Samples] = {}
+        self._answered: Set[tuple[str, str]] = frozenset()
         self._check_settings()
 
     def setup(self, stage: str | None = None) -> None:
@@ -117,7 +120,7 @@ class TaskDataModule(LightningDataModule):
             DataError: A source cannot be used, or a split that the stage needs has none.
             UserError: The world has too few different scenes.
         """
-        for split in _STAGES[stage]:
+        for split in (self.eval_split,) if stage == "test" else _STAGES[stage]:
             if split not in self._samples and (stage is not None or self._has_source(split)):
                 self._samples |= self._load(split)
 
@@ -127,9 +130,14 @@ class TaskDataModule(LightningDataModule):
             raise RuntimeError(f"the {split} samples are not loaded: call setup first")
         return self._samples[split]
 
-    def source_names(self, split: Split) -> tuple[str, ...]:
-        """Names of the sources of a split, as in `Sample.source`; one of them at least."""
-        return tuple(self.sources.get(split) or self.sources.get("train") or {"": None})
+    @property
+    def tested_sources(self) -> tuple[str, ...]:
+        """Names of the sources that `test` evaluates, as in `Sample.source`; one of them at least."""
+        return tuple(self.sources.get(self.eval_split) or self.sources.get("train") or {"": None})
+
+    def leave_out(self, answered: Set[tuple[str, str]]) -> None:
+        """Do not test these samples, given by source and id: an evaluation that goes on has their answers already."""
+        self._answered = answered
 
     def train_dataloader(self) -> TrainLoader:
         """Full training batches for this device, resumable."""
@@ -148,15 +156,15 @@ class TaskDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""
-        return self._eval_loader("val")
+        return self._eval_loader(self.samples("val"))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches for this device."""
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test batches: predictions are made for the test split."""
-        return self._eval_loader("test")
+        samples = self.samples(self.eval_split)
+        if self._answered:
+            names = enumerate((sample.source, sample.id) for sample in samples)
+            samples = Subset(samples, [place for place, name in names if name not in self._answered])
+        return self._eval_loader(samples)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> list[Sample[Any]]:
         """Unwrap the samples; pictures stay on the CPU until the policy encodes them."""
@@ -210,8 +218,7 @@ class TaskDataModule(LightningDataModule):
         ]
         return parts[0] if len(parts) == 1 else Joined(parts)
 
-    def _eval_loader(self, split: Split) -> DataLoader[Batch]:
-        samples = self.samples(split)
+    def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
         rank, world_size = self._place()
         batches = EvalBatches(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
         return eval_loader(BatchDataset(samples), batches, self.num_workers)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
-from perception_r1.metrics import score_means, task_metrics, update_metrics
+from perception_r1.metrics import SourceMetrics, score_means, task_metrics, update_metrics
 from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.packing import plan_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Sample
 from perception_r1.scoring import Outcome, judge
@@ -70,6 +71,7 @@ class PolicyModule(LightningModule):
         max_new_tokens: Longest completion, end token included.
         max_grad_norm: Gradients are scaled down to this norm.
         micro_batch_tokens: Tokens computed at once; None: the whole batch.
+        eval_batch_tokens: Tokens of prompts and completions that an evaluation holds at once; None: the whole batch.
         seed: Seed of sampling and dropout; a resumed run continues their sequence.
     """
 
@@ -86,6 +88,7 @@ class PolicyModule(LightningModule):
         max_new_tokens: int,
         max_grad_norm: float,
         micro_batch_tokens: int | None,
+        eval_batch_tokens: int | None,
         seed: int,
     ) -> None:
         super().__init__()
@@ -93,8 +96,9 @@ class PolicyModule(LightningModule):
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
         if max_grad_norm <= 0:
             raise UserError(f"max_grad_norm is {max_grad_norm}; it must be above 0.")
-        if micro_batch_tokens is not None and micro_batch_tokens < 1:
-            raise UserError(f"micro_batch_tokens is {micro_batch_tokens}; it must be 1 or more, or null.")
+        for name, value in {"micro_batch_tokens": micro_batch_tokens, "eval_batch_tokens": eval_batch_tokens}.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be 1 or more, or null.")
         self.automatic_optimization = False
         self.task = task
         self.policy_config = policy
@@ -103,10 +107,12 @@ class PolicyModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
+        self.eval_batch_tokens = eval_batch_tokens
         self.seed = seed
         self.train_scores = score_means(task)
         self.eval_metrics = task_metrics(task)
         self.phase_seconds: dict[str, float] = {}
+        self.figures_by_source: dict[str, dict[str, float]] = {}  # of the last test
         self.num_skipped_steps = 0
         self.num_steps = 0  # of the whole run, known once it starts
         self._skipped_in_a_row = 0
@@ -215,21 +221,28 @@ class PolicyModule(LightningModule):
     # ---------------------------------------------------------------------------------------------- evaluation
 
     def answer(self, samples: Sequence[Sample[Any]]) -> list[Outcome]:
-        """Greedy completions of loaded samples, scored, with the figures of evaluation."""
+        """Greedy completions of loaded samples, in their order, scored with the figures of evaluation."""
+        if not samples:
+            return []
         prompts = self.policy.encode(self.task, samples)
-        rollout = self.policy.roll_out(
-            prompts, group_size=1, max_new_tokens=self.max_new_tokens, seeds=[0] * len(samples), is_greedy=True
-        )
-        return judge(
-            self.task,
-            self.policy.codec,
-            samples=samples,
-            frames=prompts.frames,
-            completions=self.policy.processor.decode(rollout.completions),
-            lengths=[len(completion) for completion in rollout.completions],
-            truncated=rollout.is_truncated,
-            is_evaluation=True,
-        )
+        outcomes: dict[int, Outcome] = {}
+        for places in plan_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
+            part = prompts.select(places)
+            rollout = self.policy.roll_out(
+                part, group_size=1, max_new_tokens=self.max_new_tokens, seeds=[0] * len(places), is_greedy=True
+            )
+            judged = judge(
+                self.task,
+                self.policy.codec,
+                samples=[samples[place] for place in places],
+                frames=part.frames,
+                completions=self.policy.processor.decode(rollout.completions),
+                lengths=[len(completion) for completion in rollout.completions],
+                truncated=rollout.is_truncated,
+                is_evaluation=True,
+            )
+            outcomes |= zip(places, judged, strict=True)
+        return [outcomes[place] for place in range(len(samples))]
 
     def evaluate(self, batches: Iterable[list[Sample[Any]]]) -> dict[str, float]:
         """Greedy figures over a whole data set, outside of any loop of the trainer."""
@@ -244,31 +257,34 @@ class PolicyModule(LightningModule):
     def validation_step(  # type: ignore[override]  # outcomes are for the callbacks, not for Lightning
         self, batch: list[Sample[Any]], batch_idx: int
     ) -> list[Outcome]:
-        """Answer greedily and accumulate; the same step serves validate and test."""
+        """Answer greedily and accumulate."""
         outcomes = self.answer(batch)
         update_metrics(self.eval_metrics, outcomes)
         return outcomes
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the whole split."""
-        self._log_eval_metrics("val")
-
-    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:  # type: ignore[override]
-        """As `validation_step`, on the test split."""
-        return self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the figures of the whole split."""
-        self._log_eval_metrics("test")
-
-    def predict_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:
-        """Greedy completions, scored."""
-        return self.answer(batch)
-
-    def _log_eval_metrics(self, stage: str) -> None:
-        figures = tag_figures(stage, self.eval_metrics.compute(), self.task)
+        figures = tag_figures("val", self.eval_metrics.compute(), self.task)
         self.eval_metrics.reset()
         self.log_dict(figures, sync_dist=True, batch_size=1)
+
+    def on_test_start(self) -> None:
+        """Begin the figures of every source."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
+        self.test_metrics = SourceMetrics(self.task, names, self.device)
+
+    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:  # type: ignore[override]
+        """As `validation_step`, source by source; a batch may be empty where little is left for many devices."""
+        outcomes = self.answer(batch)
+        self.test_metrics.update(outcomes)
+        return outcomes
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of every source."""
+        self.figures_by_source = self.test_metrics.compute()
+        for name, figures in self.figures_by_source.items():
+            stage = "test" if len(self.figures_by_source) == 1 else f"test/{name}"
+            self.log_dict(tag_figures(stage, figures, self.task), batch_size=1)
 
     # ----------------------------------------------------------------------------------------------- logging
 

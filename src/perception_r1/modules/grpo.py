@@ -75,6 +75,8 @@ class GRPO(PolicyModule):
         micro_batch_tokens: Tokens of prompts and completions computed at once, each prompt counted once; null computes
             the batch in one piece. A group that is larger by itself is split over its completions. It changes memory,
             not results.
+        eval_batch_tokens: Places for tokens of prompts and completions that an evaluation holds at once; null: the
+            whole batch of the data module.
         seed: Seed of sampling and dropout; a resumed run continues their sequence.
     """
 
@@ -97,6 +99,7 @@ class GRPO(PolicyModule):
         scale_advantages: bool = True,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int | None = None,
+        eval_batch_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -107,6 +110,7 @@ class GRPO(PolicyModule):
             max_new_tokens=max_new_tokens,
             max_grad_norm=max_grad_norm,
             micro_batch_tokens=micro_batch_tokens,
+            eval_batch_tokens=eval_batch_tokens,
             seed=seed,
         )
         for name, size in {"group_size": group_size, "final_group_size": final_group_size}.items():

@@ -28,6 +28,8 @@ class SFT(PolicyModule):
         max_grad_norm: Gradients are scaled down to this norm.
         micro_batch_tokens: Tokens of prompts and answers computed at once; null: the whole batch. It changes memory,
             not results.
+        eval_batch_tokens: Places for tokens of prompts and completions that an evaluation holds at once; null: the
+            whole batch of the data module.
         seed: Seed of dropout; a resumed run continues its sequence.
     """
 
@@ -41,6 +43,7 @@ class SFT(PolicyModule):
         max_new_tokens: int = 768,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int | None = None,
+        eval_batch_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -51,6 +54,7 @@ class SFT(PolicyModule):
             max_new_tokens=max_new_tokens,
             max_grad_norm=max_grad_norm,
             micro_batch_tokens=micro_batch_tokens,
+            eval_batch_tokens=eval_batch_tokens,
             seed=seed,
         )
 

@@ -145,3 +145,28 @@ def plan_parts(
             room -= completions[row]
         room = 0  # the next group begins a part of its own
     return parts
+
+
+def plan_batches(prompts: Sequence[int], max_new_tokens: int, budget: int | None) -> list[list[int]]:
+    """Cut prompts that each write one completion into batches of similar length.
+
+    Args:
+        prompts: Numbers of tokens.
+        max_new_tokens: Longest completion.
+        budget: Places for tokens in one batch, filling included; None: everything is one batch. A prompt that exceeds
+            it by itself is a batch of its own.
+
+    Returns:
+        Places of the prompts, batch by batch, longer prompts first: what does not fit into memory then shows at once.
+
+    >>> plan_batches([10, 40, 12, 11], max_new_tokens=10, budget=70)
+    [[1], [2, 3, 0]]
+    """
+    batches: list[list[int]] = []
+    for place in sorted(range(len(prompts)), key=lambda place: -prompts[place]):
+        longest = prompts[batches[-1][0]] if batches else 0
+        if batches and (budget is None or (len(batches[-1]) + 1) * (longest + max_new_tokens) <= budget):
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches

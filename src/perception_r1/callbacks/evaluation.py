@@ -1,0 +1,160 @@
+"""What an evaluation leaves behind, and how one that was killed goes on.
+
+Each device appends its rows to a part of its own while it works. Whoever starts the same evaluation again, on however
+many devices, finds these parts in its folder: finished samples are judged again from their completions and not answered
+again. At the end the parts become `predictions.jsonl`, in the order of the data, with `metrics.json` and the report.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from perception_r1.callbacks.files import run_folder, write_json
+from perception_r1.callbacks.predictions import Key, judge_again, outcome_row, read_rows, row_key, row_line, write_rows
+from perception_r1.callbacks.report import write_report
+from perception_r1.data.module import TaskDataModule
+from perception_r1.scoring import Outcome
+
+if TYPE_CHECKING:
+    from perception_r1.modules.base import PolicyModule
+
+_DIGITS = 12
+"""Significant digits of a figure in metrics.json: more than that depends on the order of addition."""
+
+
+class Evaluation(Callback):
+    """Keep the rows of `test`, go on from those that are there, and write figures and report at the end.
+
+    Args:
+        num_pictures: Worst and best samples that are drawn in the report.
+    """
+
+    def __init__(self, num_pictures: int = 8) -> None:
+        self.num_pictures = num_pictures
+        self._folder: Path | None = None
+        self._part: TextIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Collect what an earlier try has answered; the data module is set up, its loaders are not yet made."""
+        if stage != "test":
+            return
+        self._folder = run_folder(trainer)
+        datamodule = getattr(trainer, "datamodule", None)
+        if self._folder is None or not isinstance(datamodule, TaskDataModule):
+            self._folder = None
+            return
+        if trainer.is_global_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            answered = self._collect(datamodule)
+            write_rows(self._answers, answered.values())
+            for part in self._parts():
+                part.unlink()
+        trainer.strategy.barrier("answers")
+        datamodule.leave_out({row_key(row) for row in read_rows(self._answers)})
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the samples that are answered already, on one device; open this device's part."""
+        if self._folder is None:
+            return
+        module, datamodule = cast("PolicyModule", pl_module), _data(trainer)
+        if trainer.is_global_zero:
+            rows = {row_key(row): row for row in read_rows(self._answers)}
+            for sample in datamodule.samples(datamodule.eval_split) if rows else ():
+                row = rows.get((sample.source, sample.id))
+                if row is not None:
+                    module.test_metrics.update([judge_again(module.task, module.policy.codec, sample, row)])
+        self._part = (self._folder / f"answers.rank{trainer.global_rank}.jsonl").open("w", encoding="utf-8")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the outcomes of one batch to the disk."""
+        if self._part is not None:
+            task = cast("PolicyModule", pl_module).task
+            self._part.writelines(row_line(outcome_row(task, outcome)) for outcome in outputs)
+            self._part.flush()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the parts; write figures and report."""
+        if self._folder is None:
+            return
+        self._close()
+        trainer.strategy.barrier("predictions")
+        if not trainer.is_global_zero:
+            return
+        module, datamodule = cast("PolicyModule", pl_module), _data(trainer)
+        answered = self._collect(datamodule)
+        write_rows(self._folder / "predictions.jsonl", answered.values())
+        figures = {
+            name: {figure: _rounded(value) for figure, value in values.items()}
+            for name, values in module.figures_by_source.items()
+        }
+        write_json(self._folder / "metrics.json", figures)
+        write_report(
+            self._folder,
+            module.task,
+            figures,
+            outcomes=_Outcomes(module, datamodule, answered),
+            rewards=[row["reward"] for row in answered.values()],
+            num_pictures=self.num_pictures,
+            checkpoint=str(trainer.ckpt_path) if trainer.ckpt_path else None,
+        )
+        for part in [self._answers, *self._parts()]:
+            part.unlink(missing_ok=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the parts as they are."""
+        self._close()
+
+    @property
+    def _answers(self) -> Path:
+        """Rows of earlier tries."""
+        return cast(Path, self._folder) / "answers.jsonl"
+
+    def _parts(self) -> list[Path]:
+        return sorted(cast(Path, self._folder).glob("answers.rank*.jsonl"))
+
+    def _collect(self, datamodule: TaskDataModule) -> dict[Key, Mapping[str, Any]]:
+        """All rows that are there for samples of the data, each once, in the order of the data."""
+        files = [cast(Path, self._folder) / "predictions.jsonl", self._answers, *self._parts()]
+        rows = {row_key(row): row for file in files if file.is_file() for row in read_rows(file)}
+        keys = ((sample.source, sample.id) for sample in datamodule.samples(datamodule.eval_split)) if rows else ()
+        return {key: rows[key] for key in keys if key in rows}
+
+    def _close(self) -> None:
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+
+class _Outcomes(Sequence[Outcome]):
+    """The outcomes of all rows, judged when they are asked for."""
+
+    def __init__(
+        self, module: "PolicyModule", datamodule: TaskDataModule, rows: Mapping[Key, Mapping[str, Any]]
+    ) -> None:
+        self._module, self._rows = module, list(rows.values())
+        samples = datamodule.samples(datamodule.eval_split)
+        self._samples = [sample for sample in samples if (sample.source, sample.id) in rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return judge_again(self._module.task, self._module.policy.codec, self._samples[index], self._rows[index])
+
+
+def _data(trainer: Trainer) -> TaskDataModule:
+    return cast(TaskDataModule, getattr(trainer, "datamodule", None))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

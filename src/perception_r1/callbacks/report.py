@@ -1,0 +1,102 @@
+"""The report of an evaluation: its figures beside published ones, and the worst and best pictures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich import get_console
+from rich.table import Table
+from rich.text import Text
+
+from perception_r1.callbacks.pictures import outcome_card
+from perception_r1.data.images import load_image
+from perception_r1.drawing import contact_sheet
+from perception_r1.paper import PAPER
+from perception_r1.scoring import Outcome
+from perception_r1.task import Task
+
+Figures = Mapping[str, Mapping[str, float]]
+"""Source -> figure -> value."""
+
+
+def write_report(
+    folder: Path,
+    task: Task[Any, Any],
+    figures: Figures,
+    *,
+    outcomes: Sequence[Outcome],
+    rewards: Sequence[float],
+    num_pictures: int,
+    checkpoint: str | None,
+) -> None:
+    """Write `report.md` with its pictures, and show the table.
+
+    Args:
+        folder: Where they go.
+        task: The task.
+        figures: Of every source.
+        outcomes: Of every sample, pictures not loaded.
+        rewards: Of every sample.
+        num_pictures: How many of the worst and of the best are drawn.
+        checkpoint: What was evaluated; None: the model before training.
+    """
+    ranked = sorted(range(len(rewards)), key=rewards.__getitem__)
+    lines = [f"# Evaluation of {task.name}", "", f"Checkpoint: {checkpoint or 'none, the model as it is'}. "]
+    lines += [f"{len(rewards)} samples, greedy decoding.", "", *_markdown(figures, task.headline), ""]
+    for title, places in (("worst", ranked[:num_pictures]), ("best", ranked[::-1][:num_pictures])):
+        if places:
+            cards = [outcome_card(task, _with_picture(outcomes[place]), step=None) for place in places]
+            contact_sheet(cards).save(folder / f"{title}.png")
+            lines += [f"## {title.capitalize()} answers", "", f"![{title} answers]({title}.png)", ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    console = get_console()
+    console.print(_table(figures, task.headline))
+    console.print(Text.assemble(("report       ", "bold"), str(folder / "report.md")), soft_wrap=True)
+
+
+def _rows(figures: Figures, headline: str) -> list[tuple[str, str, float, tuple[float, float] | None]]:
+    """Source, figure, value, and what the paper has; the headline first, then what the paper has."""
+
+    def rank(source: str, name: str) -> tuple[bool, bool]:
+        return name != headline, name not in PAPER.get(source, {})
+
+    return [
+        (source, name, values[name], PAPER.get(source, {}).get(name))
+        for source, values in figures.items()
+        for name in sorted(values, key=lambda name: rank(source, name))
+    ]
+
+
+def _markdown(figures: Figures, headline: str) -> list[str]:
+    lines = ["| data | figure | here | paper: before | paper: Perception-R1 |", "|---|---|---|---|---|"]
+    for source, name, value, paper in _rows(figures, headline):
+        published = [_shown(number) for number in paper] if paper else ["", ""]
+        lines.append(f"| {' | '.join([source or 'test', name, _shown(value), *published])} |")
+    return lines
+
+
+def _table(figures: Figures, headline: str) -> Table:
+    table = Table(title="Greedy answers", title_justify="left")
+    for heading in ("data", "figure"):
+        table.add_column(heading)
+    for heading in ("here", "paper: before", "paper: Perception-R1"):
+        table.add_column(heading, justify="right")
+    for source, name, value, paper in _rows(figures, headline):
+        published = [_shown(number) for number in paper] if paper else ["", ""]
+        cells = [source or "test", name, _shown(value), *published]
+        table.add_row(*map(Text, cells), style="bold" if name == headline else "")
+    return table
+
+
+def _shown(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def _with_picture(outcome: Outcome) -> Outcome:
+    image = outcome.sample.image
+    if isinstance(image, Image.Image):
+        return outcome
+    return replace(outcome, sample=replace(outcome.sample, image=load_image(image)))
