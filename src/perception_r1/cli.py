@@ -1,4 +1,4 @@
-"""The command line: `perception-r1 fit|validate|test|predict` is a LightningCLI, `perception-r1 score` judges texts.
+"""The command line: a LightningCLI for `fit`, `validate` and `test`; `predict`, `export` and `score` have own files.
 
 It knows every other part and joins them: it registers the tasks, hands the data module's task to the module, warms the
 embedded policy up, and finds the checkpoint that `last` and `best` mean.
@@ -32,12 +32,20 @@ EMBEDDED = "tiny"
 """Name of the embedded policy."""
 
 _DESCRIPTION = "Post-train and evaluate vision-language models on visual perception."
-_EPILOG = "Besides these, `perception-r1 score --help`: reward and terms of completions that came from anywhere."
+_EPILOG = (
+    "Besides these: `perception-r1 predict --help`, answers to pictures; `perception-r1 export --help`, a checkpoint "
+    "as a model folder; `perception-r1 score --help`, reward and terms of completions that came from anywhere."
+)
 _SIGTERM_STATUS = 143
 
 
 class PerceptionCLI(LightningCLI):
     """LightningCLI with this project's callbacks, links and names."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's own, but for `predict`: that is a command which needs no data set."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options besides trainer, model and data."""
@@ -108,6 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return score.main(args[1:])
     _quieten()
+    if args[:1] == ["export"]:
+        from perception_r1 import export
+
+        return export.main(args[1:])
+    if args[:1] == ["predict"]:
+        from perception_r1 import predict
+
+        return predict.main(args[1:])
     mode = {"parser_mode": "omegaconf+"}
     try:
         PerceptionCLI(
@@ -119,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_config_kwargs={"overwrite": True},
             parser_kwargs=mode
             | {"description": _DESCRIPTION, "epilog": _EPILOG}
-            | {name: mode for name in ("fit", "validate", "test", "predict")},
+            | dict.fromkeys(PerceptionCLI.subcommands(), mode),
             args=None if argv is None else list(argv),
         )
     except SIGTERMException:

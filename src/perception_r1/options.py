@@ -1,4 +1,4 @@
-"""What the commands beside the trainer share: reading options, a task made of them, and the one sentence of an error."""
+"""What the commands beside the trainer share: options, a task made of them, and the one sentence of an error."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +76,7 @@ def option_value(argv: Sequence[str], option: str) -> str | None:
     'ocr'
     """
     values = [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
-    values += [value for word, value in zip(argv, argv[1:], strict=False) if word == option]
+    values += [value for word, value in pairwise(argv) if word == option]
     return values[-1] if values else None
 
 
@@ -104,7 +105,7 @@ def known(option: str, name: str, choices: Mapping[str, ValueT]) -> ValueT:
     return choices[name]
 
 
-def task_values(task_class: type[Task[Any, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+def task_values(task_class: type[Task[Any, Any]], options: jsonargparse.Namespace) -> dict[str, Any]:
     """The options that a parser with the arguments of a task has read for it."""
     return {field.name: options[field.name] for field in fields(task_class)}
 
