@@ -1,7 +1,7 @@
 """Exported folders, compared with the policy that they come from by the plain classes of transformers and peft."""
 
 import json
-import os
+import shutil
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from tests.policy import oracle
 NUM_TOKENS = 12
 FILES = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
 FILES |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
 def run_export(run, folder, *options):
@@ -120,7 +121,7 @@ def test_the_checkpoint_asked_for_is_exported(runs, exported, tmp_path):
     file = runs["full"] / "checkpoints" / "last.ckpt"
     last = run_export(runs["full"], tmp_path / "last", "--ckpt", str(file))
     weights, others = load_file(last / "model.safetensors"), load_file(exported / "model.safetensors")
-    assert not any(torch.equal(weights[name], others[name]) for name in ("model.norm.weight", "visual.merger.ln_q.bias"))
+    assert not torch.equal(weights["model.norm.weight"], others["model.norm.weight"])
     assert "from `last.ckpt` at step 3" in (last / "README.md").read_text()
 
 
@@ -140,7 +141,7 @@ def test_an_adapter_is_merged(runs, merged, folder):
 
 def test_an_adapter_alone_fits_its_base_by_peft(runs, tmp_path, folder):
     adapter = run_export(runs["lora"], tmp_path / "adapter", "--adapter", "--ckpt", "last")
-    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in adapter.iterdir()} == ADAPTER_FILES
     model = PeftModel.from_pretrained(PlainQwen2VL.from_pretrained(folder), adapter)
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
     assert "library_name: peft" in (adapter / "README.md").read_text()
@@ -208,12 +209,12 @@ def test_bounds_on_pixels_are_those_of_the_run(folder, tmp_path):
         assert pixels["image_grid_thw"].tolist() == [grid]
 
 
-def test_settings_for_videos_are_kept(runs, tmp_path, monkeypatch, copy_folder):
+def test_settings_for_videos_are_kept(runs, tmp_path, copy_folder):
     base, run = copy_folder("base"), tmp_path / "version_0"
     (base / "video_preprocessor_config.json").write_text('{"fps": 2}')
-    os.symlink(runs["full"] / "checkpoints", run.mkdir() or run / "checkpoints")
-    for name in ("run.json", "config.yaml"):
-        (run / name).write_text((runs["full"] / name).read_text().replace(open_run(runs["full"]).policy.name, str(base)))
+    shutil.copytree(runs["full"], run)
+    for path in (run / "run.json", run / "config.yaml"):
+        path.write_text(path.read_text().replace(open_run(runs["full"]).policy.name, str(base)))
     assert (run_export(run, tmp_path / "written") / "video_preprocessor_config.json").read_text() == '{"fps": 2}'
 
 

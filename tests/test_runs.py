@@ -99,7 +99,7 @@ def test_checkpoints_have_names_or_are_files(runs, copy):
     with pytest.raises(UserError, match=r"has no best\.ckpt: .* it has last$"):
         checkpoint_path(run, "best")
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(UserError, match="it has none$"):
+    with pytest.raises(UserError, match=r"it has none$"):
         checkpoint_path(run, "last")
 
 

@@ -33,7 +33,7 @@ from perception_r1.options import (
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Sample
-from perception_r1.runs import Run, checkpoint_path, is_run, load_checkpoint, open_run
+from perception_r1.runs import CARD, Run, checkpoint_path, is_run, load_checkpoint, open_run
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 
@@ -104,7 +104,7 @@ def _parser(task_class: type[Task[Any, Any]] | None, defaults: dict[str, Any]) -
     parser.add_argument("pictures", type=Path, nargs="+", help="Pictures, or folders of pictures.")
     parser.add_argument("--task", type=str | None, help=f"One of {', '.join(TASKS)}; a run knows its own.")
     parser.add_argument("--query", type=str | None, help='What the prompt asks for, where it asks: "red cup".')
-    parser.add_argument("--ckpt", default="best", help="Checkpoint of a run: best, last, or a file.")
+    parser.add_argument("--ckpt", type=str | None, help="Checkpoint of a run: best (the default), last, or a file.")
     parser.add_argument("--out", type=Path | None, help="Folder for annotated pictures and predictions.jsonl.")
     parser.add_argument("--max_new_tokens", type=int | None, help="Longest completion; else that of the run.")
     parser.add_argument("--min_pixels", type=int | None, help="Smaller pictures are enlarged to this many pixels.")
@@ -167,12 +167,16 @@ def _load(run: Run | None, options: jsonargparse.Namespace) -> tuple[Policy, int
     Raises:
         UserError: The model or the checkpoint cannot be used, or a number is out of range.
     """
-    max_new_tokens = options.max_new_tokens or (_MAX_NEW_TOKENS if run is None else run.max_new_tokens)
-    if max_new_tokens < 1 or options.max_new_tokens == 0:
-        raise UserError(f"--max_new_tokens is {options.max_new_tokens}; it must be 1 or more")
+    max_new_tokens = _MAX_NEW_TOKENS if run is None else run.max_new_tokens
+    if options.max_new_tokens is not None:
+        max_new_tokens = options.max_new_tokens
+    if max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be 1 or more")
     given = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
     if run is not None:
-        policy, _ = load_checkpoint(replace(run.policy, **given), checkpoint_path(run, options.ckpt))
+        policy, _ = load_checkpoint(replace(run.policy, **given), checkpoint_path(run, options.ckpt or "best"))
+    elif options.ckpt is not None:
+        raise UserError(f"--ckpt is for a run, and {options.model} is none: it has no {CARD}")
     else:
         policy = Policy.load(PolicyConfig(name=options.model, **given), is_trained=False)
     return policy.to("cuda" if torch.cuda.is_available() else "cpu"), max_new_tokens
