@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,7 +58,7 @@ def folder(model_folders: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def runs(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def runs(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of short trainings on grounding that change weights: "full" of all of them, "lora" of an adapter."""
     configs = Path(__file__).parents[1] / "configs"
     files = [configs / name for name in ("default.yaml", "task/grounding.yaml", "model/tiny.yaml", "sft.yaml")]
@@ -67,16 +67,16 @@ def runs(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     options += ["--data.batch_size=2", "--data.num_val=2", "--data.num_test=2"]
     options += ["--model.max_new_tokens=6", "--model.optimizer.lr=0.003"]
     adapter = ["--model.policy.lora.rank=2", "--model.policy.lora.alpha=6", "--model.optimizer.lr=0.05"]
+    found = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(tmp_path_factory.mktemp("runs"))
         monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
-        found = {}
         for name, more in {"full": [], "lora": adapter}.items():
             arguments = ["fit", *options, f"--task={name}", *more]
             monkeypatch.setattr(sys, "argv", ["perception-r1", *arguments])
             assert main(arguments) == 0
             found[name] = Path.cwd() / "logs" / f"{name}-sft" / "version_0"
-        yield found
+    return found
 
 
 @pytest.fixture

@@ -158,16 +158,17 @@ def test_weights_can_be_written_in_another_type(runs, exported, tmp_path, dtype)
     assert PlainQwen2VL.from_pretrained(folder).dtype == getattr(torch, dtype)
 
 
-def test_an_adapter_over_half_precision_is_rounded_once(model_folders, tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_an_adapter_over_half_precision_is_rounded_once(model_folders, tmp_path, dtype):
     config = PolicyConfig(name=str(model_folders["qwen2_vl"]), dtype="bfloat16", lora=LoraConfig(rank=2))
     policy = Policy.load(config)
     oracle.shake(policy.network)
     layer = policy.network.base_model.model.model.language_model.layers[0].mlp.down_proj
     update = 32 / 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    expected = (layer.base_layer.weight.float() + update.detach()).bfloat16()
-    export.save_merged(policy, tmp_path)
+    expected = (layer.base_layer.weight.float() + update.detach()).to(dtype or torch.bfloat16)
+    export.save_merged(policy, tmp_path, dtype=dtype)
     written = load_file(tmp_path / "model.safetensors")
-    assert {value.dtype for value in written.values()} == {torch.bfloat16}
+    assert {value.dtype for value in written.values()} == {expected.dtype}
     assert torch.equal(written["model.layers.0.mlp.down_proj.weight"], expected)
 
 

@@ -126,6 +126,22 @@ def test_boxes_in_pixels_of_the_shrunk_picture_are_scaled_back(capsys, model_fol
     assert line["query"] == ""
 
 
+def test_bounds_on_pixels_hold_for_a_run_too(capsys, runs, tmp_path, monkeypatch):
+    picture, seen = tmp_path / "wide.png", []
+    Image.new("RGB", (280, 140)).save(picture)
+    encode = Policy.encode
+
+    def listen(self, task, samples):
+        prompts = encode(self, task, samples)
+        seen.extend((frame.seen_width, frame.seen_height) for frame in prompts.frames)
+        return prompts
+
+    monkeypatch.setattr(Policy, "encode", listen)
+    for bounds in ([], ["--max_pixels", 10000], ["--min_pixels", 100000]):
+        run(capsys, runs["full"], picture, "--query", "cup", "--max_new_tokens", 1, *bounds)
+    assert seen == [(280, 140), (140, 56), (448, 224)]  # sides times sqrt(10000 / 39200), and sqrt(100000 / 39200)
+
+
 def test_options_of_the_task_shape_prompt_and_reading(capsys, folder, pictures, monkeypatch, says):
     asked = []
     encode = Policy.encode

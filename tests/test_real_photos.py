@@ -98,6 +98,8 @@ def test_real_photographs_train_validate_and_predict(
     assert (card["status"], card["steps"], card["num_skipped_steps"]) == ("finished", 2, 0)
     assert card["before"].keys() == card["after"].keys() >= {"reward", TASKS[task].headline}
     assert (folder / "checkpoints" / "best.ckpt").exists()
+    if task == "detection":
+        assert card["task"]["init_args"]["categories"] == ["cat", "cup", "person", "spoon"]
 
     assert run("validate", task, photos, model, *options, "--ckpt_path", "best") == 0
     query = [] if task in ("detection", "ocr") else ["--query", "cup"]

@@ -63,6 +63,12 @@ def test_a_run_of_the_embedded_policy_is_that_of_its_warm_start(copy, folder):
         open_run(copy)
 
 
+def test_a_run_of_a_model_of_the_hub_keeps_its_id(copy):
+    change_settings(copy, lambda settings: settings["policy"].update(name="Qwen/Qwen2-VL-2B-Instruct"))
+    change_card(copy, policy={"name": "Qwen/Qwen2-VL-2B-Instruct"})
+    assert open_run(copy).policy.name == "Qwen/Qwen2-VL-2B-Instruct"
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -140,6 +146,15 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence(runs, tmp_path, change, 
     path = spoilt_checkpoint(run, tmp_path / "spoilt.ckpt", change)
     with pytest.raises(UserError, match=words):
         load_checkpoint(run.policy, path)
+
+
+def test_weights_trained_in_half_precision_stay_so(runs, tmp_path):
+    def halve(checkpoint):
+        checkpoint["state_dict"] = {name: value.bfloat16() for name, value in checkpoint["state_dict"].items()}
+
+    run = open_run(runs["full"])
+    policy, _ = load_checkpoint(run.policy, spoilt_checkpoint(run, tmp_path / "half.ckpt", halve))
+    assert {value.dtype for value in policy.parameters()} == {torch.bfloat16}
 
 
 def test_a_checkpoint_of_another_training_does_not_fit(runs):

@@ -69,6 +69,9 @@ def restore(policy: nn.Module, path: Path) -> int:
         raise UserError(f"The checkpoint {path} cannot be read: {reason}") from error
     check_origin(checkpoint)
     holder = nn.ModuleDict({"policy": policy})  # its entries have the names that they have in a training module
-    check_entries(trained_entries(holder, holder.state_dict()), checkpoint["state_dict"])
-    holder.load_state_dict(checkpoint["state_dict"], strict=False)
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    check_entries(trained_entries(holder, holder.state_dict()), state)
+    if {value.dtype for value in state.values()} == {torch.bfloat16}:
+        policy.to(torch.bfloat16)  # trained so by trainer.precision bf16-true, whatever the model was read in
+    holder.load_state_dict(state, strict=False)
     return checkpoint["global_step"]
