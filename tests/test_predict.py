@@ -8,8 +8,9 @@ import torch
 from PIL import ExifTags, Image
 from transformers import AutoModelForImageTextToText
 
-from perception_r1 import predict
+from perception_r1 import answers, predict
 from perception_r1.cli import main
+from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
 from perception_r1.runs import checkpoint_path, load_checkpoint, open_run
@@ -72,7 +73,7 @@ def test_a_model_answers_as_the_plain_classes_do(capsys, folder, pictures):
     options = ["--task", "grounding", "--query", "red cup", "--max_new_tokens", "9"]
     (line,), _ = run(capsys, folder, pictures / "b.png", *options)
     text = "Output the bounding box of the red cup in the image."
-    policy = Policy.load(predict.PolicyConfig(name=str(folder)))
+    policy = Policy.load(PolicyConfig(name=str(folder)))
     assert line["completion"] == plain_completion(folder, policy, text, (84, 56), 9) != ""
     assert line == {
         "image": str(pictures / "b.png"),
@@ -95,7 +96,7 @@ def test_a_run_knows_its_task_and_its_checkpoint(capsys, runs, pictures, tmp_pat
 def test_an_adapter_answers_as_its_policy(capsys, runs, pictures):
     opened = open_run(runs["lora"])
     policy, _ = load_checkpoint(opened.policy, checkpoint_path(opened, "last"))
-    sample = predict._sample(pictures / "b.png", "cup")
+    sample = answers._sample(pictures / "b.png", "cup")
     prompts = policy.encode(opened.task, [sample])
     rollout = policy.roll_out(prompts, group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
     (line,), _ = run(capsys, runs["lora"], pictures / "b.png", "--query", "cup", "--ckpt", "last")
@@ -181,8 +182,8 @@ def test_a_run_s_own_options_hold_unless_others_are_given(capsys, runs, tmp_path
 
 def test_folders_give_their_pictures_by_name_and_no_deeper(pictures):
     names = ["a.webp", "b.png", "c.JPG"]
-    assert predict.find_pictures([pictures]) == [pictures / name for name in names]
-    assert predict.find_pictures([pictures / "deeper" / "d.png", pictures])[0] == pictures / "deeper" / "d.png"
+    assert answers.find_pictures([pictures]) == [pictures / name for name in names]
+    assert answers.find_pictures([pictures / "deeper" / "d.png", pictures])[0] == pictures / "deeper" / "d.png"
 
 
 def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(capsys, folder, pictures, tmp_path):
@@ -203,9 +204,9 @@ def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(capsys, 
 def test_batches_answer_as_single_pictures_do(capsys, folder, pictures, monkeypatch):
     options = ["--task", "counting", "--query", "cup", "--max_new_tokens", 8]
     whole, _ = run(capsys, folder, pictures, *options)
-    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    monkeypatch.setattr(answers, "BATCH_SIZE", 2)
     parts, _ = run(capsys, folder, pictures, *options)
-    monkeypatch.setattr(predict, "BATCH_SIZE", 1)
+    monkeypatch.setattr(answers, "BATCH_SIZE", 1)
     single, _ = run(capsys, folder, pictures, *options)
     assert whole == parts == single
     assert len(whole) == 3
