@@ -7,6 +7,9 @@ MODEL ?= tiny
 DATA ?=
 SEED ?= 0
 CKPT ?= best
+RUN ?=
+TO ?=
+PICTURES ?=
 ARGS ?=
 PYTHON ?= python3
 # The CPU build where the index has one for this version; for a GPU say TORCH="torch==2.13.0 --index-url URL-of-a-CUDA-build".
@@ -22,11 +25,11 @@ CONFIG += $(if $(wildcard configs/model/$(MODEL).yaml),-c configs/model/$(MODEL)
 CONFIG += $(addprefix -c ,$(wildcard configs/$(MODEL)/$(TASK).yaml))
 OPTIONS := --seed_everything $(SEED) $(if $(DATA),--data.train_file $(DATA)) $(ARGS)
 
-.PHONY: help install train sft eval tensorboard test lint format clean
+.PHONY: help install train sft eval predict export tensorboard test lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl SEED=0 CKPT=best|last|file ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder PICTURES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 
@@ -44,6 +47,12 @@ sft: $(INSTALLED) ## Train TASK with supervised fine-tuning
 
 eval: $(INSTALLED) ## Evaluate CKPT of TASK on the test split, greedily
 	$(BIN)/perception-r1 test $(CONFIG) --ckpt_path $(CKPT) $(OPTIONS)
+
+predict: $(INSTALLED) ## Answer PICTURES with RUN
+	$(BIN)/perception-r1 predict $(RUN) $(PICTURES) $(ARGS)
+
+export: $(INSTALLED) ## Write RUN as a model folder TO
+	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)
 
 tensorboard: $(INSTALLED) ## Look at all runs
 	$(BIN)/tensorboard --logdir logs

@@ -1,6 +1,7 @@
 """Fixtures of all tests: tiny models of every family, built once, and one thread per process."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from perception_r1.cli import main
 from perception_r1.embedded.model import build_model_folder
 from perception_r1.policy.load import CODEC_BY_FAMILY
 
@@ -53,6 +55,28 @@ def grouped_folders(model_folders: dict[str, Path], tmp_path_factory: pytest.Tem
 def folder(model_folders: dict[str, Path]) -> Path:
     """A tiny Qwen2-VL."""
     return model_folders["qwen2_vl"]
+
+
+@pytest.fixture(scope="session")
+def runs(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of short trainings on grounding that change weights: "full" of all of them, "lora" of an adapter."""
+    configs = Path(__file__).parents[1] / "configs"
+    files = [configs / name for name in ("default.yaml", "task/grounding.yaml", "model/tiny.yaml", "sft.yaml")]
+    options = [f"--config={file}" for file in files] + [f"--model.policy.name={model_folders['qwen2_vl']}"]
+    options += ["--trainer.max_steps=3", "--trainer.val_check_interval=2", "--pictures.num_pictures=0"]
+    options += ["--data.batch_size=2", "--data.num_val=2", "--data.num_test=2"]
+    options += ["--model.max_new_tokens=6", "--model.optimizer.lr=0.003"]
+    adapter = ["--model.policy.lora.rank=2", "--model.policy.lora.alpha=6", "--model.optimizer.lr=0.05"]
+    found = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(tmp_path_factory.mktemp("runs"))
+        monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
+        for name, more in {"full": [], "lora": adapter}.items():
+            arguments = ["fit", *options, f"--task={name}", *more]
+            monkeypatch.setattr(sys, "argv", ["perception-r1", *arguments])
+            assert main(arguments) == 0
+            found[name] = Path.cwd() / "logs" / f"{name}-sft" / "version_0"
+    return found
 
 
 @pytest.fixture

@@ -10,12 +10,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from perception_r1.cli import find_checkpoint, main
+from perception_r1.cli import PerceptionCLI, find_checkpoint, main
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
 from perception_r1.tasks import TASKS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+OWN_COMMANDS = ("predict", "export", "score")
+"""What is not a verb of the trainer."""
 
 
 def compose(task="counting", *more):
@@ -51,7 +53,7 @@ def fitted(monkeypatch, tmp_path, folder):
         seen.update(trainer=trainer, model=model, datamodule=datamodule, ckpt_path=ckpt_path)
 
     def run(*arguments, command="fit", task="counting", more=()):
-        for name in ("fit", "validate", "test", "predict"):
+        for name in ("fit", "validate", "test"):
             monkeypatch.setattr(Trainer, name, record)
         assert main([command, *compose(task, *more), "--model.policy.name", str(folder), *arguments]) == 0
         return type("Seen", (), dict(seen))
@@ -62,7 +64,7 @@ def fitted(monkeypatch, tmp_path, folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["fit", "validate", "test", "predict", "perception-r1 score --help"]),
+        (["--help"], ["fit", "validate", "test", *(f"perception-r1 {name} --help" for name in OWN_COMMANDS)]),
         (["fit", "--help"], ["--task", "--embedded.stop_loss", "--checkpoints.enabled", "--trainer.max_steps"]),
         (["fit", "--model.help", "GRPO"], ["--model.group_size", "Completions of each prompt (G)", "--model.kl_coef"]),
         (["fit", "--data.help", "CountingData"], ["--data.train_file", "--data.batch_size", "--data.on_bad_row"]),
@@ -257,6 +259,13 @@ def test_the_embedded_policy_is_warmed_up_once_and_a_run_goes_on(tmp_path, monke
     card = json.loads((tmp_path / "logs" / "counting" / "version_0" / "run.json").read_text())
     assert card["steps"] == 2
     assert card["resumed_from"].endswith("last.ckpt")
+
+
+def test_the_trainer_s_own_predict_is_no_subcommand(capsys):
+    assert set(PerceptionCLI.subcommands()) == {"fit", "validate", "test"}
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "{fit,validate,test}" in capsys.readouterr().out
 
 
 def test_scoring_needs_no_trainer(capsys):

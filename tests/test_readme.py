@@ -58,11 +58,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if FIFTH_TASK not in command])
 def test_command_works(
-    command: str, place: Path, cache: Path, model_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    command: str,
+    place: Path,
+    cache: Path,
+    model_folders: dict[str, Path],
+    run_folder: Path,
+    runs: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for arguments in expanded(command):
         program = Path(arguments[0]).name
-        if program == "perception-r1":
+        if program == "perception-r1" and arguments[1] in RUN_RULES:
+            put_run(arguments, place, runs["lora"] if "--adapter" in arguments else run_folder)
+            RUN_RULES[arguments[1]](arguments[1:], place, model_folders, capsys)
+        elif program == "perception-r1":
             check_own_command(arguments[1:], place, cache, model_folders, capsys)
         elif program in RULES:
             RULES[program](arguments)
@@ -157,6 +166,7 @@ def expanded(command: str) -> list[list[str]]:
     if arguments[0] != "make":
         return [arguments]
     outside = ("TASK", "MODEL", "DATA", "SEED", "CKPT", "ARGS", "PYTHON", "TORCH", "MAKE", "MFLAGS")
+    outside += ("RUN", "TO", "PICTURES")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     done = subprocess.run(
         ["make", "-n", *arguments[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -201,13 +211,51 @@ def check_results(arguments: list[str], place: Path) -> None:
     """What a command leaves behind."""
     name = option(arguments, "--task") or task_name(arguments)
     runs = place / "logs" / (f"{name}-sft" if "configs/sft.yaml" in " ".join(arguments) else name)
-    if arguments[0] == "predict":
-        assert len(list(runs.glob("version_*/predictions.jsonl"))) == 1
-    elif arguments[0] == "fit":
+    if arguments[0] == "fit":
         (path,) = runs.glob("version_*/run.json")
         card = json.loads(path.read_text(encoding="utf-8"))
         assert (card["status"], card["steps"]) == ("finished", int(option(arguments, "--trainer.max_steps") or 0))
         assert (card["resumed_from"] is not None) == (option(arguments, "--ckpt_path") == "last")
+
+
+def put_run(arguments: Sequence[str], place: Path, source: Path) -> None:
+    """The run that a command names."""
+    for argument in arguments:
+        if argument.startswith("logs/"):
+            (place / argument).parent.mkdir(parents=True)
+            (place / argument).symlink_to(source)
+
+
+def check_predict(
+    arguments: list[str], place: Path, model_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two pictures where a folder is named, answers in a few tokens."""
+    pictures = [argument for argument in arguments if argument.startswith("photos")]
+    for path in [place / name for name in pictures]:
+        files = [path] if path.suffix else [path / "1.jpg", path / "2.png"]
+        for file in files:
+            file.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (120, 90), (40, 90, 160)).save(file)
+    models = [str(model_folders[FAMILIES[name]]) if name in FAMILIES else name for name in arguments]
+    assert main([*models, "--max_new_tokens", "3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == sum(1 if Path(name).suffix else 2 for name in pictures) > 0
+    out = option(arguments, "--out")
+    assert out is None or len(list((place / out).iterdir())) == len(lines) + 1
+
+
+def check_export(
+    arguments: list[str], place: Path, model_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with weights and a card."""
+    assert main(arguments) == 0
+    folder = place / str(option(arguments, "--to"))
+    assert (folder / "README.md").exists()
+    assert len(list(folder.glob("*.safetensors"))) == 1
+
+
+RUN_RULES: dict[str, Callable[..., None]] = {"predict": check_predict, "export": check_export}
+"""Commands that start from a run, and how they are checked."""
 
 
 def has_tool(arguments: list[str]) -> None:

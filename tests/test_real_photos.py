@@ -85,7 +85,9 @@ def test_there_are_rows_for_every_task():
 
 @pytest.mark.parametrize("task", ROWS)
 @pytest.mark.parametrize("set_up", SET_UPS)
-def test_real_photographs_train_validate_and_predict(photos, model_folders, tmp_path, monkeypatch, task, set_up):
+def test_real_photographs_train_validate_and_predict(
+    photos, model_folders, tmp_path, monkeypatch, capsys, task, set_up
+):
     family, options = SET_UPS[set_up]
     monkeypatch.chdir(tmp_path)
     model = model_folders[family]
@@ -96,19 +98,27 @@ def test_real_photographs_train_validate_and_predict(photos, model_folders, tmp_
     assert (card["status"], card["steps"], card["num_skipped_steps"]) == ("finished", 2, 0)
     assert card["before"].keys() == card["after"].keys() >= {"reward", TASKS[task].headline}
     assert (folder / "checkpoints" / "best.ckpt").exists()
+    if task == "detection":
+        assert card["task"]["init_args"]["categories"] == ["cat", "cup", "person", "spoon"]
 
     assert run("validate", task, photos, model, *options, "--ckpt_path", "best") == 0
-    assert run("predict", task, photos, model, *options, "--ckpt_path", "last") == 0
-    written = list((tmp_path / "logs" / task).glob("version_*/predictions.jsonl"))
-    assert len(written) == 1
-    lines = [json.loads(line) for line in written[0].read_text().splitlines()]
-    assert [line["id"] for line in lines] == [f"photo-{index}" for index in range(len(ROWS[task]))]
-    for line, row in zip(lines, ROWS[task], strict=True):
-        assert line["query"] == row.get("question", row.get("label", ""))
-        assert 0 < line["num_tokens"] <= 8
-        assert set(line["terms"]) == set(TASKS[task].term_names)
-        assert set(line["figures"]) == set(TASKS[task].figure_names)
-        assert isinstance(line["completion"], str)
-        assert isinstance(line["reward"], float)
-        assert line["is_truncated"] in (True, False)
-        assert "prediction" in line
+    query = [] if task in ("detection", "ocr") else ["--query", "cup"]
+    pictures = [str(photos / row["image"]) for row in ROWS[task]]
+    capsys.readouterr()
+    assert main(["predict", str(folder), *pictures, *query, "--ckpt", "last", "--out", "out"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == pictures
+    assert {line["query"] for line in lines} == {"cup" if query else ""}
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(pictures)
+
+    answers = zip(ROWS[task], pictures, [line["completion"] for line in lines], strict=True)
+    judged = [row | {"image": picture, "completion": completion} for row, picture, completion in answers]
+    Path("judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+    score = ["score", "--task", task, "--codec", family, "--min_pixels", "784", "--max_pixels", "10000", "judged.jsonl"]
+    assert main(score) == 0
+    for line, scored in zip(lines, capsys.readouterr().out.splitlines(), strict=True):
+        scores = json.loads(scored)
+        assert set(scores["terms"]) == set(TASKS[task].term_names)
+        assert set(scores["figures"]) == set(TASKS[task].figure_names)
+        assert isinstance(scores["reward"], float)
+        assert scores["prediction"] == line["prediction"]

@@ -1,4 +1,4 @@
-"""The command line: `perception-r1 fit|validate|test|predict` is a LightningCLI, `perception-r1 score` judges texts.
+"""The command line: a LightningCLI for `fit`, `validate` and `test`; `predict`, `export` and `score` have own files.
 
 It knows every other part and joins them: it registers the tasks, hands the data module's task to the module, warms the
 embedded policy up, and finds the checkpoint that `last` and `best` mean.
@@ -18,13 +18,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints
+from perception_r1.callbacks.evaluation import Evaluation
 from perception_r1.callbacks.pictures import Pictures
-from perception_r1.callbacks.predictions import Predictions
 from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
 from perception_r1.data.module import TaskDataModule
 from perception_r1.embedded.warmup import EmbeddedConfig, warm_policy
 from perception_r1.errors import UserError
+from perception_r1.evaluation_key import evaluation_key
 from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
 from perception_r1.modules.base import PolicyModule
 from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the short names known
@@ -33,7 +34,10 @@ EMBEDDED = "tiny"
 """Name of the embedded policy."""
 
 _DESCRIPTION = "Post-train and evaluate vision-language models on visual perception."
-_EPILOG = "Besides these, `perception-r1 score --help`: reward and terms of completions that came from anywhere."
+_EPILOG = (
+    "Besides these: `perception-r1 predict --help`, answers to pictures; `perception-r1 export --help`, a checkpoint "
+    "as a model folder; `perception-r1 score --help`, reward and terms of completions that came from anywhere."
+)
 _SIGTERM_STATUS = 143
 
 
@@ -44,7 +48,7 @@ class PerceptionCLI(LightningCLI):
     def of(cls, args: list[str] | None, *, run: bool = True) -> Self:
         """Parse a command line (None: that of the process), instantiate, and run the verb unless told otherwise."""
         mode: dict[str, Any] = {"parser_mode": "omegaconf+"}
-        verbs = ("fit", "validate", "test", "predict") if run else ()
+        verbs = cls.subcommands() if run else ()
         return cls(
             PolicyModule,
             TaskDataModule,
@@ -52,10 +56,15 @@ class PerceptionCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs=mode | {"description": _DESCRIPTION, "epilog": _EPILOG} | {verb: mode for verb in verbs},
+            parser_kwargs=mode | {"description": _DESCRIPTION, "epilog": _EPILOG} | dict.fromkeys(verbs, mode),
             args=args,
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's own, but for `predict`: that is a command which needs no data set."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options besides trainer, model and data."""
@@ -67,7 +76,7 @@ class PerceptionCLI(LightningCLI):
             (Pictures, "pictures"),
             (RunCard, "run_card"),
             (BeforeAfter, "before_after"),
-            (Predictions, "predictions"),
+            (Evaluation, "evaluation"),
         ):
             parser.add_lightning_class_args(callback, group)
         parser.link_arguments("data.task", "model.init_args.task", apply_on="instantiate")
@@ -75,20 +84,22 @@ class PerceptionCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Turn the checkpoint names `last` and `best` into files; a resumed run goes on in its own folder."""
+        """Turn the checkpoint names `last` and `best` into files; what goes on does so in its own folder."""
         config = self.config[self.subcommand]
         name = config.get("ckpt_path")
-        if name not in ("last", "best"):
-            return
-        settings = getattr(config.trainer.logger, "init_args", None)
-        if settings is None or "save_dir" not in settings or "name" not in settings:
-            raise UserError(f"--ckpt_path {name} needs one logger that writes to a folder; give the file instead.")
-        checkpoint = find_checkpoint(Path(settings.save_dir) / settings.name, name)
-        config.ckpt_path = str(checkpoint)
-        if self.subcommand == "fit":
-            settings.version = checkpoint.parents[1].name
-            if "purge_step" in settings:  # TensorBoard forgets what came after the checkpoint
-                settings.purge_step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+        settings: Any = getattr(config.trainer.logger, "init_args", None)
+        has_folder = settings is not None and "save_dir" in settings and "name" in settings
+        if name in ("last", "best"):
+            if not has_folder:
+                raise UserError(f"--ckpt_path {name} needs one logger that writes to a folder; give the file instead.")
+            checkpoint = find_checkpoint(Path(settings.save_dir) / settings.name, name)
+            config.ckpt_path = str(checkpoint)
+            if self.subcommand == "fit":
+                settings.version = checkpoint.parents[1].name
+                if "purge_step" in settings:  # TensorBoard forgets what came after the checkpoint
+                    settings.purge_step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+        if has_folder and self.subcommand == "test" and settings.get("version") is None:
+            settings.version = f"eval-{evaluation_key(config.as_dict())}"
 
     def after_instantiate_classes(self) -> None:
         """Put the warmed-up folder where the configuration says `tiny`."""
@@ -130,6 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from perception_r1 import data_command
 
         return data_command.main(args[1:])
+    if args[:1] == ["export"]:
+        from perception_r1 import export
+
+        return export.main(args[1:])
+    if args[:1] == ["predict"]:
+        from perception_r1 import predict
+
+        return predict.main(args[1:])
     return guarded(lambda: PerceptionCLI.of(None if argv is None else args))
 
 

@@ -5,14 +5,13 @@ validation from the completion on (`scoring.judge`), so the numbers are the same
 the first line is written.
 """
 
-import argparse
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jsonargparse
 
@@ -21,14 +20,13 @@ from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
-from perception_r1.metrics import task_metrics, update_metrics
+from perception_r1.metrics import SourceMetrics
+from perception_r1.options import known, make_task, new_parser, option_value, parse, run_command, task_values
 from perception_r1.records import Frame, Sample
 from perception_r1.scoring import Outcome, judge
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.detection import Detection
-
-ValueT = TypeVar("ValueT")
 
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280
 """Least and most pixels after smart-resize, as Qwen2.5-VL's own processor has them."""
@@ -50,16 +48,15 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0, or 2 after a user's error, which is told in one sentence on stderr.
     """
-    try:
-        options = _parse(argv)
-        lines = _read_lines(options.file)
-        task, codec = _make_task(options, lines), CODECS[options.codec]
-        rows = [_read_row(line, task, codec, options) for line in lines]
-    except UserError as error:
-        sys.stderr.write(f"perception-r1 score: error: {error}\n")
-        return 2
-    except SystemExit as end:  # --help
-        return int(end.code or 0)
+    return run_command("score", _score, argv)
+
+
+def _score(argv: Sequence[str]) -> int:
+    """Read and check everything, then judge and write."""
+    options = _parse(argv)
+    lines = _read_lines(options.file)
+    task, codec = _make_task(options, lines), CODECS[options.codec]
+    rows = [_read_row(line, task, codec, options) for line in lines]
     samples, frames, completions = zip(*rows, strict=True)
     outcomes = judge(task, codec, samples=samples, frames=frames, completions=completions, is_evaluation=True)
     for line, outcome in zip(lines, outcomes, strict=True):
@@ -74,61 +71,26 @@ def _parse(argv: Sequence[str]) -> jsonargparse.Namespace:
     Raises:
         UserError: The command line is wrong.
     """
-    parser = jsonargparse.ArgumentParser(
-        prog="perception-r1 score",
-        description="Score completions from a file: one JSON line per row, and a summary on stderr.",
-        epilog="With --task, this help also shows the options of the task.",
-        exit_on_error=False,
+    parser = new_parser(
+        "score",
+        "Score completions from a file: one JSON line per row, and a summary on stderr.",
+        "With --task, this help also shows the options of the task.",
     )
     parser.add_argument("file", type=Path, help='JSON lines of the data format, each with a "completion".')
     parser.add_argument("--task", required=True, help=f"One of {', '.join(TASKS)}.")
     parser.add_argument("--codec", required=True, help=f"The form of the completions, one of {', '.join(CODECS)}.")
     parser.add_argument("--min_pixels", type=int, default=_MIN_PIXELS, help="Least pixels of a resized image.")
     parser.add_argument("--max_pixels", type=int, default=_MAX_PIXELS, help="Most pixels of a resized image.")
-    task_name = _named_task(argv)
+    task_name = option_value(argv, "--task")
     if task_name is not None:
-        parser.add_class_arguments(_known("--task", task_name, TASKS), as_group=True)
-    try:
-        options = parser.parse_args(list(argv))
-    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(_plain(str(error))) from error
-    _known("--codec", options.codec, CODECS)
+        parser.add_class_arguments(known("--task", task_name, TASKS), as_group=True)
+    options = parse(parser, argv)
+    known("--codec", options.codec, CODECS)
     if not 0 < options.min_pixels <= options.max_pixels:
         raise UserError(
             f"--min_pixels must be from 1 to --max_pixels, not {options.min_pixels} with {options.max_pixels}"
         )
     return options
-
-
-def _plain(message: str) -> str:
-    r"""A parser's message on one line, in the words of the command line.
-
-    >>> _plain("Parser key \"think\":\n  Expected a <class 'bool'>. Got value: maybe")
-    '--think: Expected a bool. Got value: maybe'
-    """
-    message = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split()))
-    return re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
-
-
-def _named_task(argv: Sequence[str]) -> str | None:
-    """The value of `--task`, looked up before its options can be known."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--task")
-    try:
-        return parser.parse_known_args(list(argv))[0].task
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
-
-
-def _known(option: str, name: str, choices: Mapping[str, ValueT]) -> ValueT:
-    """What the name of an option stands for.
-
-    Raises:
-        UserError: Nothing has this name.
-    """
-    if name not in choices:
-        raise UserError(f"{option} must be one of {', '.join(choices)}, not {name!r}")
-    return choices[name]
 
 
 def _make_task(options: jsonargparse.Namespace, lines: Sequence[_Line]) -> Task[Any, Any]:
@@ -138,13 +100,10 @@ def _make_task(options: jsonargparse.Namespace, lines: Sequence[_Line]) -> Task[
         UserError: The task refuses its options.
     """
     task_class = TASKS[options.task]
-    values = {field.name: options[field.name] for field in fields(task_class)}
+    values = task_values(task_class, options)
     if task_class is Detection and values["categories"] is None:
         values["categories"] = tuple(dict.fromkeys([*COCO_NAMES, *_own_labels(lines)]))
-    try:
-        return task_class(**values)
-    except ValueError as error:
-        raise UserError(f"options of {options.task}: {error}") from error
+    return make_task(task_class, values)
 
 
 def _own_labels(lines: Sequence[_Line]) -> list[str]:
@@ -204,6 +163,7 @@ def _read_row(
         height=frame.height,
         query=query,
         target=target,
+        source=str(line.values.get("source") or ""),
     )
     return sample, frame, completion
 
@@ -228,6 +188,9 @@ def _frame(line: _Line, task: Task[Any, Any], codec: Codec, options: jsonargpars
         width, height = check_image(options.file.parent / row.text("image"))
     else:
         raise RowError("width: is missing, the row needs width and height, or an image to take them from")
+    if "seen_width" in row or "seen_height" in row:  # written by an evaluation, which knows
+        seen_width, seen_height = row.integer("seen_width", minimum=1), row.integer("seen_height", minimum=1)
+        return Frame(width=width, height=height, seen_width=seen_width, seen_height=seen_height)
     seen_width, seen_height = width, height
     if isinstance(codec, Qwen25VLCodec) and not set(task.row_keys) <= _TEXT_ONLY:
         seen_width, seen_height = _seen_size(width, height, options)
@@ -260,12 +223,15 @@ def _described(line: _Line, outcome: Outcome, task: Task[Any, Any]) -> dict[str,
 
 
 def _summary(task: Task[Any, Any], outcomes: Sequence[Outcome]) -> str:
-    """Means and metrics of the whole file, one a line."""
-    metrics = task_metrics(task)
-    update_metrics(metrics, outcomes)
-    values = metrics.compute()
+    """Means and metrics of each source of the file, one a line."""
+    counts = Counter(outcome.sample.source for outcome in outcomes)
+    metrics = SourceMetrics(task, list(counts))
+    metrics.update(outcomes)
     names = ("reward", *task.term_names, *task.figure_names, *task.evaluation_figure_names)
-    own = {name: values[name] for name in names}  # first, in their order
-    width = max(len(name) for name in values)
-    rows = "".join(f"  {name:<{width}}  {float(value):.6g}\n" for name, value in (own | values).items())
-    return f"{task.name}: {len(outcomes)} completions\n{rows}"
+    text = ""
+    for source, values in metrics.compute().items():
+        own = {name: values[name] for name in names}  # first, in their order
+        width = max(len(name) for name in values)
+        rows = "".join(f"  {name:<{width}}  {value:.6g}\n" for name, value in (own | values).items())
+        text += f"{task.name}{f' of {source}' if source else ''}: {counts[source]} completions\n{rows}"
+    return text

@@ -45,6 +45,7 @@ class Evaluation(Callback):
         if self._folder is None or not isinstance(datamodule, TaskDataModule):
             self._folder = None
             return
+        trainer.test_loop.verbose = False  # the report has a table of its own
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             answered = self._collect(datamodule)
@@ -94,7 +95,7 @@ class Evaluation(Callback):
         answered = self._collect(datamodule)
         write_rows(self._folder / "predictions.jsonl", answered.values())
         figures = {
-            name: {figure: _rounded(value) for figure, value in values.items()}
+            name or "test": {figure: _rounded(value) for figure, value in values.items()}
             for name, values in module.figures_by_source.items()
         }
         write_json(self._folder / "metrics.json", figures)

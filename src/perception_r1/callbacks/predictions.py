@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from perception_r1.callbacks.files import finite
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
-from perception_r1.callbacks.files import finite
 from perception_r1.records import Frame, Sample
 from perception_r1.scoring import Outcome, judge
 from perception_r1.task import Task

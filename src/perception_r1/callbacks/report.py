@@ -74,7 +74,7 @@ def _markdown(figures: Figures, headline: str) -> list[str]:
     lines = ["| data | figure | here | paper: before | paper: Perception-R1 |", "|---|---|---|---|---|"]
     for source, name, value, paper in _rows(figures, headline):
         published = [_shown(number) for number in paper] if paper else ["", ""]
-        lines.append(f"| {' | '.join([source or 'test', name, _shown(value), *published])} |")
+        lines.append(f"| {' | '.join([source, name, _shown(value), *published])} |")
     return lines
 
 
@@ -86,7 +86,7 @@ def _table(figures: Figures, headline: str) -> Table:
         table.add_column(heading, justify="right")
     for source, name, value, paper in _rows(figures, headline):
         published = [_shown(number) for number in paper] if paper else ["", ""]
-        cells = [source or "test", name, _shown(value), *published]
+        cells = [source, name, _shown(value), *published]
         table.add_row(*map(Text, cells), style="bold" if name == headline else "")
     return table
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.facts import git_state, hardware, versions
 from perception_r1.callbacks.files import run_folder, write_json
+from perception_r1.task import Task
 
 _MAX_REASON = 300
 """Longest reason of a failure, in characters: the traceback is in the log."""
@@ -92,6 +94,7 @@ def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
             "module": getattr(pl_module, "seed", None),
             "torch": torch.initial_seed(),
         },
+        "task": _described(getattr(pl_module, "task", None)),
         "data": fingerprint() if fingerprint is not None else None,
         "policy": {
             "name": getattr(getattr(pl_module, "policy_config", None), "name", None),
@@ -100,6 +103,13 @@ def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         },
         "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
+
+
+def _described(task: Task[Any, Any] | None) -> dict[str, Any] | None:
+    """The task as it was in this run, options that follow from the data included: its class and their values."""
+    if task is None:
+        return None
+    return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "init_args": asdict(task)}
 
 
 def _results(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

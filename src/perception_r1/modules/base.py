@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
 from perception_r1.metrics import SourceMetrics, score_means, task_metrics, update_metrics
+from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_batches
 from perception_r1.policy.policy import Policy
@@ -305,25 +306,15 @@ class PolicyModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What training changes, and no more: frozen weights come from the model's folder again."""
-        named = self.named_parameters(remove_duplicate=False)  # a tied weight is in the state under each of its names
-        frozen = {name for name, parameter in named if not parameter.requires_grad}
-        state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name not in frozen}
+        return trained_entries(self, super().state_dict(*args, **kwargs))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restore exactly the entries that `state_dict` gives.
 
         Raises:
-            UserError: An entry is missing or unexpected.
+            UserError: An entry is missing, unexpected or of another shape.
         """
-        expected = self.state_dict()
-        missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
-        if missing or unexpected:
-            kind, names = ("misses", missing) if missing else ("has unexpected", unexpected)
-            raise UserError(
-                f"The checkpoint {kind} {len(names)} entries, first {names[0]}: it was written with another model, "
-                "adapter or frozen part."
-            )
+        check_entries(self.state_dict(), state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -336,8 +327,7 @@ class PolicyModule(LightningModule):
         Raises:
             UserError: The checkpoint is not one of ours.
         """
-        if "run" not in checkpoint:
-            raise UserError("The checkpoint was not written by a run of this program; give its last.ckpt or best.ckpt.")
+        check_origin(checkpoint)
         self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]
 

@@ -1,0 +1,114 @@
+"""`perception-r1 export`: a run's checkpoint as a folder in the hub's layout, for transformers, vLLM or the hub.
+
+Run -> policy with the checkpoint's weights -> adapter merged -> weights, configuration, processor, model card.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers.utils import VIDEO_PROCESSOR_NAME, cached_file
+
+from perception_r1.errors import UserError
+from perception_r1.model_card import model_card
+from perception_r1.options import check_unused, known, new_parser, parse, run_command
+from perception_r1.policy.policy import Policy
+from perception_r1.runs import checkpoint_path, load_checkpoint, open_run
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types in which weights can be written."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export a checkpoint.
+
+    Returns:
+        0, or 2 after a user's error, which is told in one sentence on stderr.
+    """
+    return run_command("export", _export, argv)
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = new_parser("export", "Write a run's checkpoint as a folder in the hub's layout.")
+    parser.add_argument("run", type=Path, help="Folder of the run: logs/TASK/version_N.")
+    parser.add_argument("--to", type=Path, required=True, help="Folder to write; it must not exist or be empty.")
+    parser.add_argument("--ckpt", default="best", help="best, last, or a file of the run.")
+    parser.add_argument("--adapter", action="store_true", help="Write the adapter alone, in the layout of peft.")
+    parser.add_argument(
+        "--dtype", type=str | None, help=f"Type of the weights written, one of {', '.join(DTYPES)}; else as trained."
+    )
+    options = parse(parser, argv)
+    dtype = None if options.dtype is None else known("--dtype", options.dtype, DTYPES)
+    check_unused("--to", options.to)
+    run = open_run(options.run)
+    if options.adapter and run.policy.lora is None:
+        raise UserError(f"the run {run.folder} trained no adapter: leave out --adapter to export its weights")
+    checkpoint = checkpoint_path(run, options.ckpt)
+    policy, step = load_checkpoint(run.policy, checkpoint)
+    with _whole_folder(options.to) as folder:
+        if options.adapter:
+            save_adapter(policy, folder, dtype=dtype)
+        else:
+            save_merged(policy, folder, dtype=dtype)
+            _copy_video_settings(run.policy.name, folder)
+        card = model_card(run, checkpoint=checkpoint, step=step, is_adapter=options.adapter)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    sys.stderr.write(f"Wrote step {step} of {run.folder} to {options.to}.\n")
+    return 0
+
+
+def save_merged(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a policy as a plain model, its adapter merged into the weights; the policy is used up.
+
+    Args:
+        policy: With or without adapter.
+        folder: Where to write.
+        dtype: Type of the weights; None for that in which the model itself was trained.
+    """
+    dtype = dtype or policy.model.dtype
+    network = cast(Any, policy.network)
+    if network is not policy.model:
+        network = network.float().merge_and_unload()  # in float32, so that the sum is rounded once
+    network.to(dtype).save_pretrained(folder)
+    policy.processor.save(folder)
+
+
+def save_adapter(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the adapter of a policy in the layout of peft; the policy is used up.
+
+    Args:
+        policy: With an adapter.
+        folder: Where to write.
+        dtype: Type of the adapter's weights; None for that in which it was trained.
+    """
+    network = cast(Any, policy.network)
+    (network if dtype is None else network.to(dtype)).save_pretrained(folder)
+
+
+def _copy_video_settings(name: str, folder: Path) -> None:
+    """Keep the base model's settings for videos, which its own processor reads beside those for pictures."""
+    try:
+        path = cached_file(name, VIDEO_PROCESSOR_NAME)
+    except OSError:  # the older families have none, and take those for pictures
+        return
+    shutil.copyfile(cast(str, path), folder / VIDEO_PROCESSOR_NAME)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside another, which takes its place once all is written; a failure leaves nothing of it."""
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}.part")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        os.replace(draft, folder)
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"--to {folder} cannot be written: {error.strerror or error}") from error
+        raise

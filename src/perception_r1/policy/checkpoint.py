@@ -1,0 +1,77 @@
+"""What a checkpoint holds of a model, and how strictly it is taken up: the same for training and for use."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perception_r1.errors import UserError
+
+
+def trained_entries(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What training changes of a module's state: all but frozen weights, which come from the model's folder again.
+
+    Args:
+        module: The module.
+        state: Its whole state, by name.
+    """
+    named = module.named_parameters(remove_duplicate=False)  # a tied weight is in the state under each of its names
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def check_entries(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint whose entries are not exactly those expected, in name and shape.
+
+    Raises:
+        UserError: An entry is missing, unexpected or of another shape.
+    """
+    missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    misshapen = sorted(name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape)
+    for fault, names in (("misses", missing), ("has unexpected", unexpected), ("has other shapes of", misshapen)):
+        if names:
+            raise UserError(
+                f"The checkpoint {fault} {len(names)} entries, first {names[0]}: it was written with another model, "
+                "adapter or frozen part."
+            )
+
+
+def check_origin(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that another program has written.
+
+    Raises:
+        UserError: It is not one of ours.
+    """
+    if "run" not in checkpoint:
+        raise UserError("The checkpoint was not written by a run of this program; give its last.ckpt or best.ckpt.")
+
+
+def restore(policy: nn.Module, path: Path) -> int:
+    """Give a policy the weights of a run's checkpoint.
+
+    Args:
+        policy: A policy loaded with the configuration of the run.
+        path: The checkpoint.
+
+    Returns:
+        The optimiser step at which the checkpoint was written.
+
+    Raises:
+        UserError: The file is no checkpoint of ours, or does not fit the policy.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"The checkpoint {path} cannot be read: {reason}") from error
+    check_origin(checkpoint)
+    holder = nn.ModuleDict({"policy": policy})  # its entries have the names that they have in a training module
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    check_entries(trained_entries(holder, holder.state_dict()), state)
+    if {value.dtype for value in state.values()} == {torch.bfloat16}:
+        policy.to(torch.bfloat16)  # trained so by trainer.precision bf16-true, whatever the model was read in
+    holder.load_state_dict(state, strict=False)
+    return checkpoint["global_step"]

@@ -1,0 +1,202 @@
+"""`perception-r1 predict`: what a run or a model answers to pictures, as JSON lines and, if wanted, drawn on them."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
+
+import jsonargparse
+import torch
+from PIL import Image
+from rich.console import Console
+
+from perception_r1.answers import Answer, answer_pictures, find_pictures
+from perception_r1.callbacks.displays import Lines, open_display
+from perception_r1.drawing import annotate, draw_card
+from perception_r1.errors import UserError
+from perception_r1.options import (
+    check_unused,
+    first_positional,
+    known,
+    make_task,
+    new_parser,
+    option_value,
+    parse,
+    run_command,
+    task_values,
+)
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
+from perception_r1.runs import CARD, Run, checkpoint_path, is_run, load_checkpoint, open_run
+from perception_r1.task import Task
+from perception_r1.tasks import TASKS
+
+_MAX_NEW_TOKENS = 2048
+"""Longest completion of a model that comes without a run, that of `configs/task` where answers are longest."""
+_LINE_SECONDS = 20.0
+"""Longest time between two plain lines of progress."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Answer pictures: one JSON line each to stdout.
+
+    Returns:
+        0; 1 when some pictures could not be answered, each of them named on stderr; 2 after a user's error, which is
+        told in one sentence on stderr.
+    """
+    return run_command("predict", _predict, argv)
+
+
+def _predict(argv: Sequence[str]) -> int:
+    source = first_positional(argv)
+    run = open_run(Path(source)) if source is not None and is_run(Path(source)) else None
+    task_class, defaults = _task_class(run, option_value(argv, "--task"))
+    parser = _parser(task_class, defaults)
+    options = parse(parser, argv)
+    if task_class is None:
+        raise UserError(f"--task is needed where no run tells it: one of {', '.join(TASKS)}")
+    task = make_task(task_class, task_values(task_class, options))
+    query = _query(task, options.query)
+    paths = find_pictures(options.pictures)
+    if options.out is not None:
+        check_unused("--out", options.out)
+    policy, max_new_tokens = _load(run, options)
+    answers = answer_pictures(policy, task, paths, query=query, max_new_tokens=max_new_tokens)
+    num_failed = _write(answers, task, len(paths), options.out)
+    if num_failed:
+        sys.stderr.write(f"{num_failed} of {len(paths)} pictures could not be answered.\n")
+    return int(num_failed > 0)
+
+
+def _parser(task_class: type[Task[Any, Any]] | None, defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
+    """The options, those of the task with the values that the run had."""
+    parser = new_parser(
+        "predict",
+        "Answer pictures: one JSON line each on stdout, boxes in pixels of the upright picture.",
+        "With a run or --task, this help also shows the options of the task.",
+    )
+    parser.add_argument("model", help="Folder of a run, or a model: hub id or folder in the hub's layout.")
+    parser.add_argument("pictures", type=Path, nargs="+", help="Pictures, or folders of pictures.")
+    parser.add_argument("--task", type=str | None, help=f"One of {', '.join(TASKS)}; a run knows its own.")
+    parser.add_argument("--query", type=str | None, help='What the prompt asks for, where it asks: "red cup".')
+    parser.add_argument("--ckpt", type=str | None, help="Checkpoint of a run: best (the default), last, or a file.")
+    parser.add_argument("--out", type=Path | None, help="Folder for annotated pictures and predictions.jsonl.")
+    parser.add_argument("--max_new_tokens", type=int | None, help="Longest completion; else that of the run.")
+    parser.add_argument("--min_pixels", type=int | None, help="Smaller pictures are enlarged to this many pixels.")
+    parser.add_argument("--max_pixels", type=int | None, help="Larger pictures are shrunk to this many pixels.")
+    if task_class is not None:
+        parser.add_class_arguments(task_class, as_group=True)
+        parser.set_defaults(defaults)
+    return parser
+
+
+def _task_class(run: Run | None, name: str | None) -> tuple[type[Task[Any, Any]] | None, dict[str, Any]]:
+    """The task's class and the values of its options in the run; `--task` may name another than the run's.
+
+    Raises:
+        UserError: No task has this name.
+    """
+    if run is not None and name in (None, run.task.name):
+        return type(run.task), asdict(run.task)
+    return (None, {}) if name is None else (known("--task", name, TASKS), {})
+
+
+def _query(task: Task[Any, Any], query: str | None) -> str:
+    """What fills the slot of the task's prompt; nothing when it has none.
+
+    Raises:
+        UserError: The query is missing, or has no place in the prompt.
+    """
+    has_slot = task.prompt("a") != task.prompt("b")
+    if has_slot and not query:
+        raise UserError(f"--query is needed: {task.name} asks {task.prompt('{query}')!r}")
+    if query and not has_slot:
+        raise UserError(f"--query has no place in the prompt of {task.name}, {task.prompt('')!r}: leave it out")
+    return query or ""
+
+
+def _load(run: Run | None, options: jsonargparse.Namespace) -> tuple[Policy, int]:
+    """The policy on its device, and its longest completion.
+
+    Raises:
+        UserError: The model or the checkpoint cannot be used, or a number is out of range.
+    """
+    max_new_tokens = _MAX_NEW_TOKENS if run is None else run.max_new_tokens
+    if options.max_new_tokens is not None:
+        max_new_tokens = options.max_new_tokens
+    if max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    given = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
+    if run is not None:
+        policy, _ = load_checkpoint(replace(run.policy, **given), checkpoint_path(run, options.ckpt or "best"))
+    elif options.ckpt is not None:
+        raise UserError(f"--ckpt is for a run, and {options.model} is none: it has no {CARD}")
+    else:
+        policy = Policy.load(PolicyConfig(name=options.model, **given), is_trained=False)
+    return policy.to("cuda" if torch.cuda.is_available() else "cpu"), max_new_tokens
+
+
+def _write(answers: Iterator[list[Answer | UserError]], task: Task[Any, Any], total: int, out: Path | None) -> int:
+    """Write answers as they come, errors to stderr and progress beside them; the number of pictures without answer."""
+    stdout = sys.stdout  # a bar on the terminal redirects it; the lines must go where the caller wants them
+    files = [stdout]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        files.append((out / "predictions.jsonl").open("w", encoding="utf-8"))
+    console = Console(stderr=True)
+    # bars and JSON lines on one terminal would overwrite each other
+    display = Lines(console, _LINE_SECONDS) if stdout.isatty() else open_display(console, _LINE_SECONDS)
+    display.start("pictures", 0, total)
+    num_done = num_failed = 0
+    try:
+        for batch in answers:
+            for answer in batch:
+                if isinstance(answer, UserError):
+                    num_failed += 1
+                    console.print(str(answer), soft_wrap=True, highlight=False, markup=False)
+                else:
+                    _write_one(answer, task, files, out)
+            num_done += len(batch)
+            display.advance("pictures", num_done, {})
+    finally:
+        display.close()
+        for file in files[1:]:
+            file.close()
+    return num_failed
+
+
+def _write_one(answer: Answer, task: Task[Any, Any], files: Sequence[IO[str]], out: Path | None) -> None:
+    """One answer as a line of JSON, in ASCII, so that no character of a completion can break the line."""
+    record = {
+        "image": answer.sample.id,
+        "query": answer.sample.query,
+        "completion": answer.completion,
+        "prediction": answer.description,
+    }
+    line = json.dumps(record, allow_nan=False) + "\n"
+    for file in files:
+        file.write(line)
+        file.flush()
+    if out is not None:
+        draw(answer, task).save(_free_name(out, Path(answer.sample.id).stem))
+
+
+def draw(answer: Answer, task: Task[Any, Any]) -> Image.Image:
+    """The picture with what was predicted on it; of a task that marks no places a card with the words."""
+    image = answer.sample.image
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"The image of {answer.sample.id} is still a path; load it before it is drawn.")
+    if type(task).marks is Task.marks:
+        fields = {"prompt": task.prompt(answer.sample.query), "completion": answer.completion}
+        return draw_card(image, title=Path(answer.sample.id).name, fields=fields)
+    return annotate(image, [], [] if answer.prediction is None else task.marks(answer.prediction))
+
+
+def _free_name(folder: Path, stem: str) -> Path:
+    """A file for a picture; pictures of one name from different folders are numbered."""
+    path, number = folder / f"{stem}.png", 2
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.png", number + 1
+    return path

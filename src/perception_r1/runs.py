@@ -1,0 +1,131 @@
+"""A run's folder, opened without trainer, logger or data: its task, its model, its checkpoints and its card."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from perception_r1.callbacks.checkpoints import FOLDER
+from perception_r1.errors import UserError
+from perception_r1.options import plain
+from perception_r1.policy.checkpoint import restore
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
+from perception_r1.task import Task
+
+CARD = "run.json"
+"""The file that makes a folder a run."""
+CHECKPOINTS = ("best", "last")
+"""Names of the checkpoints that a run keeps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a run's folder says.
+
+    Attributes:
+        folder: `logs/TASK/version_N`.
+        training: Name of the class that trained it, `GRPO` or `SFT`.
+        task: The task as it was trained, with the categories that came from the data.
+        policy: The model that was trained and what of it; its name is that of the warmed-up folder for `tiny`.
+        max_new_tokens: Longest completion, end token included.
+        card: `run.json`, see `callbacks/run_card.py`.
+    """
+
+    folder: Path
+    training: str
+    task: Task[Any, Any]
+    policy: PolicyConfig
+    max_new_tokens: int
+    card: Mapping[str, Any]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / CARD).is_file()
+
+
+def open_run(folder: Path) -> Run:
+    """Read what a run's folder says; no weights are read yet.
+
+    Raises:
+        UserError: The folder is not that of a run, its files are damaged, or the model that it started from is gone.
+    """
+    if not is_run(folder):
+        raise UserError(f"there is no run in {folder}: give a folder with a {CARD}, such as logs/counting/version_0")
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        module = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+        training, settings = module["class_path"].rpartition(".")[2], module["init_args"]
+        name = card["policy"]["name"]
+        values = {
+            "task": card["task"],
+            "policy": settings["policy"] | {"name": name},
+            "max_new_tokens": settings["max_new_tokens"],
+        }
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{CARD} or config.yaml of {folder} does not tell what was trained ({reason})") from error
+    if name != settings["policy"]["name"] and not Path(name).is_dir():
+        raise UserError(f"the run {folder} started from the warmed-up model {name}, which is gone: train it again")
+    made = _instantiated(values, folder)
+    return Run(
+        folder=folder,
+        training=training,
+        task=made.task,
+        policy=made.policy,
+        max_new_tokens=made.max_new_tokens,
+        card=card,
+    )
+
+
+def checkpoint_path(run: Run, name: str) -> Path:
+    """The file of a checkpoint.
+
+    Args:
+        run: The run.
+        name: `best`, `last`, or the path of a file.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    kept = {known: run.folder / FOLDER / f"{known}.ckpt" for known in CHECKPOINTS}
+    path = kept.get(name, Path(name))
+    if not path.is_file():
+        found = [known for known, file in kept.items() if file.is_file()]
+        others = f"it has {' and '.join(found)}" if found else "it has none"
+        what = f"the run {run.folder} has no {name}.ckpt" if name in kept else f"there is no checkpoint {name}"
+        raise UserError(f"{what}: --ckpt is best, last or a file of the run, and {others}")
+    return path
+
+
+def load_checkpoint(config: PolicyConfig, path: Path) -> tuple[Policy, int]:
+    """A run's policy with the weights of a checkpoint, in evaluation mode, and the step at which they were saved.
+
+    Raises:
+        UserError: The model cannot be loaded, or the checkpoint does not fit it.
+    """
+    policy = Policy.load(config)
+    step = restore(policy, path)
+    return policy.eval(), step
+
+
+def _instantiated(values: dict[str, Any], folder: Path) -> jsonargparse.Namespace:
+    """Task, policy configuration and length from the values that the run's files give.
+
+    Raises:
+        UserError: A value is of the wrong type, unknown, or names a class that is not there.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--task", type=Task, required=True)
+    parser.add_argument("--policy", type=PolicyConfig, required=True)
+    parser.add_argument("--max_new_tokens", type=int, required=True)
+    try:
+        return parser.instantiate(parser.parse_object(values))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(f"the run {folder} cannot be opened: {plain(str(error))}") from error
