@@ -128,7 +128,7 @@ def taken(take: str, size: int, seed: int) -> Sequence[int]:
     >>> taken("first:3", 10, 0), taken("last:20%", 10, 0)
     (range(0, 3), range(8, 10))
     >>> taken("random:30%", 10, seed=1)
-    [1, 2, 9]
+    [1, 2, 4]
 
     Raises:
         ValueError: There are not so many rows.

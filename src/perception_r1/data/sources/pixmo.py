@@ -1,5 +1,6 @@
 """PixMo-Count: a data set whose pictures have to be fetched by URL."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,9 @@ from typing import Any
 
 from perception_r1.data.sources.base import DataError
 from perception_r1.data.sources.hub import Hub
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+"""A digest in hex."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,4 +86,5 @@ class PixMoCount(Hub):
             url, sha256 = (entry[column] or "" for column in columns)
             if sha256 not in seen:
                 seen.add(sha256)
-                yield Download(url=url, sha256=sha256, path=self.images / sha256)
+                name = sha256 if SHA256.fullmatch(sha256) else f"malformed-{number + 1}"  # may name any place
+                yield Download(url=url, sha256=sha256, path=self.images / name)
