@@ -192,7 +192,9 @@ def test_as_many_as_asked_for_are_fetched_at_once(server, tmp_path, num_threads)
     assert (num_threads + 1) // 2 <= server.most_open <= num_threads
 
 
-@pytest.mark.parametrize("url", ["", "file:///etc/passwd", "ftp://a/b", "data:,x", "/etc/passwd", "http://", "http://[x"])
+@pytest.mark.parametrize(
+    "url", ["", "file:///etc/passwd", "ftp://a/b", "data:,x", "/etc/passwd", "http://", "http://[x"]
+)
 def test_other_urls_are_refused(tmp_path, url):
     wanted = Download(url=url, sha256="0" * 64, path=tmp_path / "x")
     assert fetch([wanted]) == report(failed=1)

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -108,9 +107,7 @@ def contents(batches: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["JsonLines", "Conversations", "PerceptionR1", "Coco", "RefCoco", "Hub", "PixMoCount"]
-)
+@pytest.mark.parametrize("name", ["JsonLines", "Conversations", "PerceptionR1", "Coco", "RefCoco", "Hub", "PixMoCount"])
 def test_samples_can_be_read_by_workers_and_sent_to_processes(tmp_path, name):
     make, task = sources(tmp_path)[name]
     samples = load(make(), task, name="its name")
@@ -122,17 +119,3 @@ def test_samples_can_be_read_by_workers_and_sent_to_processes(tmp_path, name):
     )
     assert contents(loader) == here
     assert contents(pickle.loads(pickle.dumps(dataset))[indices] for indices in sampler) == here
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="names of files differ")
-def test_workers_that_are_started_afresh_read_tables_too(tmp_path):
-    make, task = sources(tmp_path)["Hub"]
-    dataset = BatchDataset(load(make(), task))
-    loader: DataLoader[Batch] = DataLoader(
-        dataset,
-        sampler=EvalBatches(len(dataset), batch_size=2),
-        batch_size=None,
-        num_workers=2,
-        multiprocessing_context="spawn",
-    )
-    assert len(contents(loader)) == len(dataset)
