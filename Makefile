@@ -23,13 +23,15 @@ INSTALLED := $(VENV)/.installed
 CONFIG := -c configs/default.yaml -c configs/task/$(TASK).yaml
 CONFIG += $(if $(wildcard configs/model/$(MODEL).yaml),-c configs/model/$(MODEL).yaml,--model.policy.name $(MODEL))
 CONFIG += $(addprefix -c ,$(wildcard configs/$(MODEL)/$(TASK).yaml))
-OPTIONS := --seed_everything $(SEED) $(if $(DATA),--data.train_file $(DATA)) $(ARGS)
+# DATA is the name of a file in configs/data, or a file of JSON lines to train on; empty, there are made scenes.
+CONFIG += $(if $(DATA),$(if $(wildcard configs/data/$(DATA).yaml),-c configs/data/$(DATA).yaml,--data.train_file $(DATA)))
+OPTIONS := --seed_everything $(SEED) $(ARGS)
 
 .PHONY: help install train sft eval predict export tensorboard test lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder PICTURES='files or folders' ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder PICTURES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 

@@ -1,4 +1,3 @@
-import itertools
 import logging
 import warnings
 from pathlib import Path
@@ -43,9 +42,6 @@ class Recorder(LightningModule):
         self.evaluated += [sample.id for sample in batch]
 
     test_step = validation_step
-
-    def predict_step(self, batch, batch_idx):
-        return [sample.id for sample in batch]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -154,15 +150,13 @@ def test_every_precision_hands_the_samples_over_whole(task, tmp_path, precision)
     assert len(fit(task, tmp_path, max_epochs=1, precision=precision).seen) == STEPS_PER_EPOCH
 
 
-def test_validation_test_and_prediction_show_every_sample_once_in_order(task, tmp_path):
+def test_validation_and_test_show_every_sample_once_in_order(task, tmp_path):
     model, module = Recorder(), data(task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer(tmp_path).validate(model, datamodule=module, verbose=False)
         trainer(tmp_path).test(model, datamodule=module, verbose=False)
-        predicted = trainer(tmp_path).predict(model, datamodule=module)
     assert model.evaluated == [f"val-{i}" for i in range(4)] + [f"test-{i}" for i in range(5)]
-    assert list(itertools.chain(*predicted)) == [f"test-{i}" for i in range(5)]
 
 
 def test_overfit_batches_is_refused(task, tmp_path):

@@ -4,14 +4,15 @@ import io
 import warnings
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from perception_r1.errors import UserError
 from perception_r1.records import Picture
 
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
-
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+"""What a file may be: pictures only. Pillow would hand others to programs (EPS to Ghostscript)."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # comes at half of what Pillow refuses
 
@@ -65,7 +66,9 @@ def check_image(picture: Picture, *, is_decoded: bool = True) -> tuple[int, int]
 
 def _open(picture: Picture) -> Image.Image:
     """The picture, not decoded yet."""
-    return Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture.read()))
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    return Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture.read()), formats=formats)
 
 
 def _explained(picture: Picture, error: Exception) -> ImageError:
@@ -74,4 +77,6 @@ def _explained(picture: Picture, error: Exception) -> ImageError:
         return ImageError(f"no such file: {picture}")
     if isinstance(error, Image.DecompressionBombError):
         return ImageError(f"{picture} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, make it smaller")
+    if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory where there is no file
+        return ImageError(f"cannot read {picture} as a picture (it has none of the known forms)")
     return ImageError(f"cannot read {picture} as a picture ({str(error) or type(error).__name__})")

@@ -18,7 +18,7 @@ from perception_r1.data.scenes import SceneSource, Split, scene_fingerprint
 from perception_r1.data.sources import DataError, JsonLines, Source
 from perception_r1.data.worlds import World
 from perception_r1.errors import UserError
-from perception_r1.records import Sample
+from perception_r1.records import Blob, Sample
 from perception_r1.task import Task
 
 Samples = Sequence[Sample[Any]]
@@ -309,7 +309,12 @@ def _divide(
 
 
 def _image_key(sample: Sample[Any], sources: Sequence[Source]) -> str:
-    """The image's path from the folder of the first source's pictures: the same on every machine."""
+    """The image's path from the folder of the first source's pictures: the same on every machine.
+
+    A table may hold a picture several times, under different names; there its content counts.
+    """
+    if isinstance(sample.image, Blob):
+        return _digest(sample.image.read()).hex()
     folder = next((source.images for source in sources if source.images is not None), None)
     is_file = folder is not None and isinstance(sample.image, Path)
     return os.path.relpath(str(sample.image), folder) if is_file else str(sample.image)

@@ -9,8 +9,9 @@ image, upright (after its EXIF orientation), origin top left.
     ocr         {"image": "a.jpg", "text": "first line\nsecond line"}
 
 Objects of detection may also have "area" (of the outline, in pixels squared) and "crowd" (true for a region of many).
-Every row may also have "width", "height" and "id", and a "unit" of its coordinates: "pixels" unless it says
-"fractions", "percent" or "thousandths" of the image's width and height.
+Every row may also have "width", "height" and "id", a "unit" of its coordinates: "pixels" unless it says "fractions",
+"percent" or "thousandths" of the image's width and height, and a "slack": pixels, at most one, by which coordinates may
+lie outside the image because somebody rounded them; they are cut at its edge.
 """
 
 import math
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from perception_r1.records import Annotation, Box, LabelledBox, Point
 
 _TOLERANCE = 1e-6
-"""Pixels by which a coordinate may lie outside the image: rounding of fractions that were turned into pixels."""
+"""Pixels by which a coordinate may lie outside the image anyway: rounding of fractions that were turned into pixels."""
 _MAX_INTEGER = 2**31 - 1
 _UNITS = {"fractions": 1, "percent": 100, "thousandths": 1000}
 """Units that divide width and height alike, by their number in the whole image."""
@@ -41,7 +42,7 @@ class Row:
         self.width = width
         self.height = height
         unit = values.get("unit")
-        self._unit = "pixels" if unit is None else unit if isinstance(unit, str) else _show(unit)
+        self._unit = "pixels" if unit is None else unit if isinstance(unit, str) else show(unit)
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
@@ -54,7 +55,7 @@ class Row:
         """A whole number."""
         value = self._get(key, "a whole number")
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= _MAX_INTEGER:
-            raise RowError(f"{key}: must be a whole number of at least {minimum}, got {_show(value)}")
+            raise RowError(f"{key}: must be a whole number of at least {minimum}, got {show(value)}")
         return value
 
     def box(self, key: str) -> Box:
@@ -83,7 +84,7 @@ class Row:
 
     def _object(self, value: object, name: str) -> Annotation:
         if not isinstance(value, Mapping):
-            raise RowError(f'{name}: must be an object {{"box": ..., "label": ...}}, got {_show(value)}')
+            raise RowError(f'{name}: must be an object {{"box": ..., "label": ...}}, got {show(value)}')
         for key in ("box", "label"):
             if value.get(key) is None:
                 raise RowError(f'{name}.{key}: is missing, an object needs both "box" and "label"')
@@ -99,7 +100,7 @@ class Row:
         self._check_inside(name, value, xs=(x1, x2), ys=(y1, y2))
         box = self._across(x1), self._down(y1), self._across(x2), self._down(y2)
         if box[0] >= box[2] or box[1] >= box[3]:
-            raise RowError(f"{name}: must have x1 < x2 and y1 < y2, got {_show(value)}")
+            raise RowError(f"{name}: must have x1 < x2 and y1 < y2, got {show(value)}")
         return box
 
     def _point(self, value: object, name: str) -> Point:
@@ -109,9 +110,10 @@ class Row:
 
     def _check_inside(self, name: str, value: object, *, xs: tuple[float, ...], ys: tuple[float, ...]) -> None:
         width, height = self._extent()
-        low, right, bottom = -_TOLERANCE, width + _TOLERANCE, height + _TOLERANCE
-        if not (all(low <= x <= right for x in xs) and all(low <= y <= bottom for y in ys)):
-            raise RowError(f"{name}: must lie inside the image of {width} x {height} {self._unit}, got {_show(value)}")
+        slack = self._slack()
+        across, down = slack * width / self.width, slack * height / self.height
+        if not (all(-across <= x <= width + across for x in xs) and all(-down <= y <= height + down for y in ys)):
+            raise RowError(f"{name}: must lie inside the image of {width} x {height} {self._unit}, got {show(value)}")
 
     def _across(self, x: float) -> float:
         return min(1.0, max(0.0, x / self._extent()[0]))
@@ -119,28 +121,37 @@ class Row:
     def _down(self, y: float) -> float:
         return min(1.0, max(0.0, y / self._extent()[1]))
 
+    def _slack(self) -> float:
+        """Pixels by which a coordinate may lie outside the image."""
+        value = self.values.get("slack")
+        if value is None:
+            return _TOLERANCE
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise RowError(f"slack: must be a number of pixels from 0 to 1, got {show(value)}")
+        return max(value, _TOLERANCE)
+
     def _extent(self) -> tuple[int, int]:
         """Width and height of the image in the row's unit."""
         if self._unit == "pixels":
             return self.width, self.height
         if self._unit not in _UNITS:
-            raise RowError(f"unit: must be one of pixels, {', '.join(_UNITS)}, got {_show(self.values['unit'])}")
+            raise RowError(f"unit: must be one of pixels, {', '.join(_UNITS)}, got {show(self.values['unit'])}")
         return _UNITS[self._unit], _UNITS[self._unit]
 
 
 def _text(value: object, name: str, may_be_empty: bool) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{name}: must be a text, got {_show(value)}")
+        raise RowError(f"{name}: must be a text, got {show(value)}")
     if not may_be_empty and not value.strip():
-        raise RowError(f"{name}: must not be blank, got {_show(value)}")
+        raise RowError(f"{name}: must not be blank, got {show(value)}")
     if any("\ud800" <= char <= "\udfff" for char in value):
-        raise RowError(f"{name}: must be valid Unicode, got half of a surrogate pair in {_show(value)}")
+        raise RowError(f"{name}: must be valid Unicode, got half of a surrogate pair in {show(value)}")
     return value
 
 
 def _list(value: object, name: str, plural: str) -> list[object] | tuple[object, ...]:
     if not isinstance(value, list | tuple):
-        raise RowError(f"{name}: must be a list of {plural}, got {_show(value)}")
+        raise RowError(f"{name}: must be a list of {plural}, got {show(value)}")
     return value
 
 
@@ -148,10 +159,10 @@ def _numbers(value: object, name: str, axes: tuple[str, ...], unit: str) -> tupl
     """As many finite numbers as there are axes."""
     wanted = f"[{', '.join(axes)}] in {unit}"
     if not isinstance(value, list | tuple) or len(value) != len(axes):
-        raise RowError(f"{name}: must be {wanted}, got {_show(value)}")
+        raise RowError(f"{name}: must be {wanted}, got {show(value)}")
     for axis, number in zip(axes, value, strict=True):
         if not isinstance(number, int | float) or isinstance(number, bool):
-            raise RowError(f"{name}: must be {wanted}, but {axis} is {_show(number)}, not a number")
+            raise RowError(f"{name}: must be {wanted}, but {axis} is {show(number)}, not a number")
         if not _is_finite(number):
             raise RowError(f"{name}: must be {wanted}, but {axis} is not a finite number")
     return tuple(float(number) for number in value)
@@ -162,14 +173,14 @@ def _area(value: object, name: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value) or value < 0:
-        raise RowError(f"{name}: must be a number of pixels squared from 0 on, got {_show(value)}")
+        raise RowError(f"{name}: must be a number of pixels squared from 0 on, got {show(value)}")
     return float(value)
 
 
 def _claim(value: object, name: str) -> bool:
     """True or false; false when it is not told."""
     if value is not None and not isinstance(value, bool):
-        raise RowError(f"{name}: must be true or false, got {_show(value)}")
+        raise RowError(f"{name}: must be true or false, got {show(value)}")
     return bool(value)
 
 
@@ -180,7 +191,7 @@ def _is_finite(number: float) -> bool:
         return False
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     """A short form for messages; Python refuses to print a number of many thousand digits."""
     try:
         return reprlib.repr(value)

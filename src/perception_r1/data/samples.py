@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
 from perception_r1.data.images import ImageError, check_image
-from perception_r1.data.rows import Row, RowError
+from perception_r1.data.rows import Row, RowError, show
 from perception_r1.data.sources import DataError, Source, SourceRow
 from perception_r1.errors import UserError
 from perception_r1.records import Picture, Sample, TargetT
@@ -182,7 +182,7 @@ def check(
                 try:
                     yield Checked(row=row, sample=_checked_sample(row, task, sizes, ids))
                 except RowError as error:
-                    yield Checked(row=row, problem=f"{row.place}: {error}")
+                    yield Checked(row=row, problem=" ".join(f"{row.place}: {error}".splitlines()))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -231,7 +231,7 @@ def _new_id(row: SourceRow, ids: dict[str, str]) -> str:
     if value is None:
         value = row.number
     elif isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError(f"id: must be a text or a whole number, got {value!r}")
+        raise RowError(f"id: must be a text or a whole number, got {show(value)}")
     name = str(value)
     if name in ids:
         raise RowError(f"id: must be unique, but {name!r} is also that of {ids[name]}")

@@ -8,16 +8,21 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
 from perception_r1.records import Picture
 
 
 class DataError(UserError):
-    """Data that cannot be used; the message names file, line and key."""
+    """Data that cannot be used; the message names file, line and key, all in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +85,9 @@ class Source(ABC):
         for row in self:
             objects = row.values.get("objects")
             for item in objects if isinstance(objects, list | tuple) else ():
-                if isinstance(item, Mapping) and isinstance(item.get("label"), str):
-                    found.add(item["label"])
+                if isinstance(item, Mapping):
+                    with suppress(RowError):  # a bad label makes a bad row, of which the check tells
+                        found.add(Row(item, width=1, height=1).text("label"))
         return tuple(sorted(found))
 
     @cached_property
@@ -90,8 +96,16 @@ class Source(ABC):
 
     @cached_property
     def numbers(self) -> Sequence[int]:
-        """Which rows are taken."""
-        return taken(self.take, len(self._rows), self.seed)
+        """Which rows are taken.
+
+        Raises:
+            DataError: The source cannot be read or has fewer rows.
+        """
+        size = len(self._rows)
+        try:
+            return taken(self.take, size, self.seed)
+        except ValueError as error:
+            raise DataError(f"{self}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -109,7 +123,7 @@ class Source(ABC):
 
 
 def taken(take: str, size: int, seed: int) -> Sequence[int]:
-    """Numbers of the rows that `Source.take` means, in ascending order.
+    """Numbers of the rows that `take` means (see `Source`), in ascending order.
 
     >>> taken("first:3", 10, 0), taken("last:20%", 10, 0)
     (range(0, 3), range(8, 10))
@@ -117,14 +131,14 @@ def taken(take: str, size: int, seed: int) -> Sequence[int]:
     [1, 2, 4]
 
     Raises:
-        DataError: There are not so many rows.
+        ValueError: There are not so many rows.
     """
     kind, number, is_percent = _parse(take)
     if kind == "all":
         return range(size)
     count = max(1, round(size * number / 100)) if is_percent else int(number)
     if count > size:
-        raise DataError(f"take: {take!r} asks for {count} rows, but there are only {size}")
+        raise ValueError(f"take: {take!r} asks for {count} rows, but there are only {size}")
     if kind == "random":
         return sorted(random.Random(seed).sample(range(size), count))
     return range(count) if kind == "first" else range(size - count, size)

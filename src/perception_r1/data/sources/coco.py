@@ -1,12 +1,10 @@
-"""Sources in COCO's annotation files: detection, and referring expressions (RefCOCO, RefCOCO+, RefCOCOg).
+"""Sources in COCO's annotation files: all objects of each image.
 
 Of a file only names, sizes and boxes are kept, in arrays; outlines are dropped while the file is read.
 """
 
-import io
 import json
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,12 @@ import numpy as np
 
 from perception_r1.data.sources.base import DataError, Source, SourceRow
 
+SLACK = 1.0
+"""Pixels by which COCO's boxes may lie outside their image: corner and size are rounded each on its own."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Annotations:
+class Annotations:
     """A file of annotated instances.
 
     Attributes:
@@ -26,7 +27,7 @@ class _Annotations:
         ids: [N] ids of the instances.
         image_ids: [N] their images.
         category_ids: [N] their categories.
-        boxes: [N, 4] x1, y1, x2, y2 in pixels, cut at the edges of the image: rounding leaves some a fraction outside.
+        boxes: [N, 4] x1, y1, x2, y2 in pixels.
         areas: [N] areas of their outlines in square pixels.
         is_crowd: [N].
     """
@@ -44,7 +45,8 @@ class _Annotations:
 class Coco(Source):
     """All objects of each image of an annotation file in COCO's form, images without objects included.
 
-    Objects whose box has no area are left out; COCO 2017 has two of them.
+    Objects whose box has no width or no height are left out; COCO 2017 has two of them. Each object has "box", "label",
+    "area" (of its outline, in square pixels) and, where it stands for many, "crowd".
 
     Args:
         annotations: `instances_*.json`.
@@ -57,13 +59,17 @@ class Coco(Source):
         super().__init__(take=take, seed=seed)
         self.annotations = Path(annotations)
         self.images: Path = Path(images)
-        self._file: _Annotations | None = None
+        self._file: Annotations | None = None
 
     @property
-    def file(self) -> _Annotations:
-        """The annotations, read once."""
+    def file(self) -> Annotations:
+        """The annotations, read once.
+
+        Raises:
+            DataError: They cannot be read or are none of COCO's.
+        """
         if self._file is None:
-            self._file = _read_annotations(self.annotations)
+            self._file = read_annotations(self.annotations)
         return self._file
 
     def read(self) -> Sequence[SourceRow]:
@@ -82,73 +88,10 @@ class Coco(Source):
         return tuple(self.file.categories.values())
 
 
-class RefCoco(Source):
-    """Referring expressions in their original files: one row for each sentence of a split.
-
-    The references are a pickle. It is read by an unpickler that knows numbers, texts, lists and dictionaries and no
-    other kind of object, so that nothing in the file can run.
-
-    Args:
-        references: `refs(unc).p`, `refs(umd).p` or the same as JSON.
-        annotations: `instances.json` beside it.
-        images: Folder of COCO's `train2014` images.
-        split: "train", "val", "test", "testA" or "testB".
-        take: See `Source`.
-        seed: See `Source`.
-    """
-
-    def __init__(
-        self, references: Path, annotations: Path, images: Path, *, split: str, take: str = "all", seed: int = 0
-    ) -> None:
-        super().__init__(take=take, seed=seed)
-        self.references = Path(references)
-        self.annotations = Path(annotations)
-        self.images: Path = Path(images)
-        self.split = split
-
-    def read(self) -> Sequence[SourceRow]:
-        """See `Source`."""
-        file = _read_annotations(self.annotations)
-        place_of = {int(number): place for place, number in enumerate(file.ids)}
-        references = _read_references(self.references)
-        rows: list[SourceRow] = []
-        try:
-            for reference in references:
-                if reference["split"] != self.split:
-                    continue
-                place = place_of[reference["ann_id"]]
-                name, width, height = file.images[int(file.image_ids[place])]
-                for sentence in reference["sentences"]:
-                    values = {
-                        "id": sentence["sent_id"],
-                        "question": sentence["sent"],
-                        "box": file.boxes[place].tolist(),
-                        "width": width,
-                        "height": height,
-                    }
-                    rows.append(_row(self.references, len(rows) + 1, values, self.images / name))
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.references}: must hold references with split, ann_id and sentences that belong to "
-                f"{self.annotations} ({type(error).__name__}: {error})"
-            ) from error
-        if not rows:
-            splits = sorted({str(reference["split"]) for reference in references})
-            raise DataError(f"{self.references}: has no split {self.split!r}, only {', '.join(splits)}")
-        return rows
-
-    def contents(self) -> Iterable[Path | str]:
-        """See `Source`."""
-        return [self.references, self.annotations, self.split]
-
-    def __str__(self) -> str:
-        return f"{self.references} ({self.split})"
-
-
 class _Images(Sequence[SourceRow]):
     """The images of an annotation file, each with its objects."""
 
-    def __init__(self, path: Path, file: _Annotations, folder: Path) -> None:
+    def __init__(self, path: Path, file: Annotations, folder: Path) -> None:
         self._path, self._file, self._folder = path, file, folder
         self._ids = sorted(file.images)
         self._order = np.argsort(file.image_ids, kind="stable")
@@ -162,8 +105,8 @@ class _Images(Sequence[SourceRow]):
         name, width, height = self._file.images[number]
         first, last = (int(np.searchsorted(self._sorted_ids, number, side)) for side in ("left", "right"))
         objects = [self._object(int(place)) for place in self._order[first:last]]
-        values = {"id": number, "objects": objects, "width": width, "height": height}
-        return _row(self._path, index + 1, values, self._folder / name)
+        values = {"id": number, "objects": objects, "width": width, "height": height, "slack": SLACK}
+        return SourceRow(place=f"{self._path}:{index + 1}", number=index + 1, values=values, image=self._folder / name)
 
     def _object(self, place: int) -> dict[str, object]:
         category = self._file.categories[int(self._file.category_ids[place])]
@@ -171,11 +114,7 @@ class _Images(Sequence[SourceRow]):
         return known | ({"crowd": True} if self._file.is_crowd[place] else {})
 
 
-def _row(path: Path, number: int, values: Mapping[str, object], image: Path) -> SourceRow:
-    return SourceRow(place=f"{path}:{number}", number=number, values=values, image=image)
-
-
-def _read_annotations(path: Path) -> _Annotations:
+def read_annotations(path: Path) -> Annotations:
     """The instances of a file.
 
     Raises:
@@ -187,73 +126,48 @@ def _read_annotations(path: Path) -> _Annotations:
         return values
 
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             file = json.load(lines, object_hook=without_outline)
         return _arrays(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except KeyError as error:
         raise DataError(f"{path}: must be an annotation file in COCO's form, but something lacks {error}") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: must be an annotation file in COCO's form ({error})") from error
 
 
-def _arrays(file: dict[str, Any]) -> _Annotations:
+def _arrays(file: dict[str, Any]) -> Annotations:
     """The instances of a file's JSON.
 
     Raises:
-        ValueError, KeyError, TypeError: It is none of COCO's.
+        ValueError, KeyError, TypeError, OverflowError: It is none of COCO's.
     """
     images = {int(i["id"]): (str(i["file_name"]), int(i["width"]), int(i["height"])) for i in file["images"]}
-    categories = dict(sorted((int(item["id"]), str(item["name"])) for item in file["categories"]))
+    categories = {int(item["id"]): str(item["name"]) for item in file["categories"]}
+    for kind, found in (("images", images), ("categories", categories)):
+        if len(found) < len(file[kind]):
+            raise ValueError(f"two of its {kind} have the same id")
     items = [item for item in file["annotations"] if "bbox" in item]
     for item in items:
         if item["image_id"] not in images or item["category_id"] not in categories:
-            raise ValueError(f"annotation {item['id']} belongs to an image or a category that the file does not list")
+            raise ValueError(f"annotation {item['id']!r} belongs to an image or a category that the file does not list")
+        if len(item["bbox"]) != 4:
+            raise ValueError(f"the bbox of annotation {item['id']!r} must be [x, y, width, height]")
     boxes = np.array([item["bbox"] for item in items], dtype=np.float64).reshape(-1, 4)
-    areas = np.array([item.get("area", item["bbox"][2] * item["bbox"][3]) for item in items], dtype=np.float64)
-    edges = np.array([images[item["image_id"]][1:] for item in items], dtype=np.float64).reshape(-1, 2)
-    corners = np.concatenate([boxes[:, :2].clip(0), np.minimum(boxes[:, :2] + boxes[:, 2:], edges)], 1)
-    kept = (corners[:, :2] < corners[:, 2:]).all(1)
+    areas = np.array([item.get("area") for item in items], dtype=np.float64)  # NaN where it is not known
+    kept = (boxes[:, 2:] != 0).all(1)
 
     def numbers(key: str) -> np.ndarray:
         return np.array([int(item[key]) for item in items], dtype=np.int64)[kept]
 
-    return _Annotations(
+    return Annotations(
         images=images,
-        categories=categories,
+        categories=dict(sorted(categories.items())),
         ids=numbers("id"),
         image_ids=numbers("image_id"),
         category_ids=numbers("category_id"),
-        boxes=corners[kept],
-        areas=areas[kept],
+        boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)[kept],
+        areas=np.where(np.isfinite(areas), areas, boxes[:, 2] * boxes[:, 3])[kept],
         is_crowd=np.array([bool(item.get("iscrowd", 0)) for item in items], dtype=bool)[kept],
     )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads nothing but numbers, texts, lists and dictionaries: a pickle with any class or function is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of plain references never does")
-
-
-def _read_references(path: Path) -> list[dict[str, Any]]:
-    """The references of a file.
-
-    Raises:
-        DataError: It cannot be read or is no list of references.
-    """
-    try:
-        data = path.read_bytes()
-        # written by Python 2, whose texts are bytes
-        references = (
-            json.loads(data) if path.suffix == ".json" else _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-        )
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # a damaged pickle raises errors of any kind
-        raise DataError(f"{path}: cannot be read as references ({error})") from error
-    if not isinstance(references, list) or not all(isinstance(item, dict) and "split" in item for item in references):
-        raise DataError(f"{path}: must hold a list of references, each with its split")
-    return references

@@ -5,11 +5,11 @@ Tables stay on disk, memory-mapped; a picture in a table is read when it is aske
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from perception_r1.data.rows import RowError
 from perception_r1.data.sources.base import DataError, Source, SourceRow
 from perception_r1.data.sources.json_files import Unit
 from perception_r1.errors import UserError
@@ -18,6 +18,10 @@ from perception_r1.records import Blob, Picture
 _TEXTS = ("question", "label", "text")
 """Keys whose column may hold a list: one row for each text."""
 _KEYS = ("image", "id", "question", "label", "text", "count", "box", "boxes", "points", "objects.box", "objects.label")
+_TABLES = frozenset((".parquet", ".arrow", ".json", ".jsonl", ".csv"))
+"""Files of a folder that hold rows; all others are pictures or notes."""
+_SLACK = 1.0
+"""Pixels by which boxes may lie outside their image: many public sets have COCO's rounded boxes."""
 
 
 class Hub(Source):
@@ -29,7 +33,7 @@ class Hub(Source):
             boxes, points, objects.box, objects.label. A dot leads into a nested column. Numbers of categories become
             their names where the data set knows them; a column of several questions, labels or texts makes a row of
             each.
-        split: Split of the data set.
+        split: Split of the data set; a single file has none.
         name: Its configuration, where it has several.
         revision: Commit or tag on the hub; the newest unless given.
         images: Folder of the pictures, where the image column holds paths.
@@ -39,7 +43,7 @@ class Hub(Source):
         seed: See `Source`.
 
     Raises:
-        UserError: A key is unknown, or no column holds the image.
+        UserError: A key is unknown, or no column holds the image, or objects have no boxes or no labels.
     """
 
     def __init__(
@@ -57,10 +61,7 @@ class Hub(Source):
         seed: int = 0,
     ) -> None:
         super().__init__(take=take, seed=seed)
-        unknown = [key for key in columns if key not in _KEYS]
-        if unknown or "image" not in columns:
-            problem = f"has the unknown key {unknown[0]!r}" if unknown else "does not say which column holds the image"
-            raise UserError(f"columns: {problem}; its keys are {', '.join(_KEYS)}")
+        _check_keys(columns)
         self.path = str(path)
         self.columns = dict(columns)
         self.split = split
@@ -72,17 +73,31 @@ class Hub(Source):
 
     def read(self) -> Sequence[SourceRow]:
         """See `Source`."""
-        missing = [path for path in self.columns.values() if path.split(".")[0] not in self.table.column_names]
-        if missing:
+        image = self.columns["image"]
+        missing = [column for column in self.columns.values() if self._feature(column) is None]
+        if missing or image not in self.table.column_names:
             known = ", ".join(self.table.column_names)
-            raise DataError(f"{self.path}: has no column {missing[0].split('.')[0]!r}, only {known}")
+            raise DataError(f"{self.path}: has no column {(missing or [image])[0]!r}, only {known}")
+        if not (self._has_paths or self._has_pictures):
+            raise DataError(f"{self.path}: must hold pictures or paths in column {image!r}, not {self._feature(image)}")
         return _Entries(self)
 
     def contents(self) -> Iterable[Path | str]:
         """See `Source`; a data set of the hub counts by its name, revision and number of entries."""
-        settings = [self.path, self.split, str(self.name), str(self.revision), str(self.corners), self.unit]
-        file = [Path(self.path)] if Path(self.path).is_file() else []
-        return [*file, *settings, *(f"{key}={column}" for key, column in self.columns.items()), str(len(self.table))]
+        settings = [self.split, str(self.name), str(self.revision), str(self.corners), self.unit]
+        columns = [f"{key}={column}" for key, column in self.columns.items()]
+        path = Path(self.path)
+        if path.is_file():
+            return [path, *settings, *columns]
+        if not path.is_dir():
+            return [self.path, str(len(self.table)), *settings, *columns]
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        named: list[Path | str] = []
+        for file in files:
+            named.append(f"{file.relative_to(path).as_posix()} {file.stat().st_size}")
+            if file.suffix in _TABLES:
+                named.append(file)
+        return [*named, *settings, *columns]
 
     def labels(self) -> tuple[str, ...]:
         """The categories that the data set knows by number, else those in use."""
@@ -94,9 +109,15 @@ class Hub(Source):
 
     @cached_property
     def table(self) -> Any:
-        """The data set, its pictures not decoded."""
+        """The data set, its pictures not decoded.
+
+        Raises:
+            DataError: It cannot be read.
+        """
         datasets = _datasets()
         path = Path(self.path)
+        if path.suffix in _TABLES and not path.exists():
+            raise DataError(f"{self.path}: no such file")
         try:
             if path.is_file():
                 kind = "parquet" if path.suffix == ".parquet" else "json"
@@ -108,7 +129,7 @@ class Hub(Source):
             else:
                 table = datasets.load_dataset(self.path, self.name, split=self.split, revision=self.revision)
         except Exception as error:  # the library raises errors of many kinds, its own and those of the network
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+            reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise DataError(f"{self.path}: cannot be read as a data set ({reason[0]})") from error
         for column, feature in table.features.items():
             if isinstance(feature, datasets.Image):
@@ -116,7 +137,11 @@ class Hub(Source):
         return table
 
     def values(self, entry: Mapping[str, Any]) -> dict[str, object]:
-        """An entry without its picture in the project's own form."""
+        """An entry without its picture in the project's own form.
+
+        Raises:
+            RowError: Its objects have not as many boxes as labels.
+        """
         found = {
             key: self._named(column, _follow(entry, column)) for key, column in self.columns.items() if key != "image"
         }
@@ -128,26 +153,62 @@ class Hub(Source):
         if "points" in row:
             row["points"] = _points(row["points"])
         if "objects.box" in found:
-            boxes, labels = found["objects.box"] or [], found.get("objects.label") or []
+            boxes, labels = found["objects.box"], found["objects.label"]
             if not isinstance(boxes, list) or not isinstance(labels, list) or len(boxes) != len(labels):
-                row["objects"] = None
-            else:
-                pairs = zip(boxes, labels, strict=True)
-                row["objects"] = [{"box": self._box(box), "label": label} for box, label in pairs]
-        return row if self.unit == "pixels" else row | {"unit": self.unit}
+                raise RowError("objects: must be lists of as many boxes as labels")
+            pairs = zip(boxes, labels, strict=True)
+            row["objects"] = [{"box": self._box(box), "label": label} for box, label in pairs]
+        return row | {"unit": self.unit, "slack": _SLACK}
 
-    def picture(self, number: int) -> Picture | None:
-        """Where the picture of an entry is; None where it has none."""
-        column = self.columns["image"]
-        if self.table.features[column].dtype != "string":
+    def picture(self, number: int) -> Picture:
+        """Where the picture of an entry is.
+
+        Raises:
+            RowError: The entry names none.
+        """
+        if self._has_pictures:
             return Blob(f"{self.path}:{number + 1}", partial(self._bytes, number))
-        name = self.table.select_columns([column])[number][column]
-        return None if name is None else (self.images or Path()) / name
+        name = self._pictures[number][self.columns["image"]]
+        if not isinstance(name, str):
+            raise RowError("image: is missing, the row needs a path here")
+        return (self.images or Path()) / name
+
+    def texts(self, entry: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """The questions, labels and texts of an entry, of those columns that may hold several."""
+        cells = {key: _follow(entry, self.columns[key]) for key in self.several}
+        return {key: cell if isinstance(cell, list) else [] for key, cell in cells.items()}
+
+    @cached_property
+    def several(self) -> list[str]:
+        """Keys whose column holds lists of texts."""
+        keys = [key for key in _TEXTS if key in self.columns]
+        return [key for key in keys if hasattr(self._feature(self.columns[key]), "feature")]
+
+    @cached_property
+    def _pictures(self) -> Any:
+        """The table's column of pictures."""
+        return self.table.select_columns([self.columns["image"]])
+
+    @property
+    def _has_paths(self) -> bool:
+        """The pictures are files, and the column holds their paths."""
+        return getattr(self._feature(self.columns["image"]), "dtype", None) in ("string", "large_string")
+
+    @property
+    def _has_pictures(self) -> bool:
+        """The column holds pictures: as bytes, or in the library's own form, an object with bytes or a path."""
+        feature = self._feature(self.columns["image"])
+        is_own = isinstance(feature, _datasets().Image) or (isinstance(feature, Mapping) and "bytes" in feature)
+        return is_own or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
     def _bytes(self, number: int) -> bytes:
-        cell = self.table.select_columns([self.columns["image"]])[number][self.columns["image"]]
-        if isinstance(cell, Mapping):  # of the library's image type
-            cell = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        cell = self._pictures[number][self.columns["image"]]
+        if isinstance(cell, Mapping):
+            path, cell = cell.get("path"), cell["bytes"]
+            if cell is None and path is not None:
+                cell = ((self.images or Path()) / path).read_bytes()
+        if cell is None:
+            raise ValueError("its cell is empty")
         return cell
 
     def _box(self, box: object) -> object:
@@ -157,72 +218,25 @@ class Hub(Source):
         return [x, y, x + width, y + height]
 
     def _named(self, column: str, value: Any) -> Any:
-        """Numbers of categories replaced by their names."""
+        """Numbers of categories replaced by their names; a number without a name stays, for the check to refuse."""
         names = self._names_of(column)
-        if names is None or value is None:
+        if names is None:
             return value
-        return [names[number] for number in value] if isinstance(value, list) else names[value]
+        if isinstance(value, list):
+            return [self._named(column, item) for item in value]
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
     def _names_of(self, column: str) -> list[str] | None:
+        feature = self._feature(column)
+        return getattr(getattr(feature, "feature", feature), "names", None)
+
+    def _feature(self, column: str) -> Any:
+        """What the data set says about a column, maybe a nested one; None where there is none."""
         feature: Any = self.table.features
         for part in column.split("."):
             feature = getattr(feature, "feature", feature)  # of a list
             feature = feature.get(part) if isinstance(feature, Mapping) else None
-        return getattr(getattr(feature, "feature", feature), "names", None)
-
-
-class PixMoCount(Hub):
-    """PixMo-Count: objects of one kind, with points in pixels or only their number; pictures are fetched by URL.
-
-    `perception-r1 data fetch` puts the pictures into a folder, each under the SHA-256 of its file; the rows of pictures
-    that are not there cannot be used.
-
-    Args:
-        images: Folder of the fetched pictures.
-        path: Hub id, or parquet file.
-        split: "train", "validation" or "test".
-        revision: Commit or tag on the hub; the newest unless given.
-        take: See `Source`.
-        seed: See `Source`.
-    """
-
-    def __init__(
-        self,
-        images: Path,
-        *,
-        path: str = "allenai/pixmo-count",
-        split: str = "train",
-        revision: str | None = None,
-        take: str = "all",
-        seed: int = 0,
-    ) -> None:
-        columns = {"image": "image_sha256", "label": "label", "count": "count", "points": "points"}
-        super().__init__(path, columns, split=split, revision=revision, images=images, take=take, seed=seed)
-
-    def downloads(self) -> "Iterable[Download]":
-        """The pictures of the rows that are taken, each once."""
-        urls = self.table.select_columns(["image_url", "image_sha256"])
-        seen: set[str] = set()
-        for number in self.numbers:
-            url, sha256 = urls[number]["image_url"], urls[number]["image_sha256"]
-            if sha256 not in seen:
-                seen.add(sha256)
-                yield Download(url=url, sha256=sha256, path=(self.images or Path()) / sha256)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Download:
-    """A file to fetch.
-
-    Attributes:
-        url: Where it is.
-        sha256: Hex digest of its content.
-        path: Where it goes.
-    """
-
-    url: str
-    sha256: str
-    path: Path
+        return feature
 
 
 class _Entries(Sequence[SourceRow]):
@@ -231,15 +245,15 @@ class _Entries(Sequence[SourceRow]):
     def __init__(self, source: Hub) -> None:
         self._source = source
         image = source.columns["image"]
-        others = [column for column in source.table.column_names if column != image]
-        self._values = source.table.select_columns(others) if others else source.table
+        roots = [column.split(".")[0] for key, column in source.columns.items() if key != "image"]
+        self._values = source.table.select_columns(list(dict.fromkeys(roots or [image])))
         self._entries, self._parts = array("q"), array("q")
-        several = [column for key, column in source.columns.items() if key in _TEXTS]
-        if several:
-            texts = source.table.select_columns([several[0].split(".")[0]])
+        if source.several:
+            texts = source.table.select_columns(
+                list(dict.fromkeys(source.columns[key].split(".")[0] for key in source.several))
+            )
             for number, entry in enumerate(texts):
-                value = _follow(entry, several[0])
-                size = len(value) if isinstance(value, list) else 1
+                size = max(1, *(len(found) for found in source.texts(entry).values()))
                 self._entries.extend([number] * size)
                 self._parts.extend(range(size))
         else:
@@ -250,18 +264,43 @@ class _Entries(Sequence[SourceRow]):
         return len(self._entries)
 
     def __getitem__(self, index: Any) -> Any:
-        number, part = self._entries[index], self._parts[index]
+        number = self._entries[index]
         place = f"{self._source.path}:{number + 1}"
-        values = self._source.values(self._values[number])
-        for key in _TEXTS:
-            value = values.get(key)
-            if isinstance(value, list):
-                values[key] = value[part]
-                if len(value) > 1 and values.get("id") is not None:
-                    values["id"] = f"{values['id']}-{part + 1}"
-        picture = self._source.picture(number)
-        problem = None if picture is not None else "image: is missing"
-        return SourceRow(place=place, number=index + 1, values=values, image=picture, problem=problem)
+        try:
+            entry = self._values[number]
+            values = self._source.values(entry) | self._texts(entry, self._parts[index])
+            picture = self._source.picture(number)
+        except RowError as error:
+            return SourceRow(place=place, number=index + 1, values={}, problem=str(error))
+        return SourceRow(place=place, number=index + 1, values=values, image=picture)
+
+    def _texts(self, entry: Mapping[str, Any], part: int) -> dict[str, object]:
+        """The texts of one row of an entry, with an id of its own where there are several.
+
+        Raises:
+            RowError: Columns do not have the same number of them.
+        """
+        texts = self._source.texts(entry)
+        sizes = {len(found) for found in texts.values()}
+        if len(sizes) > 1:
+            raise RowError(f"{next(iter(texts))}: must be as many as those of {', '.join(list(texts)[1:])}")
+        chosen: dict[str, object] = {key: found[part] if found else None for key, found in texts.items()}
+        name = _follow(entry, self._source.columns["id"]) if "id" in self._source.columns else None
+        return chosen | ({"id": f"{name}-{part + 1}"} if name is not None and sizes and max(sizes) > 1 else {})
+
+
+def _check_keys(columns: Mapping[str, str]) -> None:
+    """Refuse columns that make no rows.
+
+    Raises:
+        UserError: A key is unknown, no column holds the image, or objects have no boxes or no labels.
+    """
+    unknown = [key for key in columns if key not in _KEYS]
+    if unknown or "image" not in columns:
+        problem = f"has the unknown key {unknown[0]!r}" if unknown else "does not say which column holds the image"
+        raise UserError(f"columns: {problem}; its keys are {', '.join(_KEYS)}")
+    if ("objects.box" in columns) != ("objects.label" in columns):
+        raise UserError("columns: objects.box and objects.label belong together, but only one of them is there")
 
 
 def _follow(entry: Any, column: str) -> Any:
@@ -279,7 +318,7 @@ def _points(value: Any) -> object:
     if isinstance(value, Mapping):
         xs, ys = value.get("x"), value.get("y")
         if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
-            return value
+            return None if xs is ys is None else value
         return [list(pair) for pair in zip(xs, ys, strict=True)]
     if isinstance(value, list):
         return [[item.get("x"), item.get("y")] if isinstance(item, Mapping) else item for item in value]

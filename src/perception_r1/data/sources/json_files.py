@@ -4,7 +4,6 @@ A file is a list of objects (`.json`) or has one object a line (any other name).
 only their places in the file are in memory.
 """
 
-import ast
 import json
 from abc import abstractmethod
 from array import array
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perception_r1.data.categories import COCO_NAME_OF
-from perception_r1.data.rows import Row, RowError
+from perception_r1.data.rows import Row, RowError, show
 from perception_r1.data.sources.base import DataError, Source, SourceRow
 
 Unit = Literal["pixels", "thousandths", "percent", "fractions"]
 
-_LONGEST_SOLUTION = 100_000
-"""Characters of a solution that is written as text; 2,000 boxes need about half of that."""
+_SLACK = 1.0
+"""Pixels by which the boxes of the public files may lie outside their image: those of detection are COCO's."""
+_AS_JSON = str.maketrans("()'", '[]"')
+"""Turns what Python writes, with tuples and single quotes, into JSON."""
 
 
 class JsonSource(Source):
@@ -107,13 +108,13 @@ class PerceptionR1(JsonSource):
 
     A solution is a box (grounding), points or clicks (counting), a number (counting), a text (ocr), or
     `{"target_id": [COCO's numbers], "target_box": [...]}` (detection). Where there is a `normalized_solution` it is
-    preferred: it is in thousandths, whatever the unit of the solution. A solution in a text is read as a literal.
+    preferred: it is in thousandths, whatever the unit of the solution. A text that spells out a list is read as one.
 
     Args:
         file: The file.
         images: Folder to which the paths of images are relative; that of the file unless given.
-        unit: Unit of boxes, points and clicks. The public code compares the solutions of grounding and counting with
-            what Qwen2-VL writes, so there they are thousandths; those of detection are pixels.
+        unit: Unit of boxes, points and clicks. Unless given it is that of the public files: thousandths for grounding
+            and counting, whose solutions the public code compares with what Qwen2-VL writes, and pixels for detection.
         take: See `Source`.
         seed: See `Source`.
     """
@@ -123,7 +124,7 @@ class PerceptionR1(JsonSource):
         file: Path,
         *,
         images: Path | None = None,
-        unit: Unit = "thousandths",
+        unit: Unit | None = None,
         take: str = "all",
         seed: int = 0,
     ) -> None:
@@ -132,19 +133,24 @@ class PerceptionR1(JsonSource):
 
     def contents(self) -> Iterable[Path | str]:
         """See `Source`."""
-        return [self.file, self.unit]
+        return [self.file, str(self.unit)]
 
     def convert(self, values: dict[str, Any]) -> Mapping[str, object]:
         """Tell by the form of the solution what it is."""
-        row = {"image": values.get("image"), "id": values.get("id"), "unit": self.unit}
+        row = {
+            "image": values.get("image"),
+            "id": values.get("id"),
+            "unit": self.unit or "thousandths",
+            "slack": _SLACK,
+        }
         problem = values.get("problem")
         if values.get("clicks") is not None:
-            return row | {"label": problem, "points": _points(values["clicks"])}
+            return row | {"label": problem, "points": _points(_spelled(values["clicks"]))}
         if values.get("normalized_solution") is not None:
-            return row | {"question": problem, "box": _literal(values["normalized_solution"]), "unit": "thousandths"}
-        solution = _literal(values.get("solution"))
+            return row | {"question": problem, "box": _spelled(values["normalized_solution"]), "unit": "thousandths"}
+        solution = _spelled(values.get("solution"))
         if isinstance(solution, dict):
-            return row | {"objects": _objects(solution)}
+            return row | {"objects": _objects(solution), "unit": self.unit or "pixels"}
         if isinstance(solution, int | float):
             return row | {"label": problem, "count": solution}
         if isinstance(solution, str):
@@ -157,15 +163,14 @@ class PerceptionR1(JsonSource):
         return row | {"label": problem, "points": _points(solution)}
 
 
-def _literal(value: object) -> object:
-    """What a text spells out ("[1, 2, 3, 4]"), never evaluated; a text that spells nothing out stays a text."""
-    if not isinstance(value, str) or len(value) > _LONGEST_SOLUTION or not value.lstrip().startswith(("[", "(", "{")):
+def _spelled(value: object) -> object:
+    """The list or object that a text spells out ("[1, 2, 3, 4]"), never evaluated; any other text stays a text."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "(", "{")):
         return value
     try:
-        found = ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return json.loads(value.translate(_AS_JSON))
+    except (ValueError, RecursionError):
         return value
-    return list(found) if isinstance(found, tuple) else found
 
 
 def _points(items: object) -> list[object]:
@@ -180,9 +185,9 @@ def _objects(solution: dict[str, Any]) -> list[dict[str, object]]:
     numbers, boxes = solution.get("target_id"), solution.get("target_box")
     if not isinstance(numbers, list) or not isinstance(boxes, list) or len(numbers) != len(boxes):
         raise RowError("solution: target_id and target_box must be lists of the same length")
-    unknown = [number for number in numbers if not isinstance(number, int) or number not in COCO_NAME_OF]
+    unknown = [number for number in numbers if type(number) is not int or number not in COCO_NAME_OF]
     if unknown:
-        raise RowError(f"solution: target_id must hold COCO's category numbers, got {unknown[0]!r}")
+        raise RowError(f"solution: target_id must hold COCO's category numbers, got {show(unknown[0])}")
     return [{"box": box, "label": COCO_NAME_OF[number]} for number, box in zip(numbers, boxes, strict=True)]
 
 

@@ -1,0 +1,121 @@
+"""Every file of configs/data reads data of the form that it names, from a folder that one variable moves."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from perception_r1.cli import main
+from perception_r1.data.module import TaskDataModule
+from tests.public_data import hub_pixmo, hub_refcoco, make_coco, make_conversations, make_refcoco, picture
+from tests.readme import ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
+
+
+def make_fox(root: Path) -> None:
+    for language in ("en", "cn"):
+        make_conversations(root / "fox" / f"{language}_page_ocr.json", size=2)
+        for number in (1, 2):
+            picture(root / "fox" / f"{language}_pdf_png" / f"en_{number}.png", number)
+
+
+def make_pageocr(root: Path) -> None:
+    make_conversations(root / "pageocr" / "pageocr.json")
+    for number in range(1, 7):
+        picture(root / "pageocr" / "images" / f"en_{number}.png", number)
+
+
+REFCOCO = [f"{name}_{split}" for name in ("refcoco", "refcocoplus") for split in ("val", "testA", "testB")]
+REFCOCO += ["refcocog_val", "refcocog_test"]
+KNOWN: dict[str, tuple[str, Callable[[Path], None], dict[str, dict[str, int]]]] = {
+    "coco": ("detection", make_coco, {"train": {"coco": 6}, "val": {"coco": 3}, "test": {"coco": 3}}),
+    "refcoco": (
+        "grounding",
+        make_refcoco,
+        {
+            "train": {"refcoco": 12, "refcocoplus": 12, "refcocog": 12},
+            "val": {"refcoco_val": 12, "refcocoplus_val": 12, "refcocog_val": 12},
+            "test": dict.fromkeys(REFCOCO, 12),
+        },
+    ),
+    "refcoco_hub": ("grounding", lambda root: None, {"test": dict.fromkeys(REFCOCO, 4)}),
+    "pixmo_count": (
+        "counting",
+        lambda root: None,
+        {"train": {"pixmo_count": 3}, "val": {"pixmo_count": 3}, "test": {"pixmo_count": 3}},
+    ),
+    "pageocr": ("ocr", make_pageocr, {"train": {"pageocr": 4}, "val": {"pageocr": 1}, "test": {"pageocr": 1}}),
+    "fox": ("ocr", make_fox, {"test": {"fox_en": 2, "fox_cn": 2}}),
+}
+"""Task, what makes the data, and how many samples of each source are in each split."""
+
+
+def from_the_hub(root: Path) -> Callable[..., datasets.Dataset]:
+    """In place of `load_dataset`: a small data set for those that the configurations name."""
+    splits = {
+        "lmms-lab/RefCOCO": ("val", "testA", "testB"),
+        "lmms-lab/RefCOCOplus": ("val", "testA", "testB"),
+        "lmms-lab/RefCOCOg": ("val", "test"),
+        "allenai/pixmo-count": ("train", "validation", "test"),
+    }
+
+    def load_dataset(path: str, name: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
+        assert split in splits[path]
+        if path == "allenai/pixmo-count":
+            return hub_pixmo(root / "pixmo-count", has_points=split == "train")
+        return hub_refcoco(root)
+
+    return load_dataset
+
+
+def composed(name: str, task: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The data module's part of the configuration that the command line makes of the files."""
+    files = ["default.yaml", f"task/{task}.yaml", f"data/{name}.yaml"]
+    arguments = [word for file in files for word in ("-c", str(ROOT / "configs" / file))]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *arguments, "--print_config"])
+    assert end.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)["data"]
+
+
+def test_every_file_is_known_to_these_tests():
+    assert sorted(KNOWN) == NAMES
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_every_split_of_a_configuration_is_loaded(name, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "some where"
+    monkeypatch.setenv("PERCEPTION_R1_DATA", str(root))
+    monkeypatch.setattr(datasets, "load_dataset", from_the_hub(root))
+    monkeypatch.chdir(tmp_path)
+    task, make, expected = KNOWN[name]
+    make(root)
+    config = composed(name, task, capsys)
+    shorter = yaml.safe_dump(config, sort_keys=False).replace("random:500", "all").replace("random:200", "all")
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(TaskDataModule, "data")
+    module = parser.instantiate_classes(parser.parse_object({"data": yaml.safe_load(shorter)})).data
+    for stage in ("fit", "test") if "train" in expected else ("test",):
+        module.setup(stage)
+    for split, sizes in expected.items():
+        samples = list(module.samples(split))
+        assert {key: sum(sample.source == key for sample in samples) for key in sizes} == sizes
+        assert len(samples) == sum(sizes.values())
+        assert module.source_names(split) == tuple(sizes)
+    assert module.fingerprint()
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_names_of_sources_make_plain_tags_and_folders_are_those_of_the_repository_by_default(name, monkeypatch, capsys):
+    monkeypatch.delenv("PERCEPTION_R1_DATA", raising=False)
+    settings = composed(name, KNOWN[name][0], capsys)["init_args"]
+    for split in ("train", "val", "test"):
+        for key, source in (settings[split] or {}).items():
+            assert key.replace("_", "").isalnum()
+            paths = [value for value in source["init_args"].values() if isinstance(value, str) and "/" in value]
+            assert all(path.startswith(("data/", "lmms-lab/", "allenai/")) for path in paths)

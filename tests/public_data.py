@@ -1,0 +1,178 @@
+"""Small data sets in the forms of the public ones, for tests: files that `configs/data` can read."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+SIZE = (200, 100)
+"""Width and height of every picture."""
+CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 90, "name": "toothbrush"}]
+
+
+def picture(path: Path, shade: int = 0, size: tuple[int, int] = SIZE) -> Path:
+    """A picture file in a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade % 256, 90, 160)).save(path)
+    return path
+
+
+def write_json(path: Path, values: object) -> Path:
+    """A JSON file in a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def coco_image(number: int, name: str) -> dict[str, Any]:
+    """An image of an annotation file."""
+    return {"id": number, "file_name": name, "width": SIZE[0], "height": SIZE[1], "license": 3}
+
+
+def instance(number: int, image: int, category: int, bbox: Sequence[float], **values: Any) -> dict[str, Any]:
+    """An annotation, with the outline of its box."""
+    x, y, width, height = bbox
+    outline = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    known = {"id": number, "image_id": image, "category_id": category, "bbox": list(bbox), "iscrowd": 0}
+    return known | {"segmentation": outline, "area": width * height} | values
+
+
+def coco_file(images: Sequence[Any], annotations: Sequence[Any], categories: Sequence[Any] = CATEGORIES) -> Any:
+    """An annotation file."""
+    return {"info": {}, "images": list(images), "annotations": list(annotations), "categories": list(categories)}
+
+
+def make_coco(root: Path) -> None:
+    """COCO 2017: six images in train, three in val."""
+    for split, size in (("train", 6), ("val", 3)):
+        names = [f"{number:012d}.jpg" for number in range(1, size + 1)]
+        for shade, name in enumerate(names):
+            picture(root / "coco" / f"{split}2017" / name, shade)
+        file = coco_file(
+            [coco_image(number, name) for number, name in enumerate(names, start=1)],
+            [instance(10 + number, number, 18, (20, 10, 50, 40)) for number in range(1, size + 1)],
+        )
+        write_json(root / "coco" / "annotations" / f"instances_{split}2017.json", file)
+
+
+def reference(number: int, annotation: int, image: int, split: str, *sentences: str) -> dict[str, Any]:
+    """A reference; sentences are numbered from ten times its number on."""
+    return {
+        "ref_id": number,
+        "ann_id": annotation,
+        "image_id": image,
+        "category_id": 18,
+        "file_name": f"COCO_train2014_{image:012d}_{annotation}.jpg",
+        "split": split,
+        "sent_ids": [10 * number + k for k in range(len(sentences))],
+        "sentences": [
+            {"sent_id": 10 * number + k, "sent": sent, "raw": sent.title(), "tokens": sent.split()}
+            for k, sent in enumerate(sentences)
+        ],
+    }
+
+
+def make_refcoco(root: Path) -> None:
+    """RefCOCO, RefCOCO+ and RefCOCOg: six images in each split, two sentences about an object."""
+    splits = {
+        "refcoco": ("refs(unc).p", ("train", "val", "testA", "testB")),
+        "refcoco+": ("refs(unc).p", ("train", "val", "testA", "testB")),
+        "refcocog": ("refs(umd).p", ("train", "val", "test")),
+    }
+    for name, (file_name, parts) in splits.items():
+        numbers = range(1, 6 * len(parts) + 1)
+        names = {number: f"COCO_train2014_{number:012d}.jpg" for number in numbers}
+        for number in numbers:
+            picture(root / "coco" / "train2014" / names[number], number)
+        file = coco_file(
+            [coco_image(number, names[number]) for number in numbers],
+            [instance(100 + number, number, 18, (20, 10, 50, 40)) for number in numbers],
+        )
+        write_json(root / name / "instances.json", file)
+        references = [
+            reference(n, 100 + n, n, parts[n % len(parts)], f"dog {n}", f"the brown dog {n}") for n in numbers
+        ]
+        (root / name / file_name).write_bytes(pickle.dumps(references, protocol=2))
+
+
+def hub_refcoco(folder: Path, size: int = 3) -> datasets.Dataset:
+    """A split as lmms-lab has it: the picture in the table, several expressions an entry."""
+    rows = [
+        {
+            "question_id": str(number),
+            "image": {"bytes": picture(folder / f"{number}.jpg", number).read_bytes(), "path": f"{number}.jpg"},
+            "question": "Please carefully observe the area circled in the image and come up with a caption.",
+            "answer": [f"dog {number}", "the brown dog"][: 1 + number % 2],
+            "segmentation": [20.0, 10.0, 70.0, 10.0, 70.0, 50.0],
+            "bbox": [20.0, 10.0, 50.0, 40.0],
+            "iscrowd": 0,
+            "file_name": f"COCO_train2014_{number:012d}_{number}.jpg",
+        }
+        for number in range(size)
+    ]
+    strings = {name: datasets.Value("string") for name in ("question_id", "question", "file_name")}
+    numbers = {name: datasets.List(datasets.Value("float32")) for name in ("segmentation", "bbox")}
+    features = datasets.Features(
+        {
+            **strings,
+            **numbers,
+            "image": datasets.Image(),
+            "answer": datasets.List(datasets.Value("string")),
+            "iscrowd": datasets.Value("int64"),
+        }
+    )
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def hub_pixmo(folder: Path, *, has_points: bool, size: int = 4) -> datasets.Dataset:
+    """A split of PixMo-Count; all of its pictures but the last are in the folder."""
+    rows = []
+    for number in range(size):
+        draft = picture(folder / "draft.png", number)
+        sha256 = hashlib.sha256(draft.read_bytes()).hexdigest()
+        draft.rename(folder / sha256)
+        points = {"x": [20.0, 100.0], "y": [10.0, 50.0]}
+        rows.append(
+            {
+                "image_url": f"https://example.org/{number}.png",
+                "image_sha256": sha256,
+                "count": 2,
+                "points": points if has_points else {"x": [], "y": []},
+                "label": "dogs",
+            }
+        )
+    (folder / rows[-1]["image_sha256"]).unlink()
+    floats = datasets.List(datasets.Value("float64"))
+    features = datasets.Features(
+        {
+            "image_url": datasets.Value("string"),
+            "image_sha256": datasets.Value("string"),
+            "count": datasets.Value("int64"),
+            "points": {"x": floats, "y": floats},
+            "label": datasets.Value("string"),
+        }
+    )
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def make_conversations(path: Path, size: int = 6) -> None:
+    """Pages as Fox and PageOCR have them, with their pictures beside the file."""
+    pages = [
+        {
+            "image": f"en_{number}.png",
+            "len": 9,
+            "conversations": [
+                {"from": "human", "value": "<image>\nOCR this image."},
+                {"from": "gpt", "value": f"page\n{number}"},
+            ],
+        }
+        for number in range(1, size + 1)
+    ]
+    for number, page in enumerate(pages):
+        picture(path.parent / page["image"], number)
+    write_json(path, pages)
