@@ -133,20 +133,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the result is the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["score"]:
-        from perception_r1 import score  # needs no trainer: starts in a fraction of the time
+        from perception_r1.commands import score  # needs no trainer: starts in a fraction of the time
 
         return score.main(args[1:])
     _quieten()
     if args[:1] == ["data"]:
-        from perception_r1 import data_command
+        from perception_r1.commands import data
 
-        return data_command.main(args[1:])
+        return data.main(args[1:])
     if args[:1] == ["export"]:
-        from perception_r1 import export
+        from perception_r1.commands import export
 
         return export.main(args[1:])
     if args[:1] == ["predict"]:
-        from perception_r1 import predict
+        from perception_r1.commands import predict
 
         return predict.main(args[1:])
     return guarded(lambda: PerceptionCLI.of(None if argv is None else args))

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
+from perception_r1.commands.runs import checkpoint_path, is_run, load_checkpoint, open_run
 from perception_r1.errors import UserError
 from perception_r1.policy.load import LoraConfig
-from perception_r1.runs import checkpoint_path, is_run, load_checkpoint, open_run
 from perception_r1.tasks.detection import Detection
 from perception_r1.tasks.grounding import Grounding
 

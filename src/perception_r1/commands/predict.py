@@ -12,11 +12,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from perception_r1.answers import Answer, answer_pictures, find_pictures
 from perception_r1.callbacks.displays import Lines, open_display
-from perception_r1.drawing import annotate, draw_card
-from perception_r1.errors import UserError
-from perception_r1.options import (
+from perception_r1.commands.answers import Answer, answer_pictures, find_pictures
+from perception_r1.commands.options import (
     check_unused,
     first_positional,
     known,
@@ -27,9 +25,11 @@ from perception_r1.options import (
     run_command,
     task_values,
 )
+from perception_r1.commands.runs import CARD, Run, checkpoint_path, is_run, load_checkpoint, open_run
+from perception_r1.drawing import annotate, draw_card
+from perception_r1.errors import UserError
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
-from perception_r1.runs import CARD, Run, checkpoint_path, is_run, load_checkpoint, open_run
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perception_r1 import score
+from perception_r1.commands import score
 from perception_r1.tasks import TASKS
 from tests.tasks import golden
 

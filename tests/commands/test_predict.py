@@ -8,16 +8,16 @@ import torch
 from PIL import ExifTags, Image
 from transformers import AutoModelForImageTextToText
 
-from perception_r1 import answers, predict
 from perception_r1.cli import main
+from perception_r1.commands import answers, predict
+from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
-from perception_r1.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.tasks.counting import Counting
 from perception_r1.tasks.detection import Detection
+from tests.commands.test_export import plain_inputs, trained_policy
 from tests.policy import oracle
-from tests.test_export import plain_inputs, trained_policy
 
 BOX = "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(100,200),(500,1000)<|box_end|><|im_end|>"
 

@@ -11,8 +11,8 @@ import jsonargparse
 import yaml
 
 from perception_r1.callbacks.checkpoints import FOLDER
+from perception_r1.commands.options import plain
 from perception_r1.errors import UserError
-from perception_r1.options import plain
 from perception_r1.policy.checkpoint import restore
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers import Qwen2VLForConditionalGeneration as PlainQwen2VL
 
-from perception_r1 import export
 from perception_r1.cli import main
+from perception_r1.commands import export
+from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
-from perception_r1.runs import checkpoint_path, load_checkpoint, open_run
 from tests.policy import oracle
 
 NUM_TOKENS = 12

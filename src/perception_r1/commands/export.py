@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from transformers.utils import VIDEO_PROCESSOR_NAME, cached_file
 
+from perception_r1.commands.model_card import model_card
+from perception_r1.commands.options import check_unused, known, new_parser, parse, run_command
+from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.errors import UserError
-from perception_r1.model_card import model_card
-from perception_r1.options import check_unused, known, new_parser, parse, run_command
 from perception_r1.policy.policy import Policy
-from perception_r1.runs import checkpoint_path, load_checkpoint, open_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types in which weights can be written."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perception_r1.runs import Run
+from perception_r1.commands.runs import Run
 
 _VERSIONS = ("python", "torch", "transformers", "peft", "perception_r1")
 

@@ -16,12 +16,12 @@ from typing import Any
 import jsonargparse
 
 from perception_r1.codecs import CODECS, Codec, Qwen25VLCodec
+from perception_r1.commands.options import known, make_task, new_parser, option_value, parse, run_command, task_values
 from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
 from perception_r1.metrics import SourceMetrics
-from perception_r1.options import known, make_task, new_parser, option_value, parse, run_command, task_values
 from perception_r1.records import Frame, Sample
 from perception_r1.scoring import Outcome, judge
 from perception_r1.task import Task
