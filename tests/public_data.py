@@ -176,3 +176,18 @@ def make_conversations(path: Path, size: int = 6) -> None:
     for number, page in enumerate(pages):
         picture(path.parent / page["image"], number)
     write_json(path, pages)
+
+
+def make_fox(root: Path) -> None:
+    """Fox: two pages in either language."""
+    for language in ("en", "cn"):
+        make_conversations(root / "fox" / f"{language}_page_ocr.json", size=2)
+        for number in (1, 2):
+            picture(root / "fox" / f"{language}_pdf_png" / f"en_{number}.png", number)
+
+
+def make_pageocr(root: Path) -> None:
+    """PageOCR: six pages."""
+    make_conversations(root / "pageocr" / "pageocr.json")
+    for number in range(1, 7):
+        picture(root / "pageocr" / "images" / f"en_{number}.png", number)

@@ -22,6 +22,7 @@ from perception_r1.cli import main
 from perception_r1.data.samples import load
 from perception_r1.data.sources import JsonLines
 from perception_r1.tasks import TASKS
+from tests.public_data import make_coco, make_fox, make_refcoco
 from tests.readme import ROOT, blocks, commands
 
 COMMANDS = list(dict.fromkeys(commands("README.md") + commands("CONTRIBUTING.md")))
@@ -37,6 +38,8 @@ FAMILIES = {"Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl", "Qwen/Qwen2.5-VL-3B-Instruc
 """Hub ids of the documentation; a tiny model of the same family stands for each."""
 KEYS = {"grounding": "question", "counting": "label", "detection": "objects", "ocr": "text"}
 """A key by which an example row can be told from those of other tasks."""
+PUBLIC = {"coco": make_coco, "refcoco": make_refcoco, "fox": make_fox}
+"""What makes the public data sets of commands."""
 FIFTH_TASK = "TASK=colour"
 """The task that is not in the repository; `test_fifth_task.py` runs its command."""
 
@@ -362,7 +365,9 @@ def task_of(row: dict[str, Any]) -> str:
 
 
 def write_data(arguments: Sequence[str], place: Path) -> None:
-    """Every JSON-lines file that a command names, made of the README's rows for its task."""
+    """Every JSON-lines file that a command names, made of the README's rows for its task; public data sets in small."""
+    for name in re.findall(r"configs/data/(\w+)\.yaml", " ".join(arguments)):
+        PUBLIC[name](place / "data")
     is_score = arguments[0] == "score"
     task = option(arguments, "--task") if is_score else task_name(arguments)
     rows = [row for row in example_rows() if task_of(row) == task and ("completion" in row) == is_score]
