@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from perception_r1.callbacks.predictions import judge_again, outcome_row, read_rows, row_key, row_line, write_rows
 from perception_r1.codecs import CODECS
