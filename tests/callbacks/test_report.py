@@ -1,0 +1,114 @@
+"""The report of an evaluation."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image, ImageChops
+from rich.console import Console
+
+from perception_r1.callbacks.pictures import outcome_card
+from perception_r1.callbacks.report import write_report
+from perception_r1.drawing import contact_sheet
+from perception_r1.paper import PAPER
+from perception_r1.records import Score
+from tests.callbacks.toy import ToyTask, toy_outcome, toy_samples
+from tests.hostile import WORST
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+
+
+def outcomes_of(rewards):
+    return [
+        replace(toy_outcome(sample), score=Score(reward=reward, terms={"format": reward}))
+        for sample, reward in zip(toy_samples(len(rewards)), rewards, strict=True)
+    ]
+
+
+def report(folder: Path, figures, *, rewards=(1.0,), outcomes=None, split="test", num_pictures=2) -> str:
+    write_report(
+        folder,
+        ToyTask(),
+        figures,
+        split=split,
+        outcomes=outcomes or outcomes_of(rewards),
+        rewards=list(rewards),
+        num_pictures=num_pictures,
+        checkpoint=None,
+    )
+    return (folder / "report.md").read_text()
+
+
+def row_of(text: str, source: str, figure: str) -> list[str]:
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {source} | {figure} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")][2:]
+
+
+def test_published_figures_stand_beside_the_sources_of_their_names(tmp_path: Path, console: Console):
+    values = {"reward": 1.5, "accuracy_50": 0.25, "accuracy": 0.5}
+    text = report(tmp_path, {"refcocoplus_testA": values, "mine": values})
+    assert row_of(text, "refcocoplus_testA", "accuracy_50") == ["0.2500", "0.8250", "0.8680"]
+    assert row_of(text, "refcocoplus_testA", "accuracy") == ["0.5000", "", ""]
+    assert row_of(text, "mine", "accuracy_50") == ["0.2500", "", ""]
+    names = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| refcoco")]
+    assert names == ["accuracy", "accuracy_50", "reward"]  # the headline first, then what the paper has
+    shown = console.file.getvalue()
+    assert all(word in shown for word in ("refcocoplus_testA", "0.8250", "0.8680", "mine", str(tmp_path / "report.md")))
+
+
+def test_a_name_that_several_splits_have_is_told_apart_by_the_split(tmp_path: Path, console: Console):
+    figures = {"pixmo_count": {"count_accuracy": 0.5}}
+    found = {split: report(tmp_path, figures, split=split) for split in ("train", "val", "test")}
+    assert row_of(found["val"], "pixmo_count", "count_accuracy")[1:] == ["0.6020", "0.7810"]
+    assert row_of(found["test"], "pixmo_count", "count_accuracy")[1:] == ["0.5050", "0.7560"]
+    assert row_of(found["train"], "pixmo_count", "count_accuracy")[1:] == ["", ""]
+    assert "1 samples of the val split" in found["val"]
+
+
+def test_the_published_figures_have_the_names_of_the_configurations():
+    known = set()
+    for file in CONFIGS.glob("*.yaml"):
+        for split in ("train", "val", "test"):
+            names = yaml.safe_load(file.read_text())["data"]["init_args"].get(split, {})
+            known |= {*names, *(f"{name}_{split}" for name in names)}
+    assert PAPER.keys() - known == {"pageocr_en"}  # PageOCR's own test pages are not public
+
+
+def test_a_figure_that_is_not_a_number_is_a_dash(tmp_path: Path, console: Console):
+    text = report(tmp_path, {"test": {"accuracy": math.nan, "ap": 0.5}})
+    assert row_of(text, "test", "accuracy") == ["-", "", ""]
+    assert row_of(text, "test", "ap") == ["0.5000", "", ""]
+
+
+def test_the_lowest_and_the_highest_rewards_are_drawn_in_their_order(tmp_path: Path, console: Console):
+    rewards = [0.5, 2.0, -1.0, 0.0, 3.0]
+    text = report(tmp_path, {"test": {"accuracy": 1.0}}, rewards=rewards)
+    outcomes = outcomes_of(rewards)
+    for name, places in (("worst", (2, 3)), ("best", (4, 1))):
+        cards = [outcome_card(ToyTask(), outcomes[place], step=None) for place in places]
+        with Image.open(tmp_path / f"{name}.png") as drawn:
+            assert ImageChops.difference(drawn, contact_sheet(cards)).getbbox() is None
+        assert f"![{name} answers]({name}.png)" in text
+
+
+def test_without_pictures_none_are_drawn(tmp_path: Path, console: Console):
+    assert "png" not in report(tmp_path, {"test": {"accuracy": 1.0}}, num_pictures=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_fewer_samples_than_pictures_are_drawn_all(tmp_path: Path, console: Console):
+    report(tmp_path, {"test": {"accuracy": 1.0}}, rewards=[1.0], num_pictures=8)
+    assert (tmp_path / "worst.png").read_bytes() == (tmp_path / "best.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "completion", [*WORST.values(), "\ud800 | \x1b[31m [bold]", "# heading\n| a | b |"], ids=str.__len__
+)
+def test_hostile_completions_do_no_harm(tmp_path: Path, console: Console, completion: str):
+    text = report(
+        tmp_path, {"test": {"accuracy": 1.0}}, outcomes=[toy_outcome(toy_samples(1)[0], completion)], num_pictures=1
+    )
+    assert completion not in text
+    assert (tmp_path / "worst.png").stat().st_size > 1000
