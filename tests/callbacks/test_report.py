@@ -103,12 +103,12 @@ def test_fewer_samples_than_pictures_are_drawn_all(tmp_path: Path, console: Cons
     assert (tmp_path / "worst.png").read_bytes() == (tmp_path / "best.png").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "completion", [*WORST.values(), "\ud800 | \x1b[31m [bold]", "# heading\n| a | b |"], ids=str.__len__
-)
-def test_hostile_completions_do_no_harm(tmp_path: Path, console: Console, completion: str):
-    text = report(
-        tmp_path, {"test": {"accuracy": 1.0}}, outcomes=[toy_outcome(toy_samples(1)[0], completion)], num_pictures=1
-    )
-    assert completion not in text
+HOSTILE = WORST | {"terminal": "\ud800 | \x1b[31m [bold]", "markdown": "# heading\n| a | b |"}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_completions_do_no_harm(tmp_path: Path, console: Console, kind: str):
+    outcomes = [toy_outcome(toy_samples(1)[0], HOSTILE[kind])]
+    text = report(tmp_path, {"test": {"accuracy": 1.0}}, outcomes=outcomes, num_pictures=1)
+    assert HOSTILE[kind] not in text
     assert (tmp_path / "worst.png").stat().st_size > 1000

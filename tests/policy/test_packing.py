@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perception_r1.policy.attention import shared_prompt_attention
-from perception_r1.policy.packing import lay_out, plan_parts
+from perception_r1.policy.packing import lay_out, plan_batches, plan_parts
 
 CPU = torch.device("cpu")
 
@@ -194,3 +194,30 @@ def test_without_a_budget_everything_is_one_part():
 @pytest.mark.parametrize("budget", [None, 1, 10_000])
 def test_without_a_choice_there_are_no_parts(budget):
     assert plan_parts([3, 4], [1, 2, 3, 4], [], budget) == []
+
+
+lengths = st.lists(st.integers(1, 30), max_size=12)
+
+
+@given(lengths, st.integers(1, 20), st.none() | st.integers(1, 150))
+def test_every_prompt_is_in_one_batch_longest_first(prompts, max_new_tokens, budget):
+    batches = plan_batches(prompts, max_new_tokens, budget)
+    places = [place for batch in batches for place in batch]
+    assert sorted(places) == list(range(len(prompts)))
+    assert [prompts[place] for place in places] == sorted(prompts, reverse=True)
+    assert all(batches)
+
+
+@given(lengths, st.integers(1, 20), st.integers(1, 150))
+def test_a_batch_keeps_the_budget_with_its_filling_unless_it_is_one_prompt(prompts, max_new_tokens, budget):
+    batches = plan_batches(prompts, max_new_tokens, budget)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * (max(prompts[place] for place in batch) + max_new_tokens) <= budget
+    for batch, after in pairwise(batches):  # and it is as full as the budget allows
+        assert (len(batch) + 1) * (prompts[batch[0]] + max_new_tokens) > budget
+        assert prompts[after[0]] <= prompts[batch[-1]]
+
+
+@given(lengths.filter(bool), st.integers(1, 20))
+def test_without_a_budget_all_prompts_are_one_batch(prompts, max_new_tokens):
+    assert len(plan_batches(prompts, max_new_tokens, None)) == 1

@@ -1,12 +1,18 @@
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from perception_r1.codecs import CODECS
+from perception_r1.data.rows import Row
 from perception_r1.errors import UserError
 from perception_r1.policy.load import CODEC_BY_FAMILY
 from perception_r1.policy.processor import IMAGE_TOKEN, Processor
-from perception_r1.records import Frame
+from perception_r1.records import Frame, Sample
+from perception_r1.tasks.detection import Detection
 from tests.policy.oracle import chat, encode, noise
 
 families = pytest.mark.parametrize("family", CODEC_BY_FAMILY)
@@ -105,3 +111,40 @@ def test_what_is_saved_encodes_the_same(model_folders, family, tmp_path):
     one, other = encode(processor), encode(Processor.load(tmp_path))
     assert torch.equal(one.input_ids, other.input_ids)
     assert torch.equal(one.pixel_values, other.pixel_values)
+
+
+SIZES = [(640, 480), (333, 1000), (5000, 200), (28, 28)]
+BOUNDS = [{}, {"max_pixels": 200_000}, {"min_pixels": 500_000}, {"min_pixels": 150_000, "max_pixels": 160_000}]
+ROUNDING = 0.006
+"""Pixels are described with two decimals."""
+
+
+@families
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_box_at_known_pixels_survives_the_way_through_text(model_folders, family, bounds, size):
+    """Row in pixels, fractions, the family's units in text, and back to pixels: off by one unit at most."""
+    processor, (width, height) = Processor.load(model_folders[family], **bounds), size
+    frame = processor.frame(width, height)
+    # what the image processor itself makes of such a picture
+    shape = processor.image_processor(images=Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0].tolist()
+    patch = processor.image_processor.patch_size
+    assert (frame.seen_height, frame.seen_width) == (shape[1] * patch, shape[2] * patch)
+    codec, task = CODECS[CODEC_BY_FAMILY[family]], Detection(categories=("dog",))
+    boxes = [
+        (0, 0, width, height),
+        (width // 3, height // 4, width // 3 + width // 7, height // 2),
+        (width - 7, height - 5, width, height),
+        (3, 2, 13, 11),
+    ]
+    row = Row({"objects": [{"box": list(box), "label": "dog"} for box in boxes]}, width=width, height=height)
+    query, target = task.read_row(row)
+    sample = Sample(id="", image=Path("a.png"), width=width, height=height, query=query, target=target)
+    text = task.answer(sample, codec, frame)
+    found = task.describe(task.parse(text + "<|im_end|>", codec, frame), frame)["objects"]
+    columns, rows = (frame.seen_width, frame.seen_height) if family == "qwen2_5_vl" else (1000, 1000)
+    assert len(found) == len(boxes)
+    for item, box in zip(found, boxes, strict=True):
+        assert item["box"][0::2] == pytest.approx(box[0::2], abs=width / columns + ROUNDING)
+        assert item["box"][1::2] == pytest.approx(box[1::2], abs=height / rows + ROUNDING)
+    assert found[0]["box"] == [0, 0, width, height]

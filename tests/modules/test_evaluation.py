@@ -1,0 +1,83 @@
+"""What a policy answers greedily, and the figures that validation and test make of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from perception_r1.data.sources import JsonLines
+from perception_r1.modules.base import PolicyModule
+from perception_r1.policy.policy import Policy
+from perception_r1.tasks.grounding import GroundingData
+from tests.callbacks.evaluating import answer_by_lot, write_sources
+from tests.modules.toy import make_data, make_module, make_trainer
+
+
+def odd_samples(count=7):
+    """Samples whose prompts have many lengths."""
+    data = make_data(num_val=count)
+    data.setup("validate")
+    sizes = [(28 * (1 + place % 3), 28 * (1 + place % 2)) for place in range(count)]
+    found = list(data.samples("val"))
+    for place, (width, height) in enumerate(sizes):
+        image = found[place].image.resize((width, height), Image.Resampling.NEAREST)
+        found[place] = replace(found[place], image=image, width=width, height=height)
+    return found
+
+
+@pytest.fixture
+def module(folder):
+    module = make_module(folder, max_new_tokens=6)
+    module.policy = Policy.load(module.policy_config).double().eval()
+    return module
+
+
+@pytest.mark.parametrize("budget", [1, 60, 100, 10_000])
+def test_a_budget_of_tokens_changes_no_answer_and_no_order(module, monkeypatch, budget):
+    samples = odd_samples()
+    whole = module.answer(samples)
+    assert [outcome.sample.id for outcome in whole] == [sample.id for sample in samples]
+    assert len({outcome.completion for outcome in whole}) > 1
+    sizes = []
+    real = type(module.policy).roll_out
+
+    def roll_out(policy, prompts, **options):
+        sizes.append(len(prompts) * (max(prompts.lengths) + options["max_new_tokens"]))
+        assert len(prompts) == 1 or sizes[-1] <= budget
+        return real(policy, prompts, **options)
+
+    monkeypatch.setattr(type(module.policy), "roll_out", roll_out)
+    module.eval_batch_tokens = budget
+    assert module.answer(samples) == whole
+    assert (len(sizes) == 1) == (budget == 10_000)
+
+
+def test_nothing_to_answer_is_no_work(module):
+    assert module.answer([]) == []
+
+
+def test_validation_takes_all_sources_together(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    files = write_sources(tmp_path, "grounding", {"one": 5, "two": 4})
+    data = GroundingData(val={name: JsonLines(file) for name, file in files.items()}, eval_batch_size=2)
+    module = make_module(folder, task=data.task)
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    trainer.validate(module, data, verbose=False)
+    outcomes = answer_by_lot(module, list(data.samples("val")))
+    assert len(outcomes) == 9
+    expected = torch.tensor([outcome.score.reward for outcome in outcomes], dtype=torch.float64).mean()
+    assert float(trainer.callback_metrics["val/reward"]) == pytest.approx(float(expected), rel=1e-6)
+    assert not any("one" in name for name in trainer.callback_metrics)
+
+
+def test_figures_before_and_after_take_all_sources_together(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    files = write_sources(tmp_path, "grounding", {"one": 5, "two": 4})
+    data = GroundingData(test={name: JsonLines(file) for name, file in files.items()}, eval_batch_size=2)
+    data.setup("test")
+    module = make_module(folder, task=data.task)
+    module.policy = Policy.load(module.policy_config)
+    figures = module.evaluate(batch.samples for batch in data.test_dataloader())
+    rewards = [outcome.score.reward for outcome in answer_by_lot(module, list(data.samples("test")))]
+    assert figures["reward"] == pytest.approx(sum(rewards) / 9)
