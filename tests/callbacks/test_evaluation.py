@@ -305,13 +305,12 @@ def test_an_evaluation_of_the_training_rows_makes_a_curriculum(by_lot, tmp_path)
     assert len({rewards[name] for name in shown}) > 2
 
 
-def test_a_limited_evaluation_begins_anew_and_answers_the_same_each_time(by_lot, tmp_path):
+@pytest.mark.parametrize(("limit", "count"), [("1", 3), ("2", 6), ("0.5", 3)])  # ten in three batches: 3, 3, 4
+def test_a_limited_evaluation_begins_anew_and_answers_the_same_each_time(by_lot, tmp_path, limit, count):
     files = write_sources(tmp_path, "grounding", {"only": 10})
-    rows = [
-        rows_of(by_lot("grounding", files, "--trainer.limit_test_batches=2") / "predictions.jsonl") for _ in range(2)
-    ]
-    assert rows[0] == rows[1]
-    assert [row["id"] for row in rows[0]] == [str(place) for place in range(6)]  # ten in three batches: 3, 3, 4
+    for _ in range(2):
+        rows = rows_of(by_lot("grounding", files, f"--trainer.limit_test_batches={limit}") / "predictions.jsonl")
+        assert [row["id"] for row in rows] == [str(place) for place in range(count)]
 
 
 def test_a_folder_of_another_name_is_not_taken_for_the_same_question(folder, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ class Evaluation(Callback):
         trainer.test_loop.verbose = False  # the report has a table of its own
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if not self._folder.name.startswith(EVALUATION) or trainer.limit_test_batches != 1.0:
+            if not self._folder.name.startswith(EVALUATION) or _is_limited(trainer):
                 for file in self._files():
                     file.unlink(missing_ok=True)
             answered = self._collect(datamodule)
@@ -169,6 +169,11 @@ class _Outcomes(Sequence[Outcome]):
 
 def _data(trainer: Trainer) -> TaskDataModule:
     return cast(TaskDataModule, getattr(trainer, "datamodule", None))
+
+
+def _is_limited(trainer: Trainer) -> bool:
+    """Not all batches are tested; 1 is a single batch, 1.0 all of them."""
+    return isinstance(trainer.limit_test_batches, int) or trainer.limit_test_batches != 1.0
 
 
 def _rounded(value: float) -> float:
