@@ -9,14 +9,14 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "refcoco_val": {"accuracy_50": (0.868, 0.891)},
     "refcoco_testA": {"accuracy_50": (0.896, 0.914)},
     "refcoco_testB": {"accuracy_50": (0.820, 0.845)},
-    "refcocop_val": {"accuracy_50": (0.771, 0.817)},
-    "refcocop_testA": {"accuracy_50": (0.825, 0.868)},
-    "refcocop_testB": {"accuracy_50": (0.701, 0.743)},
+    "refcocoplus_val": {"accuracy_50": (0.771, 0.817)},
+    "refcocoplus_testA": {"accuracy_50": (0.825, 0.868)},
+    "refcocoplus_testB": {"accuracy_50": (0.701, 0.743)},
     "refcocog_val": {"accuracy_50": (0.833, 0.857)},
     "refcocog_test": {"accuracy_50": (0.831, 0.854)},
     "pixmo_count_val": {"count_accuracy": (0.602, 0.781)},
     "pixmo_count_test": {"count_accuracy": (0.505, 0.756)},
     "coco_val2017": {"ap": (0.161, 0.319), "ap50": (0.237, 0.467), "ap75": (0.167, 0.334)},
-    "pageocr_en": {"edit_distance": (0.080, 0.035), "word_f1": (0.944, 0.982)},
+    "pageocr": {"edit_distance": (0.080, 0.035), "word_f1": (0.944, 0.982)},
 }
 """Source -> figure -> before and after."""

@@ -16,6 +16,7 @@ from perception_r1.data.rows import Row
 from perception_r1.data.samples import Joined, OnBadRow, PictureCheck, Subset, load
 from perception_r1.data.scenes import SceneSource, Split, scene_fingerprint
 from perception_r1.data.sources import DataError, JsonLines, Source
+from perception_r1.data.sources.base import taken
 from perception_r1.data.worlds import World
 from perception_r1.errors import UserError
 from perception_r1.records import Blob, Sample
@@ -46,6 +47,8 @@ class TaskDataModule(LightningDataModule):
         train: Sources to train on by name, in place of train_file (see `data/sources`).
         val: Sources to validate on by name, in place of val_file.
         test: Sources to test on by name, in place of test_file; each gets figures of its own.
+        train_take: Which of the training rows of all sources together: "all", "first:N", "last:N" or "random:N", N a
+            number or a percentage; what is held out is held out before.
         num_train: Made scenes per training epoch.
         num_val: Made scenes for validation.
         num_test: Made scenes for testing.
@@ -78,6 +81,7 @@ class TaskDataModule(LightningDataModule):
         train: dict[str, Source] | None = None,
         val: dict[str, Source] | None = None,
         test: dict[str, Source] | None = None,
+        train_take: str = "all",
         num_train: int = 8192,
         num_val: int = 200,
         num_test: int = 400,
@@ -99,6 +103,7 @@ class TaskDataModule(LightningDataModule):
             {"train": train_file, "val": val_file, "test": test_file}, {"train": train, "val": val, "test": test}
         )
         self.num_scenes: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
+        self.train_take = train_take
         self.held_out_share = held_out_share
         self.on_bad_row = on_bad_row
         self.picture_check = picture_check
@@ -122,7 +127,11 @@ class TaskDataModule(LightningDataModule):
         """
         for split in (self.eval_split,) if stage == "test" else _STAGES[stage]:
             if split not in self._samples and (stage is not None or self._has_source(split)):
-                self._samples |= self._load(split)
+                loaded = self._load(split)
+                if "train" in loaded and self.train_take != "all":
+                    size = len(loaded["train"])
+                    loaded["train"] = Subset(loaded["train"], taken(self.train_take, size, self.seed))
+                self._samples |= loaded
 
     def samples(self, split: Split) -> Samples:
         """The samples of a split that is set up, source by source; pictures of files are not loaded."""
@@ -179,7 +188,7 @@ class TaskDataModule(LightningDataModule):
         if self.sources:
             named = [(split, name, source) for split, group in self.sources.items() for name, source in group.items()]
             parts = [f"{split} {name} {source.fingerprint()}" for split, name, source in named]
-            parts += [str(self.held_out_share), self.on_bad_row]
+            parts += [str(self.held_out_share), self.on_bad_row, self.train_take]
         else:
             sizes = self.num_scenes.items()
             parts = [scene_fingerprint(self.world, split, self.seed, size) for split, size in sizes]
