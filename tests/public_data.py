@@ -205,7 +205,7 @@ def from_the_hub(root: Path) -> Callable[..., datasets.Dataset]:
     def load_dataset(path: str, name: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
         assert split in splits[path]
         if path == "allenai/pixmo-count":
-            return hub_pixmo(root / "pixmo-count", has_points=split == "train")
+            return hub_pixmo(root / "pixmo-count", has_points=split == "train", size=6)
         return hub_refcoco(root)
 
     return load_dataset

@@ -29,8 +29,8 @@ from tests.readme import ROOT, blocks, commands
 COMMANDS = list(dict.fromkeys(commands("README.md") + commands("CONTRIBUTING.md")))
 SMALL = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --trainer.val_check_interval 2"
-    " --data.train_take all --data.batch_size 2 --data.eval_batch_size 2 --data.num_val 2 --data.num_test 2 --data.num_workers 0"
-    " --model.max_new_tokens 4 --embedded.max_steps 2"
+    " --data.train_take all --data.batch_size 2 --data.eval_batch_size 2 --data.num_workers 0"
+    " --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4 --embedded.max_steps 2"
 )
 """What makes a training of any task a matter of a second."""
 BARE = ["--pictures.num_pictures", "0", "--before_after.enabled", "false"]

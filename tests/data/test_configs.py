@@ -34,7 +34,7 @@ KNOWN: dict[str, tuple[str, Callable[[Path], None], dict[str, dict[str, int]]]] 
     "pixmo_count": (
         "counting",
         lambda root: None,
-        {"train": {"pixmo_count": 3}, "val": {"pixmo_count": 3}, "test": {"pixmo_count_val": 3, "pixmo_count_test": 3}},
+        {"train": {"pixmo_count": 5}, "val": {"pixmo_count": 5}, "test": {"pixmo_count_val": 5, "pixmo_count_test": 5}},
     ),
     "pageocr": ("ocr", make_pageocr, {"train": {"pageocr": 4}, "val": {"pageocr": 1}, "test": {"pageocr": 1}}),
     "fox": ("ocr", make_fox, {"test": {"fox_en": 2, "fox_cn": 2}}),
