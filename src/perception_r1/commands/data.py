@@ -18,8 +18,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
 from rich.table import Table
 
-from perception_r1.cli import EMBEDDED, PerceptionCLI, guarded
 from perception_r1.codecs import CODECS, Codec
+from perception_r1.commands.training import EMBEDDED, PerceptionCLI
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
 from perception_r1.data.images import load_image
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
             f"usage: perception-r1 data [CONFIGURATION OF A RUN]\n\n{__doc__}"
         )
         return 0 if is_help else 2
-    return guarded(lambda: verbs[argv[0]](_DataCLI.of(list(argv[1:]), run=False)))
+    return verbs[argv[0]](_DataCLI.of(list(argv[1:]), run=False))
 
 
 def _check(cli: _DataCLI) -> int:
