@@ -118,5 +118,8 @@ def find_checkpoint(runs: Path, name: str) -> Path:
     """
     found = sorted(runs.glob(f"*/{FOLDER}/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(f"No run under {runs} has a {FOLDER}/{name}.ckpt yet; train first, or give a file.")
+        raise UserError(
+            f"No run under {runs} has a {FOLDER}/{name}.ckpt yet; train first, or give a file, or null for the model as "
+            "it is."
+        )
     return found[-1]
