@@ -2,20 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import perception_r1
 
-_WITHOUT_EFFECT = ("num_workers", "batch_size", "eval_batch_size", "eval_batch_tokens", "optimizer", "schedule")
+EVALUATION = "eval-"
+"""How the names of folders begin that have the name of their evaluation behind it."""
+_WITHOUT_EFFECT = {
+    "data": ("num_workers", "batch_size", "eval_batch_size"),
+    "model": ("eval_batch_tokens", "optimizer", "schedule"),
+}
 """Settings that change how long an evaluation takes, or nothing; and devices may be others."""
 
 
 def evaluation_key(config: Mapping[str, Any]) -> str:
     """Twelve hex digits of everything that determines the answers: settings, files that they name, and the code.
 
-    Files count by name, size and time of change: weights of gigabytes are not read for this.
+    Files count by name, size and time of change: weights of gigabytes are not read for this. So do those in the folder
+    of a model.
 
     Args:
         config: The parsed configuration of `test`, as nested mappings; its "ckpt_path" is a file or None.
@@ -23,7 +31,8 @@ def evaluation_key(config: Mapping[str, Any]) -> str:
     parts = {name: config.get(name) for name in ("data", "model", "embedded", "seed_everything", "ckpt_path")}
     trainer = config.get("trainer") or {}
     parts |= {name: trainer.get(name) for name in ("precision", "limit_test_batches")}
-    values = list(_leaves(parts))
+    values = [value for name, part in parts.items() for value in (name, *_leaves(part, _WITHOUT_EFFECT.get(name, ())))]
+    values += [version("torch"), version("transformers")]
     package = Path(perception_r1.__file__).parent
     digest = hashlib.sha256(json.dumps(values, default=str).encode())
     for file in sorted(package.rglob("*.py")):
@@ -31,18 +40,27 @@ def evaluation_key(config: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _leaves(value: Any) -> Iterator[object]:
+def _leaves(value: Any, left_out: Collection[str]) -> Iterator[object]:
     """All keys and values, files with size and time of change."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if key not in _WITHOUT_EFFECT:
+            if key not in left_out:
                 yield key
-                yield from _leaves(item)
+                yield from _leaves(item, left_out)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _leaves(item)
+            yield from _leaves(item, left_out)
     else:
         yield str(value)
-        if isinstance(value, str | Path) and len(str(value)) < 4096 and Path(value).is_file():
-            state = Path(value).stat()
-            yield [state.st_size, state.st_mtime_ns]
+        if isinstance(value, str | Path):
+            for file in _files(str(value)):
+                state = file.stat()
+                yield [file.name, state.st_size, state.st_mtime_ns]
+
+
+def _files(name: str) -> list[Path]:
+    """The file of this name, or the files of a model's folder; none where a setting only looks like a name."""
+    if os.path.isfile(name):  # unlike pathlib's, it takes any text
+        return [Path(name)]
+    is_model = name != "" and os.path.isfile(os.path.join(name, "config.json"))
+    return sorted(path for path in Path(name).iterdir() if path.is_file()) if is_model else []

@@ -1,58 +1,134 @@
 """The lines of predictions.jsonl."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 
-from perception_r1.callbacks.predictions import Predictions, join_parts, outcome_line
-from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_outcome, toy_samples, toy_trainer
+from perception_r1.callbacks.predictions import judge_again, outcome_row, read_rows, row_key, row_line, write_rows
+from perception_r1.codecs import CODECS
+from perception_r1.data.rows import Row
+from perception_r1.errors import UserError
+from perception_r1.records import Frame, Sample, Score
+from perception_r1.scoring import judge
+from perception_r1.tasks import TASKS
+from tests.callbacks.toy import ToyTask, toy_outcome, toy_samples
+from tests.hostile import texts
+
+ROWS = {
+    "grounding": {"question": "red cup", "box": [10, 20, 60, 80]},
+    "counting": {"label": "cup", "points": [[10, 20], [60, 80]], "unit": "pixels"},
+    "detection": {"objects": [{"box": [10.5, 20, 60, 80], "label": "dog"}], "slack": 1.0},
+    "ocr": {"text": "first line\nsecond \u2028 line"},
+}
+FRAME = Frame(width=100, height=90, seen_width=112, seen_height=84)
 
 
-def test_predict_writes_one_line_per_sample_and_no_parts(tmp_path: Path):
-    toy_trainer(tmp_path, [Predictions()]).predict(ToyModule(), datamodule=ToyData())
-    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [f"toy-{index}" for index in range(6)]
-    assert [path.name for path in (tmp_path / "run").glob("predictions*")] == ["predictions.jsonl"]
-    assert json.loads(lines[0]) == {
+def sample_of(name: str) -> Sample:
+    query, target = TASKS[name]().read_row(Row(ROWS[name], width=100, height=90))
+    return Sample(
+        id="7", image=Path("a.png"), width=100, height=90, query=query, target=target, source="s", row=ROWS[name]
+    )
+
+
+def outcome_of(name: str, codec: str, completion: str):
+    (outcome,) = judge(
+        TASKS[name](),
+        CODECS[codec],
+        samples=[sample_of(name)],
+        frames=[FRAME],
+        completions=[completion],
+        lengths=[17],
+        truncated=[True],
+        is_evaluation=True,
+    )
+    return outcome
+
+
+def test_a_row_is_the_data_row_with_all_that_is_known_about_its_answer():
+    assert outcome_row(ToyTask(), replace(toy_outcome(toy_samples(1)[0]), prediction=None)) == {
         "id": "toy-0",
+        "source": "",
+        "width": 64,
+        "height": 48,
+        "seen_width": 64,
+        "seen_height": 48,
         "query": "thing",
         "completion": "there",
         "prediction": None,
-        "reward": 0.0,
-        "terms": {"format": 0.0},
-        "figures": {"accuracy": 0.0},
+        "reward": 1.0,
+        "terms": {"format": 1.0},
+        "figures": {"accuracy": 1.0},
         "num_tokens": 5,
         "is_truncated": False,
     }
+    row = outcome_row(TASKS["counting"](), outcome_of("counting", "qwen2_vl", ""))
+    assert {key: row[key] for key in ROWS["counting"]} == ROWS["counting"]
+    assert row_key(row) == ("s", "7")
+    # a key without a value is left out: `score` would take it for one
+    bare = replace(toy_samples(1)[0], row={"count": None, "label": "cup"})
+    assert outcome_row(ToyTask(), toy_outcome(bare)).keys() & {"count", "label"} == {"label"}
 
 
-@pytest.mark.parametrize("completion", ["two\nlines", "\u2028\x85\x00", "\ud800", "中文"])
-def test_no_completion_breaks_its_line(completion: str):
-    line = outcome_line(ToyTask(), toy_outcome(toy_samples(1)[0], completion))
+@pytest.mark.parametrize("completion", ["two\nlines", "\u2028\x85\x00", "\ud800", "中文", "\r", ""])
+def test_no_completion_breaks_its_line(completion: str, tmp_path: Path):
+    line = row_line(outcome_row(ToyTask(), toy_outcome(toy_samples(1)[0], completion)))
     assert line.endswith("\n")
     assert len(line.splitlines()) == 1
     assert line.isascii()
-    assert json.loads(line)["completion"] == completion
+    (tmp_path / "rows.jsonl").write_text(line)
+    assert [row["completion"] for row in read_rows(tmp_path / "rows.jsonl")] == [completion]
 
 
-def test_parts_are_joined_batch_by_batch_in_turn(tmp_path: Path):
-    parts = [tmp_path / "0", tmp_path / "1"]
-    parts[0].write_text("a\nb\n\ne\n\n")
-    parts[1].write_text("c\nd\n\n")
-    join_parts(parts, tmp_path / "joined")
-    assert (tmp_path / "joined").read_text() == "a\nb\nc\nd\ne\n"
-    assert not parts[0].exists()
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", TASKS)
+@given(text=texts)
+def test_a_row_is_read_back_to_the_same_outcome_whatever_was_answered(name: str, codec: str, text: str):
+    for completion in (text, TASKS[name]().answer(sample_of(name), CODECS[codec], FRAME) + text):
+        outcome = outcome_of(name, codec, completion)
+        row = json.loads(row_line(outcome_row(TASKS[name](), outcome)))
+        assert judge_again(TASKS[name](), CODECS[codec], sample_of(name), row) == outcome
 
 
-def test_a_failure_leaves_the_part_with_what_was_predicted(tmp_path: Path):
-    class Breaks(ToyModule):
-        def predict_step(self, batch, batch_idx):
-            if batch_idx == 2:
-                raise RuntimeError("The toy broke.")
-            return self.answer(batch)
+def test_what_is_not_a_number_is_null():
+    score = Score(reward=1.0, terms={"format": math.nan}, figures={"accuracy": -math.inf})
+    line = row_line(outcome_row(ToyTask(), replace(toy_outcome(toy_samples(1)[0]), score=score)))
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert (row["terms"], row["figures"]) == ({"format": None}, {"accuracy": None})
 
-    with pytest.raises(RuntimeError, match="The toy broke"):
-        toy_trainer(tmp_path, [Predictions()]).predict(Breaks(), datamodule=ToyData())
-    part = (tmp_path / "run" / "predictions.rank0.jsonl").read_text()
-    assert [json.loads(line)["id"] for line in part.split("\n") if line] == ["toy-0", "toy-1", "toy-2", "toy-3"]
+
+@pytest.mark.parametrize("size", [1, 20, 100])
+def test_a_line_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path, size: int):
+    line = row_line(outcome_row(ToyTask(), toy_outcome(toy_samples(1)[0])))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + line[:size])
+    assert list(read_rows(path)) == [json.loads(line)]
+    path.write_text(line + line[:-1])  # all but the end of the line: it may be torn for all that one knows
+    assert len(list(read_rows(path))) == 1
+    path.write_text("")
+    assert list(read_rows(path)) == []
+
+
+@pytest.mark.parametrize("content", [b'{"id": "1",\n{"id": "2"}\n', b"\xff\xfe\n"])
+def test_a_file_of_another_kind_is_an_error_of_one_sentence(tmp_path: Path, content: bytes):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"rows\.jsonl cannot be read as predictions \(.*\); remove it"):
+        list(read_rows(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match="No such file"):
+        list(read_rows(tmp_path / "none.jsonl"))
+
+
+def test_rows_are_written_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"id": 1}, {"id": 2}])
+
+    def breaks():
+        yield {"id": 3}
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write_rows(path, breaks())
+    assert list(read_rows(path)) == [{"id": 1}, {"id": 2}]

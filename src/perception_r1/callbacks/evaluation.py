@@ -3,6 +3,9 @@
 Each device appends its rows to a part of its own while it works. Whoever starts the same evaluation again, on however
 many devices, finds these parts in its folder: finished samples are judged again from their completions and not answered
 again. At the end the parts become `predictions.jsonl`, in the order of the data, with `metrics.json` and the report.
+
+Only a folder that has the name of its evaluation is known to hold the answers to the same question. In any other, and
+where `trainer.limit_test_batches` leaves samples out, an evaluation begins anew.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +18,7 @@ from perception_r1.callbacks.files import run_folder, write_json
 from perception_r1.callbacks.predictions import Key, judge_again, outcome_row, read_rows, row_key, row_line, write_rows
 from perception_r1.callbacks.report import write_report
 from perception_r1.data.module import TaskDataModule
+from perception_r1.evaluation_key import EVALUATION
 from perception_r1.scoring import Outcome
 
 if TYPE_CHECKING:
@@ -48,6 +52,9 @@ class Evaluation(Callback):
         trainer.test_loop.verbose = False  # the report has a table of its own
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if not self._folder.name.startswith(EVALUATION) or trainer.limit_test_batches != 1.0:
+                for file in self._files():
+                    file.unlink(missing_ok=True)
             answered = self._collect(datamodule)
             write_rows(self._answers, answered.values())
             for part in self._parts():
@@ -87,7 +94,7 @@ class Evaluation(Callback):
         """Join the parts; write figures and report."""
         if self._folder is None:
             return
-        self._close()
+        self._close(trainer)
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
@@ -103,6 +110,7 @@ class Evaluation(Callback):
             self._folder,
             module.task,
             figures,
+            split=datamodule.eval_split,
             outcomes=_Outcomes(module, datamodule, answered),
             rewards=[row["reward"] for row in answered.values()],
             num_pictures=self.num_pictures,
@@ -113,7 +121,7 @@ class Evaluation(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the parts as they are."""
-        self._close()
+        self._close(trainer)
 
     @property
     def _answers(self) -> Path:
@@ -123,17 +131,21 @@ class Evaluation(Callback):
     def _parts(self) -> list[Path]:
         return sorted(cast(Path, self._folder).glob("answers.rank*.jsonl"))
 
+    def _files(self) -> list[Path]:
+        return [cast(Path, self._folder) / "predictions.jsonl", self._answers, *self._parts()]
+
     def _collect(self, datamodule: TaskDataModule) -> dict[Key, Mapping[str, Any]]:
         """All rows that are there for samples of the data, each once, in the order of the data."""
-        files = [cast(Path, self._folder) / "predictions.jsonl", self._answers, *self._parts()]
-        rows = {row_key(row): row for file in files if file.is_file() for row in read_rows(file)}
+        rows = {row_key(row): row for file in self._files() if file.is_file() for row in read_rows(file)}
         keys = ((sample.source, sample.id) for sample in datamodule.samples(datamodule.eval_split)) if rows else ()
         return {key: rows[key] for key in keys if key in rows}
 
-    def _close(self) -> None:
+    def _close(self, trainer: Trainer) -> None:
+        """Whoever uses the data next sees all of it."""
         if self._part is not None:
             self._part.close()
             self._part = None
+            _data(trainer).leave_out(frozenset())
 
 
 class _Outcomes(Sequence[Outcome]):
@@ -143,14 +155,16 @@ class _Outcomes(Sequence[Outcome]):
         self, module: "PolicyModule", datamodule: TaskDataModule, rows: Mapping[Key, Mapping[str, Any]]
     ) -> None:
         self._module, self._rows = module, list(rows.values())
-        samples = datamodule.samples(datamodule.eval_split)
-        self._samples = [sample for sample in samples if (sample.source, sample.id) in rows]
+        self._samples = datamodule.samples(datamodule.eval_split)
+        names = enumerate((sample.source, sample.id) for sample in self._samples)
+        self._places = [place for place, name in names if name in rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return judge_again(self._module.task, self._module.policy.codec, self._samples[index], self._rows[index])
+        sample = self._samples[self._places[index]]
+        return judge_again(self._module.task, self._module.policy.codec, sample, self._rows[index])
 
 
 def _data(trainer: Trainer) -> TaskDataModule:

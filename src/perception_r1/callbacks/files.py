@@ -17,7 +17,7 @@ def run_folder(trainer: Trainer) -> Path | None:
 
     To be called on all ranks at once: they agree on the folder of rank zero.
     """
-    folder = trainer.log_dir
+    folder = trainer.log_dir if trainer.loggers else None  # without a logger it would be the working directory
     return Path(folder) if folder else None
 
 

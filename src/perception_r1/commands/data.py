@@ -78,7 +78,11 @@ class _DataCLI(PerceptionCLI):
         """
         if not self.data.sources:
             raise UserError("made scenes need no check and no conversion; give DATA, or --data.train_file")
-        return self.data.sources.get(self.split) or self.data.sources["train"]
+        found = self.data.sources.get(self.split) or self.data.sources.get("train")
+        if found is None:
+            known = " or ".join(f"--split {split}" for split in self.data.sources)
+            raise UserError(f"the configuration has no {self.split} rows; give {known}")
+        return found
 
     @contextmanager
     def reader(self) -> Iterator[tuple[Codec, Processor]]:
@@ -96,12 +100,13 @@ class _DataCLI(PerceptionCLI):
 def main(argv: Sequence[str]) -> int:
     """Run one verb; the result is the exit status: 1 where `check` found a bad row or `fetch` failed on a picture."""
     verbs = {"check": _check, "stats": _stats, "convert": _convert, "fetch": _fetch}
+    if argv[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(f"usage: perception-r1 data {{{','.join(verbs)}}} [CONFIGURATION OF A RUN]\n\n{__doc__}")
+        return 0
     if not argv or argv[0] not in verbs:
-        is_help = bool(argv) and argv[0] in ("-h", "--help")
-        (sys.stdout if is_help else sys.stderr).write(
-            f"usage: perception-r1 data [CONFIGURATION OF A RUN]\n\n{__doc__}"
-        )
-        return 0 if is_help else 2
+        what = f"no verb {argv[0]!r}" if argv else "to be told what to do"
+        sys.stderr.write(f"perception-r1: error: data has {what}: give one of {', '.join(verbs)}\n")
+        return 2
     return verbs[argv[0]](_DataCLI.of(list(argv[1:]), run=False))
 
 
@@ -127,8 +132,8 @@ def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
     cards, task = [], cli.data.task
     with cli.reader() as (codec, processor):
         for sample in samples:
-            frame = processor.frame(sample.width, sample.height)
             try:
+                frame = processor.frame(sample.width, sample.height)
                 answer = task.answer(sample, codec, frame)
             except UserError as error:
                 sys.stdout.write(f"{sample.id}: has no answer to learn from ({error})\n")
@@ -161,7 +166,7 @@ def _stats(cli: _DataCLI) -> int:
                 for name, source in cli.sources().items()
             }
         else:
-            data.setup("fit" if cli.split != "test" else "test")
+            data.setup()
             groups = {"made scenes": iter(data.samples(cli.split))}
         for name, samples in groups.items():
             module = cast(PolicyModule, cli.model)

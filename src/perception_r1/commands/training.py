@@ -19,7 +19,7 @@ from perception_r1.callbacks.run_card import RunCard
 from perception_r1.data.module import TaskDataModule
 from perception_r1.embedded.warmup import EmbeddedConfig, warm_policy
 from perception_r1.errors import UserError
-from perception_r1.evaluation_key import evaluation_key
+from perception_r1.evaluation_key import EVALUATION, evaluation_key
 from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
 from perception_r1.modules.base import PolicyModule
 from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the short names known
@@ -92,7 +92,7 @@ class PerceptionCLI(LightningCLI):
                 if "purge_step" in settings:  # TensorBoard forgets what came after the checkpoint
                     settings.purge_step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
         if has_folder and self.subcommand == "test" and settings.get("version") is None:
-            settings.version = f"eval-{evaluation_key(config.as_dict())}"
+            settings.version = EVALUATION + evaluation_key(config.as_dict())
 
     def after_instantiate_classes(self) -> None:
         """Put the warmed-up folder where the configuration says `tiny`."""
@@ -119,7 +119,7 @@ def find_checkpoint(runs: Path, name: str) -> Path:
     found = sorted(runs.glob(f"*/{FOLDER}/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(
-            f"No run under {runs} has a {FOLDER}/{name}.ckpt yet; train first, or give a file, or null for the model as "
-            "it is."
+            f"No run under {runs} has a {FOLDER}/{name}.ckpt yet; train first, or give a file, or null for the model "
+            "as it is."
         )
     return found[-1]

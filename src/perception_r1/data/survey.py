@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from PIL import Image
+
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
 from perception_r1.policy.processor import Processor
@@ -44,7 +46,7 @@ def survey(samples: Iterable[Sample[Any]], task: Task[Any, Any], codec: Codec, p
     for sample in samples:
         found.widths.append(sample.width)
         found.heights.append(sample.height)
-        found.images.add(str(sample.image))
+        found.images.add(sample.id if isinstance(sample.image, Image.Image) else str(sample.image))
         found.num_objects.append(task.num_objects(sample.target))
         try:
             frame = processor.frame(sample.width, sample.height)

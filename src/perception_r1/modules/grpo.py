@@ -169,9 +169,11 @@ class GRPO(PolicyModule):
         self.log_cost(rollout, experience, seconds_before, time.perf_counter() - started)
 
     def planned_group_size(self) -> int:
-        """G of the step that comes next."""
-        done = self.global_step / max(1, self.num_steps - 1)
-        return round(self.first_group_size + (self.final_group_size - self.first_group_size) * min(1.0, done))
+        """G of the step that comes next: every size from first to final has the same number of steps."""
+        growth = self.final_group_size - self.first_group_size
+        num_sizes = abs(growth) + 1
+        passed = min(num_sizes - 1, num_sizes * self.global_step // max(1, self.num_steps))
+        return self.first_group_size + (passed if growth > 0 else -passed)
 
     def sample(self, prompts: PromptBatch) -> Rollout:
         """G completions of each prompt, from seeds that depend on the run's seed and the step alone."""
