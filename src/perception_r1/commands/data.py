@@ -19,6 +19,7 @@ from rich import get_console
 from rich.table import Table
 
 from perception_r1.codecs import CODECS, Codec
+from perception_r1.commands.survey import Survey, log10_mean_factorial, share_over, spread, survey
 from perception_r1.commands.training import EMBEDDED, PerceptionCLI
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
@@ -27,7 +28,6 @@ from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import check, load
 from perception_r1.data.scenes import Split
 from perception_r1.data.sources import PixMoCount, Source
-from perception_r1.data.survey import Survey, log10_mean_factorial, share_over, spread, survey
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.embedded.warmup import build_unwarmed
 from perception_r1.errors import UserError

@@ -12,14 +12,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints
-from perception_r1.callbacks.evaluation import Evaluation
 from perception_r1.callbacks.pictures import Pictures
 from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
 from perception_r1.data.module import TaskDataModule
 from perception_r1.embedded.warmup import EmbeddedConfig, warm_policy
 from perception_r1.errors import UserError
-from perception_r1.evaluation_key import EVALUATION, evaluation_key
+from perception_r1.evaluation.callback import Evaluation
+from perception_r1.evaluation.key import EVALUATION, evaluation_key
 from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
 from perception_r1.modules.base import PolicyModule
 from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the short names known
