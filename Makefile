@@ -5,6 +5,8 @@ SHELL := /bin/bash
 TASK ?= counting
 MODEL ?= tiny
 DATA ?=
+VARIANT ?=
+RECIPE ?=
 SEED ?= 0
 CKPT ?= best
 RUN ?=
@@ -25,13 +27,15 @@ CONFIG += $(if $(wildcard configs/model/$(MODEL).yaml),-c configs/model/$(MODEL)
 CONFIG += $(addprefix -c ,$(wildcard configs/$(MODEL)/$(TASK).yaml))
 # DATA is the name of a file in configs/data, or a file of JSON lines to train on; empty, there are made scenes.
 CONFIG += $(if $(DATA),$(if $(wildcard configs/data/$(DATA).yaml),-c configs/data/$(DATA).yaml,--data.train_file $(DATA)))
+# RECIPE and VARIANT are names of files in configs/recipes and configs/variant; there may be several variants.
+CONFIG += $(RECIPE:%=-c configs/recipes/%.yaml) $(VARIANT:%=-c configs/variant/%.yaml)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install train sft eval predict export tensorboard test lint format clean
+.PHONY: help install train sft eval check stats fetch convert predict export tensorboard test lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder PICTURES='files or folders' ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder PICTURES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 
@@ -49,6 +53,18 @@ sft: $(INSTALLED) ## Train TASK with supervised fine-tuning
 
 eval: $(INSTALLED) ## Evaluate CKPT of TASK on the test split, greedily
 	$(BIN)/perception-r1 test $(CONFIG) --ckpt_path $(CKPT) $(OPTIONS)
+
+check: $(INSTALLED) ## Check the rows and pictures of DATA, and show three answers
+	$(BIN)/perception-r1 data check $(CONFIG) $(OPTIONS)
+
+stats: $(INSTALLED) ## Count what DATA holds: sizes, tokens, objects
+	$(BIN)/perception-r1 data stats $(CONFIG) $(OPTIONS)
+
+fetch: $(INSTALLED) ## Fetch the pictures that DATA names by URL
+	$(BIN)/perception-r1 data fetch $(CONFIG) $(OPTIONS)
+
+convert: $(INSTALLED) ## Write DATA as JSON lines into the folder TO
+	$(BIN)/perception-r1 data convert $(CONFIG) $(OPTIONS) --to $(TO)
 
 predict: $(INSTALLED) ## Answer PICTURES with RUN
 	$(BIN)/perception-r1 predict $(RUN) $(PICTURES) $(ARGS)

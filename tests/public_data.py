@@ -3,7 +3,7 @@
 import hashlib
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +191,21 @@ def make_pageocr(root: Path) -> None:
     make_conversations(root / "pageocr" / "pageocr.json")
     for number in range(1, 7):
         picture(root / "pageocr" / "images" / f"en_{number}.png", number)
+
+
+def from_the_hub(root: Path) -> Callable[..., datasets.Dataset]:
+    """In place of `load_dataset`: a small data set for those that the configurations name."""
+    splits = {
+        "lmms-lab/RefCOCO": ("val", "testA", "testB"),
+        "lmms-lab/RefCOCOplus": ("val", "testA", "testB"),
+        "lmms-lab/RefCOCOg": ("val", "test"),
+        "allenai/pixmo-count": ("train", "validation", "test"),
+    }
+
+    def load_dataset(path: str, name: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
+        assert split in splits[path]
+        if path == "allenai/pixmo-count":
+            return hub_pixmo(root / "pixmo-count", has_points=split == "train", size=6)
+        return hub_refcoco(root)
+
+    return load_dataset

@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from perception_r1.cli import PerceptionCLI, find_checkpoint, main
+from perception_r1.cli import main
+from perception_r1.commands.training import PerceptionCLI, find_checkpoint
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
 from perception_r1.tasks import TASKS

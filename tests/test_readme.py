@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from PIL import Image
@@ -22,24 +23,40 @@ from perception_r1.cli import main
 from perception_r1.data.samples import load
 from perception_r1.data.sources import JsonLines
 from perception_r1.tasks import TASKS
-from tests.public_data import make_coco, make_fox, make_refcoco
+from tests.public_data import from_the_hub, make_coco, make_fox, make_pageocr, make_refcoco
 from tests.readme import ROOT, blocks, commands
 
 COMMANDS = list(dict.fromkeys(commands("README.md") + commands("CONTRIBUTING.md")))
 SMALL = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --trainer.val_check_interval 2"
-    " --data.batch_size 2 --data.eval_batch_size 2 --data.num_val 2 --data.num_test 2 --data.num_workers 0"
-    " --model.max_new_tokens 4 --embedded.max_steps 2"
+    " --data.train_take all --data.batch_size 2 --data.eval_batch_size 2 --data.num_workers 0"
+    " --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4 --embedded.max_steps 2"
 )
 """What makes a training of any task a matter of a second."""
 BARE = ["--pictures.num_pictures", "0", "--before_after.enabled", "false"]
 """What makes it shorter still, where nobody looks at the results."""
-FAMILIES = {"Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl", "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl"}
+FAMILIES = {
+    "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl",
+    "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+    "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+}
 """Hub ids of the documentation; a tiny model of the same family stands for each."""
 KEYS = {"grounding": "question", "counting": "label", "detection": "objects", "ocr": "text"}
 """A key by which an example row can be told from those of other tasks."""
-PUBLIC = {"coco": make_coco, "refcoco": make_refcoco, "fox": make_fox}
+PUBLIC: dict[str, Callable[[Path], None]] = {
+    "coco": make_coco,
+    "refcoco": make_refcoco,
+    "fox": make_fox,
+    "pageocr": make_pageocr,
+    "pixmo_count": lambda root: None,
+}
 """What makes the public data sets of commands."""
+EXPORTED = "supervised"
+"""The folder that a command exports a model to and another one trains."""
 FIFTH_TASK = "TASK=colour"
 """The task that is not in the repository; `test_fifth_task.py` runs its command."""
 
@@ -56,6 +73,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["perception-r1"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
+    monkeypatch.setattr(datasets, "load_dataset", from_the_hub(tmp_path / "data"))
     return tmp_path
 
 
@@ -169,7 +187,7 @@ def expanded(command: str) -> list[list[str]]:
     if arguments[0] != "make":
         return [arguments]
     outside = ("TASK", "MODEL", "DATA", "SEED", "CKPT", "ARGS", "PYTHON", "TORCH", "MAKE", "MFLAGS")
-    outside += ("RUN", "TO", "PICTURES")
+    outside += ("RUN", "TO", "PICTURES", "RECIPE", "VARIANT")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     done = subprocess.run(
         ["make", "-n", *arguments[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -201,7 +219,12 @@ def check_own_command(
     arguments = [*arguments, *SMALL, *BARE, "--embedded.cache_dir", str(cache)]
     name = policy_name(arguments)
     if name != "tiny":
-        arguments += ["--model.policy.name", str(model_folders[FAMILIES[name or ""]])]
+        family = "qwen2_vl" if name == EXPORTED else FAMILIES[name or ""]
+        arguments += ["--model.policy.name", str(model_folders[family])]
+    if arguments[0] == "data":
+        assert main(arguments) == (1 if arguments[1] == "fetch" else 0)  # nothing can be fetched here
+        assert capsys.readouterr().out
+        return
     if option(arguments, "--ckpt_path") in ("last", "best"):
         at = arguments.index("--ckpt_path")
         assert main(["fit", *arguments[1:at], *arguments[at + 2 :]]) == 0

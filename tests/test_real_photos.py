@@ -50,7 +50,7 @@ ROWS = {
 SET_UPS = {
     "qwen2_vl": ("qwen2_vl", []),
     "qwen2_5_vl": ("qwen2_5_vl", []),
-    "lora": ("qwen2_vl", ["-c", str(CONFIGS / "model" / "lora.yaml")]),
+    "lora": ("qwen2_vl", ["-c", str(CONFIGS / "variant" / "lora.yaml")]),
 }
 
 

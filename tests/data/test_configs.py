@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from perception_r1.cli import main
 from perception_r1.data.module import TaskDataModule
-from tests.public_data import hub_pixmo, hub_refcoco, make_coco, make_fox, make_pageocr, make_refcoco
+from tests.public_data import from_the_hub, make_coco, make_fox, make_pageocr, make_refcoco
 from tests.readme import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
@@ -20,7 +20,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
 REFCOCO = [f"{name}_{split}" for name in ("refcoco", "refcocoplus") for split in ("val", "testA", "testB")]
 REFCOCO += ["refcocog_val", "refcocog_test"]
 KNOWN: dict[str, tuple[str, Callable[[Path], None], dict[str, dict[str, int]]]] = {
-    "coco": ("detection", make_coco, {"train": {"coco": 6}, "val": {"coco": 1}, "test": {"coco": 3}}),
+    "coco": ("detection", make_coco, {"train": {"coco": 6}, "val": {"coco": 1}, "test": {"coco_val2017": 3}}),
     "refcoco": (
         "grounding",
         make_refcoco,
@@ -34,30 +34,12 @@ KNOWN: dict[str, tuple[str, Callable[[Path], None], dict[str, dict[str, int]]]] 
     "pixmo_count": (
         "counting",
         lambda root: None,
-        {"train": {"pixmo_count": 3}, "val": {"pixmo_count": 3}, "test": {"pixmo_count": 3}},
+        {"train": {"pixmo_count": 5}, "val": {"pixmo_count": 5}, "test": {"pixmo_count_val": 5, "pixmo_count_test": 5}},
     ),
     "pageocr": ("ocr", make_pageocr, {"train": {"pageocr": 4}, "val": {"pageocr": 1}, "test": {"pageocr": 1}}),
     "fox": ("ocr", make_fox, {"test": {"fox_en": 2, "fox_cn": 2}}),
 }
 """Task, what makes the data, and how many samples of each source are in each split."""
-
-
-def from_the_hub(root: Path) -> Callable[..., datasets.Dataset]:
-    """In place of `load_dataset`: a small data set for those that the configurations name."""
-    splits = {
-        "lmms-lab/RefCOCO": ("val", "testA", "testB"),
-        "lmms-lab/RefCOCOplus": ("val", "testA", "testB"),
-        "lmms-lab/RefCOCOg": ("val", "test"),
-        "allenai/pixmo-count": ("train", "validation", "test"),
-    }
-
-    def load_dataset(path: str, name: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
-        assert split in splits[path]
-        if path == "allenai/pixmo-count":
-            return hub_pixmo(root / "pixmo-count", has_points=split == "train")
-        return hub_refcoco(root)
-
-    return load_dataset
 
 
 def composed(name: str, task: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -92,7 +74,7 @@ def test_every_split_of_a_configuration_is_loaded(name, tmp_path, monkeypatch, c
         samples = list(module.samples(split))
         assert {key: sum(sample.source == key for sample in samples) for key in sizes} == sizes
         assert len(samples) == sum(sizes.values())
-        assert module.source_names(split) == tuple(sizes)
+        assert tuple(module.sources.get(split, module.sources.get("train"))) == tuple(sizes)
     assert module.fingerprint()
 
 

@@ -232,6 +232,18 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_one_sentence(server, 
         fetch([download(server, tmp_path / "file", "ok-1")])
 
 
+def test_a_file_gets_its_name_only_when_it_is_whole(server, tmp_path, monkeypatch):
+    def replace(self: Path, target: Path) -> Path:
+        assert self.read_bytes() == body("/ok-1")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", replace)
+    wanted = download(server, tmp_path, "ok-1")
+    with pytest.raises(UserError, match=rf"{wanted.sha256}: cannot be written \(No space left on device\)"):
+        fetch([wanted])
+    assert list(tmp_path.iterdir()) == []
+
+
 KILLED = """
 import sys
 from pathlib import Path

@@ -18,8 +18,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
 from rich.table import Table
 
-from perception_r1.cli import EMBEDDED, PerceptionCLI, guarded
 from perception_r1.codecs import CODECS, Codec
+from perception_r1.commands.survey import Survey, log10_mean_factorial, share_over, spread, survey
+from perception_r1.commands.training import EMBEDDED, PerceptionCLI
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
 from perception_r1.data.images import load_image
@@ -27,7 +28,6 @@ from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import check, load
 from perception_r1.data.scenes import Split
 from perception_r1.data.sources import PixMoCount, Source
-from perception_r1.data.survey import Survey, log10_mean_factorial, share_over, spread, survey
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.embedded.warmup import build_unwarmed
 from perception_r1.errors import UserError
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
         what = f"no verb {argv[0]!r}" if argv else "to be told what to do"
         sys.stderr.write(f"perception-r1: error: data has {what}: give one of {', '.join(verbs)}\n")
         return 2
-    return guarded(lambda: verbs[argv[0]](_DataCLI.of(list(argv[1:]), run=False)))
+    return verbs[argv[0]](_DataCLI.of(list(argv[1:]), run=False))
 
 
 def _check(cli: _DataCLI) -> int:

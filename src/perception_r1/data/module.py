@@ -1,8 +1,7 @@
 """Base of the tasks' data modules: made scenes or sources in, checked splits and batches of samples out."""
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBa
 from perception_r1.data.rows import Row
 from perception_r1.data.samples import Joined, OnBadRow, PictureCheck, Subset, load
 from perception_r1.data.scenes import SceneSource, Split, scene_fingerprint
-from perception_r1.data.sources import DataError, JsonLines, Source
+from perception_r1.data.sources import DataError, Source
+from perception_r1.data.sources.base import taken
+from perception_r1.data.splits import divide, sources_by_split
 from perception_r1.data.worlds import World
 from perception_r1.errors import UserError
-from perception_r1.records import Blob, Sample
+from perception_r1.records import Sample
 from perception_r1.task import Task
 
 Samples = Sequence[Sample[Any]]
@@ -46,6 +47,8 @@ class TaskDataModule(LightningDataModule):
         train: Sources to train on by name, in place of train_file (see `data/sources`).
         val: Sources to validate on by name, in place of val_file.
         test: Sources to test on by name, in place of test_file; each gets figures of its own.
+        train_take: Which of the training rows of all sources together: "all", "first:N", "last:N" or "random:N", N a
+            number or a percentage; what is held out is held out before.
         num_train: Made scenes per training epoch.
         num_val: Made scenes for validation.
         num_test: Made scenes for testing.
@@ -78,6 +81,7 @@ class TaskDataModule(LightningDataModule):
         train: dict[str, Source] | None = None,
         val: dict[str, Source] | None = None,
         test: dict[str, Source] | None = None,
+        train_take: str = "all",
         num_train: int = 8192,
         num_val: int = 200,
         num_test: int = 400,
@@ -99,6 +103,7 @@ class TaskDataModule(LightningDataModule):
             {"train": train_file, "val": val_file, "test": test_file}, {"train": train, "val": val, "test": test}
         )
         self.num_scenes: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
+        self.train_take = train_take
         self.held_out_share = held_out_share
         self.on_bad_row = on_bad_row
         self.picture_check = picture_check
@@ -122,7 +127,11 @@ class TaskDataModule(LightningDataModule):
         """
         for split in (self.eval_split,) if stage == "test" else _STAGES[stage]:
             if split not in self._samples and (stage is not None or self._has_source(split)):
-                self._samples |= self._load(split)
+                loaded = self._load(split)
+                if "train" in loaded and self.train_take != "all":
+                    size = len(loaded["train"])
+                    loaded["train"] = Subset(loaded["train"], taken(self.train_take, size, self.seed))
+                self._samples |= loaded
 
     def samples(self, split: Split) -> Samples:
         """The samples of a split that is set up, source by source; pictures of files are not loaded."""
@@ -179,11 +188,11 @@ class TaskDataModule(LightningDataModule):
         if self.sources:
             named = [(split, name, source) for split, group in self.sources.items() for name, source in group.items()]
             parts = [f"{split} {name} {source.fingerprint()}" for split, name, source in named]
-            parts += [str(self.held_out_share), self.on_bad_row]
+            parts += [str(self.held_out_share), self.on_bad_row, self.train_take]
         else:
             sizes = self.num_scenes.items()
             parts = [scene_fingerprint(self.world, split, self.seed, size) for split, size in sizes]
-        return _digest("\n".join(parts).encode()).hex()
+        return _digest("\n".join(parts))
 
     def _check_settings(self) -> None:
         sizes = {f"num_{split}": size for split, size in self.num_scenes.items()}
@@ -209,7 +218,7 @@ class TaskDataModule(LightningDataModule):
         if split != "train" and split in self.sources:
             return {split: self._read(split)}
         held_out: list[Split] = [name for name in ("val", "test") if name not in self.sources]
-        return _divide(self._read("train"), list(self.sources["train"].values()), held_out, self.held_out_share)
+        return divide(self._read("train"), list(self.sources["train"].values()), held_out, self.held_out_share)
 
     def _read(self, split: Split) -> Samples:
         parts: list[Samples] = [
@@ -259,66 +268,5 @@ class _SceneSamples(Samples):
         )
 
 
-def sources_by_split(
-    files: Mapping[Split, Path | None], sources: Mapping[Split, Mapping[str, Source] | None]
-) -> dict[Split, dict[str, Source]]:
-    """The sources of each split that has any; a file is one without a name.
-
-    Raises:
-        UserError: A split has both, or no source in its list of sources.
-    """
-    found: dict[Split, dict[str, Source]] = {}
-    for split, file in files.items():
-        named = sources[split]
-        if file is not None and named is not None:
-            raise UserError(f"{split}_file and {split} both say where the {split} samples come from: give one of them")
-        if named is not None and not named:
-            raise UserError(f"{split} names no source: give at least one, or leave it out")
-        if file is not None:
-            found[split] = {"": JsonLines(Path(file))}
-        elif named is not None:
-            found[split] = dict(named)
-    return found
-
-
-def _divide(
-    samples: Samples, sources: Sequence[Source], held_out: Sequence[Split], share: float
-) -> dict[Split, Samples]:
-    """Samples by split: images in the order of a hash of their names, the first to the held-out splits.
-
-    Raises:
-        DataError: There are fewer images than splits.
-    """
-    if not held_out:
-        return {"train": samples}
-    keys = [_image_key(sample, sources) for sample in samples]
-    images = sorted(set(keys), key=lambda name: _digest(name.encode()))
-    if len(images) <= len(held_out):
-        raise DataError(
-            f"{sources[0]}: has rows of {len(images)} different images, but holding out {' and '.join(held_out)} needs"
-            f" at least {len(held_out) + 1}: add images or give {' and '.join(f'{split}_file' for split in held_out)}"
-        )
-    num_held_out = max(1, int(share * len(images)))
-    split_of: dict[str, Split] = dict.fromkeys(images, "train")
-    for position, split in enumerate(held_out):
-        split_of |= dict.fromkeys(images[position * num_held_out : (position + 1) * num_held_out], split)
-    places: dict[Split, list[int]] = {split: [] for split in ("train", *held_out)}
-    for place, key in enumerate(keys):
-        places[split_of[key]].append(place)
-    return {split: Subset(samples, chosen) for split, chosen in places.items()}
-
-
-def _image_key(sample: Sample[Any], sources: Sequence[Source]) -> str:
-    """The image's path from the folder of the first source's pictures: the same on every machine.
-
-    A table may hold a picture several times, under different names; there its content counts.
-    """
-    if isinstance(sample.image, Blob):
-        return _digest(sample.image.read()).hex()
-    folder = next((source.images for source in sources if source.images is not None), None)
-    is_file = folder is not None and isinstance(sample.image, Path)
-    return os.path.relpath(str(sample.image), folder) if is_file else str(sample.image)
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

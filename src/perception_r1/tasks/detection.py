@@ -9,9 +9,10 @@ from torchmetrics import Metric
 
 from perception_r1.codecs import Codec
 from perception_r1.data.categories import COCO_NAMES
-from perception_r1.data.module import TaskDataModule, sources_by_split
+from perception_r1.data.module import TaskDataModule
 from perception_r1.data.rows import Row, RowError
 from perception_r1.data.scenes import Split
+from perception_r1.data.splits import sources_by_split
 from perception_r1.data.worlds import DetectionWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels

@@ -42,10 +42,9 @@ def test_all_objects_of_each_image_in_ascending_order_of_the_images(make):
     three, seven = load(source, TASK)
     assert (three.id, seven.id) == ("3", "7")
     assert three.target.objects == (LabelledBox(label="person", box=(0.1, 0.1, 0.35, 0.5)),)
-    assert seven.target.objects == (
-        LabelledBox(label="toothbrush", box=(0.0, 0.0, 1.0, 1.0)),
-        LabelledBox(label="dog", box=(0.5, 0.5, 0.55, 0.75)),
-    )
+    assert seven.target.objects == (LabelledBox(label="toothbrush", box=(0.0, 0.0, 1.0, 1.0)),)
+    assert seven.target.crowds == (LabelledBox(label="dog", box=(0.5, 0.5, 0.55, 0.75)),)
+    assert (three.target.areas, seven.target.areas) == ((2000.0,), (20000.0,))
     assert [row.values["objects"] for row in source] == [
         [{"box": [20, 10, 70, 50], "label": "person", "area": 2000}],
         [

@@ -73,6 +73,8 @@ def test_units_are_those_of_the_row(write, unit, box):
         ({"slack": "1"}, "slack: must be a number"),
         ({"slack": float("nan")}, "slack: must be a number"),
         ({"slack": 1, "box": [20, 10, 201.5, 50]}, "box: must lie inside"),
+        ({"slack": 1, "unit": "fractions", "box": [0.1, 0.1, 1.006, 0.5]}, "box: must lie inside"),
+        ({"slack": 1, "unit": "fractions", "box": [0.1, 0.1, 1.0, 1.011]}, "box: must lie inside"),
     ],
 )
 def test_a_wrong_unit_slack_or_frame_is_named(write, row, sentence):

@@ -15,13 +15,14 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from perception_r1.callbacks.evaluation import Evaluation
 from perception_r1.cli import main
 from perception_r1.commands import score
 from perception_r1.data.sources import JsonLines
+from perception_r1.evaluation.callback import Evaluation
 from perception_r1.modules.base import PolicyModule
 from perception_r1.tasks.grounding import GroundingData
-from tests.callbacks.evaluating import (
+from tests.callbacks.toy import ToyData, ToyModule, toy_trainer
+from tests.evaluation.evaluating import (
     DATA,
     answer_by_lot,
     answers_of,
@@ -32,7 +33,6 @@ from tests.callbacks.evaluating import (
     rows_of,
     write_sources,
 )
-from tests.callbacks.toy import ToyData, ToyModule, toy_trainer
 from tests.modules.toy import make_data, make_module, make_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -194,7 +194,7 @@ def on_two(undisturbed, detection, tmp_path_factory):
     jobs.append((str(folder / "detection"), detection.words))
     (folder / "jobs.json").write_text(json.dumps(jobs))
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.callbacks.evaluate_on_two", str(folder / "jobs.json")],
+        [sys.executable, "-W", "ignore", "-m", "tests.evaluation.evaluate_on_two", str(folder / "jobs.json")],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
         stdout=subprocess.DEVNULL,

@@ -19,8 +19,8 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "refcocog_test": {"accuracy_50": (0.831, 0.854)},
     "pixmo_count_val": {"count_accuracy": (0.602, 0.781)},
     "pixmo_count_test": {"count_accuracy": (0.505, 0.756)},
-    "coco_test": {"ap": (0.161, 0.319), "ap50": (0.237, 0.467), "ap75": (0.167, 0.334)},  # that is val2017
-    "pageocr_en": {"edit_distance": (0.080, 0.035), "word_f1": (0.944, 0.982)},
+    "coco_val2017": {"ap": (0.161, 0.319), "ap50": (0.237, 0.467), "ap75": (0.167, 0.334)},
+    "pageocr": {"edit_distance": (0.080, 0.035), "word_f1": (0.944, 0.982)},
 }
 """Source -> figure -> before and after."""
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from perception_r1.callbacks.predictions import judge_again, row_key
 from perception_r1.cli import main
 from perception_r1.data.scenes import SceneSource
+from perception_r1.evaluation.predictions import judge_again, row_key
 from perception_r1.modules.base import PolicyModule
 from perception_r1.records import Sample
 from perception_r1.scoring import judge

@@ -15,7 +15,7 @@ from perception_r1.callbacks.pictures import outcome_card
 from perception_r1.data.images import load_image
 from perception_r1.data.scenes import Split
 from perception_r1.drawing import contact_sheet
-from perception_r1.paper import published
+from perception_r1.evaluation.paper import published
 from perception_r1.scoring import Outcome
 from perception_r1.task import Task
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from perception_r1.callbacks.predictions import judge_again, outcome_row, read_rows, row_key, row_line, write_rows
 from perception_r1.codecs import CODECS
 from perception_r1.data.rows import Row
 from perception_r1.errors import UserError
+from perception_r1.evaluation.predictions import judge_again, outcome_row, read_rows, row_key, row_line, write_rows
 from perception_r1.records import Frame, Sample, Score
 from perception_r1.scoring import judge
 from perception_r1.tasks import TASKS

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from perception_r1.callbacks.files import run_folder, write_json
-from perception_r1.callbacks.predictions import Key, judge_again, outcome_row, read_rows, row_key, row_line, write_rows
-from perception_r1.callbacks.report import write_report
 from perception_r1.data.module import TaskDataModule
-from perception_r1.evaluation_key import EVALUATION
+from perception_r1.evaluation.key import EVALUATION
+from perception_r1.evaluation.predictions import Key, judge_again, outcome_row, read_rows, row_key, row_line, write_rows
+from perception_r1.evaluation.report import write_report
 from perception_r1.scoring import Outcome
 
 if TYPE_CHECKING:
