@@ -1,13 +1,16 @@
 """Fixtures of all tests: tiny models of every family, built once, and one thread per process."""
 
+import io
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import rich
 import torch
 import transformers
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from perception_r1.cli import main
@@ -87,3 +90,11 @@ def copy_folder(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         return Path(shutil.copytree(folder, tmp_path / name))
 
     return copy
+
+
+@pytest.fixture
+def console(monkeypatch: pytest.MonkeyPatch) -> Console:
+    """The global console, writing to a string as if to a file; `console.file.getvalue()` reads it."""
+    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    monkeypatch.setattr(rich, "_console", console)
+    return console

@@ -22,11 +22,11 @@ from PIL import Image
 
 from perception_r1.cli import main
 from perception_r1.commands import data as command
+from perception_r1.commands.survey import Survey, log10_mean_factorial, share_over, survey
 from perception_r1.data.convert import convert
 from perception_r1.data.samples import load
 from perception_r1.data.sources import Coco, Hub, JsonLines
 from perception_r1.data.sources.pixmo import Download
-from perception_r1.data.survey import Survey, log10_mean_factorial, share_over, survey
 from perception_r1.errors import UserError
 from perception_r1.policy.load import CODEC_BY_FAMILY
 from perception_r1.policy.processor import Processor

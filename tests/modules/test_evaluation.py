@@ -10,7 +10,7 @@ from perception_r1.data.sources import JsonLines
 from perception_r1.modules.base import PolicyModule
 from perception_r1.policy.policy import Policy
 from perception_r1.tasks.grounding import GroundingData
-from tests.callbacks.evaluating import answer_by_lot, write_sources
+from tests.evaluation.evaluating import answer_by_lot, write_sources
 from tests.modules.toy import make_data, make_module, make_trainer
 
 

@@ -2,11 +2,8 @@
 
 Source: Perception-R1 (NeurIPS 2025, arXiv 2504.07954), tables of grounding, counting, OCR and detection: the model
 before training and after. Qwen2-VL 2B, for detection Qwen2.5-VL 3B. The keys are the names of sources in
-`configs/data`, with the split behind them where several splits have a source of this name, then of figures; values are
-shares, not percentages.
+`configs/data`, then of figures; values are shares, not percentages.
 """
-
-from collections.abc import Mapping
 
 PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "refcoco_val": {"accuracy_50": (0.868, 0.891)},
@@ -23,16 +20,3 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "pageocr": {"edit_distance": (0.080, 0.035), "word_f1": (0.944, 0.982)},
 }
 """Source -> figure -> before and after."""
-
-
-def published(source: str, split: str) -> Mapping[str, tuple[float, float]]:
-    """The figures of a source, which is that of a split; none where there are none.
-
-    >>> published("pixmo_count", "val")
-    {'count_accuracy': (0.602, 0.781)}
-    >>> published("refcoco_val", "test")
-    {'accuracy_50': (0.868, 0.891)}
-    >>> published("mine", "test")
-    {}
-    """
-    return PAPER.get(source) or PAPER.get(f"{source}_{split}", {})

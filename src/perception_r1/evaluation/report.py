@@ -15,7 +15,7 @@ from perception_r1.callbacks.pictures import outcome_card
 from perception_r1.data.images import load_image
 from perception_r1.data.scenes import Split
 from perception_r1.drawing import contact_sheet
-from perception_r1.evaluation.paper import published
+from perception_r1.evaluation.paper import PAPER
 from perception_r1.scoring import Outcome
 from perception_r1.task import Task
 
@@ -51,7 +51,7 @@ def write_report(
     ranked = sorted(range(len(rewards)), key=rewards.__getitem__)
     lines = [f"# Evaluation of {task.name}", "", f"Checkpoint: {checkpoint or 'none, the model as it is'}. "]
     lines += [f"{len(rewards)} samples of the {split} split, greedy decoding.", ""]
-    rows = _rows(figures, split, task.headline)
+    rows = _rows(figures, task.headline)
     lines += [*_markdown(rows), ""]
     for title, places in (("worst", ranked[:num_pictures]), ("best", ranked[::-1][:num_pictures])):
         if places:
@@ -64,11 +64,11 @@ def write_report(
     console.print(Text.assemble(("report       ", "bold"), str(folder / "report.md")), soft_wrap=True)
 
 
-def _rows(figures: Figures, split: Split, headline: str) -> list[_Row]:
+def _rows(figures: Figures, headline: str) -> list[_Row]:
     """The headline of each source first, then what the paper has."""
     rows: list[_Row] = []
     for source, values in figures.items():
-        paper = published(source, split)
+        paper = PAPER.get(source, {})
         names = sorted(values, key=lambda name, paper=paper: (name != headline, name not in paper))  # type: ignore[misc]
         rows += [(source, name, values[name], paper.get(name)) for name in names]
     return rows

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from perception_r1.cli import main
-from perception_r1.evaluation_key import evaluation_key
-from tests.callbacks.evaluating import arguments, write_sources
+from perception_r1.evaluation.key import evaluation_key
+from tests.evaluation.evaluating import arguments, write_sources
 
 
 @pytest.fixture
