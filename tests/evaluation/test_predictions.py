@@ -34,9 +34,9 @@ def sample_of(name: str) -> Sample:
     )
 
 
-def outcome_of(name: str, codec: str, completion: str):
+def outcome_of(name: str, codec: str, completion: str, **options: str):
     (outcome,) = judge(
-        TASKS[name](),
+        TASKS[name](**options),
         CODECS[codec],
         samples=[sample_of(name)],
         frames=[FRAME],
@@ -91,6 +91,13 @@ def test_a_row_is_read_back_to_the_same_outcome_whatever_was_answered(name: str,
         outcome = outcome_of(name, codec, completion)
         row = json.loads(row_line(outcome_row(TASKS[name](), outcome)))
         assert judge_again(TASKS[name](), CODECS[codec], sample_of(name), row) == outcome
+
+
+def test_figures_of_evaluation_alone_are_read_back_too():
+    outcome = outcome_of("ocr", "qwen2_vl", "first line\nthird", word_figures="stems")
+    row = json.loads(row_line(outcome_row(TASKS["ocr"](), outcome)))
+    assert 0 < row["figures"]["word_f1"] < 1
+    assert judge_again(TASKS["ocr"](word_figures="stems"), CODECS["qwen2_vl"], sample_of("ocr"), row) == outcome
 
 
 def test_what_is_not_a_number_is_null():
