@@ -340,6 +340,7 @@ def test_what_is_converted_reads_back_to_the_same_samples(tmp_path, monkeypatch,
     folder = tmp_path / "a" / "b"
     assert convert(load(source, task), folder) == len(samples) > 1
     found = list(load(JsonLines(folder / "data.jsonl"), task))
+    rows = {row["id"]: row["image"] for row in map(json.loads, (folder / "data.jsonl").read_text().splitlines())}
     for one, other in zip(found, samples, strict=True):
         names = ("id", "width", "height", "query", "target")
         assert [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
@@ -348,6 +349,7 @@ def test_what_is_converted_reads_back_to_the_same_samples(tmp_path, monkeypatch,
             assert one.image.parent == folder / "pictures"
         else:
             assert one.image.resolve() == other.image.resolve()
+            assert not Path(rows[one.id]).is_absolute()  # the folders may be moved together
     blobs = {str(sample.image) for sample in samples if isinstance(sample.image, Blob)}
     assert len(list(folder.glob("pictures/*"))) == len(blobs)
     assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl"] + (["pictures"] if blobs else [])

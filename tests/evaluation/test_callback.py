@@ -305,12 +305,16 @@ def test_an_evaluation_of_the_training_rows_makes_a_curriculum(by_lot, tmp_path)
     assert len({rewards[name] for name in shown}) > 2
 
 
-@pytest.mark.parametrize(("limit", "count"), [("1", 3), ("2", 6), ("0.5", 3)])  # ten in three batches: 3, 3, 4
-def test_a_limited_evaluation_begins_anew_and_answers_the_same_each_time(by_lot, tmp_path, limit, count):
-    files = write_sources(tmp_path, "grounding", {"only": 10})
+@pytest.mark.parametrize(("limit", "count"), [(1, 3), (2, 6), (0.5, 3), (1.0, 10)])  # ten in three batches: 3, 3, 4
+def test_a_limited_evaluation_begins_anew_and_answers_the_same_each_time(folder, tmp_path, monkeypatch, limit, count):
+    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    module = make_module(folder, task=DATA["grounding"]().task)
     for _ in range(2):
-        rows = rows_of(by_lot("grounding", files, f"--trainer.limit_test_batches={limit}") / "predictions.jsonl")
-        assert [row["id"] for row in rows] == [str(place) for place in range(count)]
+        data = make_data(module.task, num_test=10, eval_batch_size=4)
+        logger = TensorBoardLogger(tmp_path, name="", version="eval-x")
+        make_trainer(tmp_path, [Evaluation()], logger=logger, limit_test_batches=limit).test(module, data)
+        rows = rows_of(tmp_path / "eval-x" / "predictions.jsonl")
+        assert [row["id"] for row in rows] == [f"test-{place}" for place in range(count)]
 
 
 def test_a_folder_of_another_name_is_not_taken_for_the_same_question(folder, tmp_path, monkeypatch):
