@@ -17,7 +17,7 @@ from perception_r1.modules import GRPO, SFT
 from perception_r1.tasks import TASKS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OWN_COMMANDS = ("predict", "export", "score")
+OWN_COMMANDS = ("data", "predict", "export", "score")
 """What is not a verb of the trainer."""
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
 from rich import get_console
 from rich.table import Table
 
@@ -23,7 +24,7 @@ from perception_r1.commands.survey import Survey, log10_mean_factorial, share_ov
 from perception_r1.commands.training import EMBEDDED, PerceptionCLI
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
-from perception_r1.data.images import load_image
+from perception_r1.data.loading import with_picture
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import check, load
 from perception_r1.data.scenes import Split
@@ -34,7 +35,7 @@ from perception_r1.errors import UserError
 from perception_r1.modules.base import PolicyModule
 from perception_r1.policy.load import CODEC_BY_FAMILY, model_family
 from perception_r1.policy.processor import Processor
-from perception_r1.records import Blob, Sample
+from perception_r1.records import Sample
 
 _NUM_SHOWN = 3
 """Samples whose answer is written out and drawn."""
@@ -140,10 +141,9 @@ def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
                 continue
             sys.stdout.write(f"{sample.id}: {answer}\n")
             prediction = task.parse(answer, codec, frame)
-            image = sample.image
             cards.append(
                 draw_card(
-                    load_image(image) if isinstance(image, Path | Blob) else image,
+                    cast(Image.Image, with_picture(sample).image),
                     title=sample.id,
                     fields={"prompt": task.prompt(sample.query), "answer": answer},
                     target_marks=task.marks(sample.target),

@@ -54,7 +54,7 @@ class BatchDataset(Dataset[Batch]):
         return len(self.samples)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        return Batch([_with_picture(self.samples[index]) for index in indices])
+        return Batch([with_picture(self.samples[index]) for index in indices])
 
 
 class TrainBatches(DistributedSampler[Any]):
@@ -198,5 +198,6 @@ class _Sized(Dataset[None]):
         return self.size
 
 
-def _with_picture(sample: Sample[Any]) -> Sample[Any]:
+def with_picture(sample: Sample[Any]) -> Sample[Any]:
+    """The sample with its picture loaded."""
     return sample if isinstance(sample.image, Image.Image) else replace(sample, image=load_image(sample.image))

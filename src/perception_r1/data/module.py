@@ -1,7 +1,7 @@
 """Base of the tasks' data modules: made scenes or sources in, checked splits and batches of samples out."""
 
 import hashlib
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from perception_r1.data.samples import Joined, OnBadRow, PictureCheck, Subset, l
 from perception_r1.data.scenes import SceneSource, Split, scene_fingerprint
 from perception_r1.data.sources import DataError, Source
 from perception_r1.data.sources.base import taken
-from perception_r1.data.splits import divide, sources_by_split
+from perception_r1.data.splits import Samples, divide, sources_by_split
 from perception_r1.data.worlds import World
 from perception_r1.errors import UserError
 from perception_r1.records import Sample
 from perception_r1.task import Task
-
-Samples = Sequence[Sample[Any]]
 
 _STAGES: dict[str | None, tuple[Split, ...]] = {
     "fit": ("train", "val"),

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
 from perception_r1.callbacks.pictures import outcome_card
-from perception_r1.data.images import load_image
+from perception_r1.data.loading import with_picture
 from perception_r1.data.scenes import Split
 from perception_r1.drawing import contact_sheet
 from perception_r1.evaluation.paper import PAPER
@@ -55,7 +54,7 @@ def write_report(
     lines += [*_markdown(rows), ""]
     for title, places in (("worst", ranked[:num_pictures]), ("best", ranked[::-1][:num_pictures])):
         if places:
-            cards = [outcome_card(task, _with_picture(outcomes[place]), step=None) for place in places]
+            cards = [outcome_card(task, _loaded(outcomes[place]), step=None) for place in places]
             contact_sheet(cards).save(folder / f"{title}.png")
             lines += [f"## {title.capitalize()} answers", "", f"![{title} answers]({title}.png)", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
@@ -101,8 +100,5 @@ def _shown(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
 
 
-def _with_picture(outcome: Outcome) -> Outcome:
-    image = outcome.sample.image
-    if isinstance(image, Image.Image):
-        return outcome
-    return replace(outcome, sample=replace(outcome.sample, image=load_image(image)))
+def _loaded(outcome: Outcome) -> Outcome:
+    return replace(outcome, sample=with_picture(outcome.sample))
