@@ -29,7 +29,7 @@ EMBEDDED = "tiny"
 
 _DESCRIPTION = "Post-train and evaluate vision-language models on visual perception."
 _EPILOG = (
-    "Besides these: `perception-r1 data --help`, a look at data before a run; `perception-r1 predict --help`, answers to "
+    "Besides these: `perception-r1 data --help`, data before a run; `perception-r1 predict --help`, answers to "
     "pictures; `perception-r1 export --help`, a checkpoint as a model folder; `perception-r1 score --help`, reward and "
     "terms of completions that came from anywhere."
 )
