@@ -11,7 +11,7 @@ SEED ?= 0
 CKPT ?= best
 RUN ?=
 TO ?=
-PICTURES ?=
+IMAGES ?=
 ARGS ?=
 PYTHON ?= python3
 # The CPU build where the index has one for this version; for a GPU say TORCH="torch==2.13.0 --index-url URL-of-a-CUDA-build".
@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 CONFIG := -c configs/default.yaml -c configs/task/$(TASK).yaml
 CONFIG += $(if $(wildcard configs/model/$(MODEL).yaml),-c configs/model/$(MODEL).yaml,--model.policy.name $(MODEL))
 CONFIG += $(addprefix -c ,$(wildcard configs/$(MODEL)/$(TASK).yaml))
-# DATA is the name of a file in configs/data, or a file of JSON lines to train on; empty, there are made scenes.
+# DATA is the name of a file in configs/data, or a file of JSON lines to train on; empty, there are synthetic scenes.
 CONFIG += $(if $(DATA),$(if $(wildcard configs/data/$(DATA).yaml),-c configs/data/$(DATA).yaml,--data.train_file $(DATA)))
 # RECIPE and VARIANT are names of files in configs/recipes and configs/variant; there may be several variants.
 CONFIG += $(RECIPE:%=-c configs/recipes/%.yaml) $(VARIANT:%=-c configs/variant/%.yaml)
@@ -35,7 +35,7 @@ OPTIONS := --seed_everything $(SEED) $(ARGS)
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder PICTURES='files or folders' ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder IMAGES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 
@@ -49,7 +49,7 @@ train: $(INSTALLED) ## Train TASK with GRPO
 	$(BIN)/perception-r1 fit $(CONFIG) $(OPTIONS)
 
 sft: $(INSTALLED) ## Train TASK with supervised fine-tuning
-	$(BIN)/perception-r1 fit $(CONFIG) -c configs/sft.yaml $(OPTIONS)
+	$(BIN)/perception-r1 fit $(CONFIG) -c configs/variant/sft.yaml $(OPTIONS)
 
 eval: $(INSTALLED) ## Evaluate CKPT of TASK on the test split, greedily
 	$(BIN)/perception-r1 test $(CONFIG) --ckpt_path $(CKPT) $(OPTIONS)
@@ -66,8 +66,8 @@ fetch: $(INSTALLED) ## Fetch the pictures that DATA names by URL
 convert: $(INSTALLED) ## Write DATA as JSON lines into the folder TO
 	$(BIN)/perception-r1 data convert $(CONFIG) $(OPTIONS) --to $(TO)
 
-predict: $(INSTALLED) ## Answer PICTURES with RUN
-	$(BIN)/perception-r1 predict $(RUN) $(PICTURES) $(ARGS)
+predict: $(INSTALLED) ## Answer IMAGES with RUN
+	$(BIN)/perception-r1 predict $(RUN) $(IMAGES) $(ARGS)
 
 export: $(INSTALLED) ## Write RUN as a model folder TO
 	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)

@@ -35,7 +35,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from made_model import Shape, make_folder
+from random_model import Shape, make_folder
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "engine_cpu.json"
@@ -84,9 +84,9 @@ class Cell:
         """Share of the machine's rate that this engine reaches."""
         return self.gflop / self.cpu_s["shared"] / self.matmul_gflops
 
-    def ratio(self, process: str, figures: str = "cpu_s") -> float:
+    def ratio(self, process: str, metrics: str = "cpu_s") -> float:
         """How many times more another process takes than this engine."""
-        taken: dict[str, float] = getattr(self, figures)
+        taken: dict[str, float] = getattr(self, metrics)
         return taken[process] / taken["shared"]
 
 
@@ -121,8 +121,8 @@ class Worker:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("REPORT "):
-                figures: dict[str, Any] = json.loads(line.removeprefix("REPORT "))
-                return figures
+                metrics: dict[str, Any] = json.loads(line.removeprefix("REPORT "))
+                return metrics
         self._errors.seek(0)
         raise SystemExit(f"A worker stopped:\n{self._errors.read()[-2000:]}")
 
@@ -145,9 +145,9 @@ def measure(cell: Cell, folder: Path, processes: Sequence[str], *, rounds: int, 
         for turn in range(rounds + 1):
             rates.append(matmul_rate())
             for name, worker in workers.items():
-                figures = worker.step()
+                metrics = worker.step()
                 if turn > 0:
-                    taken[name].append(figures)
+                    taken[name].append(metrics)
     finally:
         for worker in workers.values():
             worker.close()
@@ -190,16 +190,18 @@ def needed_operations(folder: Path, prompt: int, completion: int, group_size: in
     patches = image_tokens * vision.spatial_merge_size**2
     of_patches = sum(
         weight.numel()
-        for part in (model.model.visual.blocks, model.model.visual.patch_embed)
-        for weight in part.parameters()
+        for micro_batch in (model.model.visual.blocks, model.model.visual.patch_embed)
+        for weight in micro_batch.parameters()
         if weight.ndim >= 2
     )
     of_tokens = sum(weight.numel() for weight in model.model.visual.merger.parameters() if weight.ndim == 2)
-    look = 2 * (of_patches * patches + of_tokens * image_tokens) + 4 * vision.depth * vision.embed_dim * patches**2
+    encode_images = (
+        2 * (of_patches * patches + of_tokens * image_tokens) + 4 * vision.depth * vision.embed_dim * patches**2
+    )
 
-    prefill = look + 2 * per_token * prompt + 4 * wide * prompt_pairs
+    prefill = encode_images + 2 * per_token * prompt + 4 * wide * prompt_pairs
     decode = 2 * per_token * written + 4 * wide * (pairs - prompt_pairs) + 2 * head * group_size * completion
-    forward = look + 2 * per_token * (prompt + written) + 4 * wide * pairs + 2 * head * group_size * completion
+    forward = encode_images + 2 * per_token * (prompt + written) + 4 * wide * pairs + 2 * head * group_size * completion
     return (prefill + decode + forward + 3 * forward) / 1e9  # reference, then policy with its backward pass
 
 

@@ -34,21 +34,21 @@ from transformers import AutoConfig, GenerationConfig, Qwen2VLForConditionalGene
 
 from perception_r1.codecs import CODECS
 from perception_r1.modules import GRPO
-from perception_r1.modules.base import ScheduleConfig
+from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.policy.attention import NAME
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import LoraConfig, PolicyConfig, prepare_for_training
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
-from perception_r1.policy.rollout import Sampling, write
+from perception_r1.policy.rollout import SamplingParams, generate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from made_model import Shape, make_folder
+from random_model import Shape, make_folder
 from repeated import RepeatedPolicy
 from step_worker import EvenCharacters, Prompts, ban_special_tokens
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
-PICTURES = {400: (20, 17), 1300: (40, 31), 100: (4, 4)}
+IMAGES = {400: (20, 17), 1300: (40, 31), 100: (4, 4)}
 """Prompt tokens -> rows and columns of the picture in tokens."""
 SHAPES = {
     "2b": Shape(
@@ -151,7 +151,7 @@ def run(
         EvenCharacters(),
         policy=config,
         optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=torch.cuda.is_available()),
-        schedule=ScheduleConfig(decay="constant"),
+        lr_scheduler=LRSchedulerConfig(type="constant"),
         max_new_tokens=completion,
     )
     module.policy_class = kind
@@ -209,9 +209,11 @@ def compare_graphs(folder: Path) -> dict[str, Any]:
     data = Prompts(folder, 2)
     prompts = policy.prefill(policy.encode(EvenCharacters(), data.samples[:2]))
     options: dict[str, Any] = {"group_size": 4, "max_new_tokens": 32, "seeds": [1, 2]}
-    graphs = policy.write(prompts, **options)
-    sampling = Sampling(max_new_tokens=32, end_token_ids=policy.end_token_ids, banned=policy.banned)
-    eager = write(Decoder(policy.model), prompts, group_size=4, sampling=sampling, seeds=[1, 2])
+    graphs = policy.generate(prompts, **options)
+    params = SamplingParams(
+        max_new_tokens=32, eos_token_ids=policy.eos_token_ids, suppress_tokens=policy.suppress_tokens
+    )
+    eager = generate(Decoder(policy.model), prompts, group_size=4, params=params, seeds=[1, 2])
     equal = sum(torch.equal(one, other) for one, other in zip(graphs.completions, eager.completions, strict=True))
     return {"rows": len(eager.completions), "equal_rows": equal}
 
@@ -221,7 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["2b", "7b-lora"], choices=list(SHAPES))
     parser.add_argument("--completion", type=int, default=128)
-    parser.add_argument("--prompts", nargs="+", type=int, default=[400, 1300], choices=list(PICTURES))
+    parser.add_argument("--prompts", nargs="+", type=int, default=[400, 1300], choices=list(IMAGES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--smoke", action="store_true", help="A tiny shape, on any device.")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -248,7 +250,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         for model in args.models:
             for prompt in args.prompts:
-                shape = replace(SHAPES[model], prompt_tokens=prompt, picture=PICTURES[prompt])
+                shape = replace(SHAPES[model], prompt_tokens=prompt, picture=IMAGES[prompt])
                 folder = Path(made) / f"{model}-{prompt}"
                 make_folder(folder, shape, has_weights=False)
                 if "graphs" not in results:

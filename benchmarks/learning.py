@@ -6,7 +6,7 @@ Every run starts from the warm start of its seed and trains for the same number 
     sft          supervised fine-tuning on the same prompts, same learning rate and batch
     sequential   GRPO whose reward pairs the k-th prediction with the k-th target (counting and detection)
 
-Figures are greedy, on 400 held-out scenes (the test split) that no setting was chosen on: settings were tuned on other
+Metrics are greedy, on 400 held-out scenes (the test split) that no setting was chosen on: settings were tuned on other
 seeds, whose scenes differ. Each run has one thread; `--jobs` of them go side by side, so its seconds are upper bounds.
 
     python benchmarks/learning.py                         # everything, about an hour on two cores
@@ -36,10 +36,10 @@ HEADLINES = {
     "detection": ("ap50", "AP50"),
     "ocr": ("similarity", "1 - edit distance"),
 }
-"""Task -> name of its figure in run.json, and in words."""
+"""Task -> name of its metric in run.json, and in words."""
 VARIANTS = {
     "grpo": [],
-    "sft": ["-c", "configs/sft.yaml"],
+    "sft": ["-c", "configs/variant/sft.yaml"],
     "sequential": ["--data.task.init_args.matching", "sequential"],
 }
 MATCHED_TASKS = ("counting", "detection")
@@ -97,12 +97,12 @@ def finished(folder: Path) -> dict | None:
 
 
 def row(run: Run, card: dict) -> dict:
-    """The figures of a run that the table shows."""
-    figure = HEADLINES[run.task][0]
+    """The metrics of a run that the table shows."""
+    metric = HEADLINES[run.task][0]
     return asdict(run) | {
-        "figure": figure,
-        "before": card["before"][figure],
-        "after": card["after"][figure],
+        "metric": metric,
+        "before": card["before"][metric],
+        "after": card["after"][metric],
         "format_after": card["after"].get("format"),
         "steps": card["steps"],
         "seconds": card["seconds"],
@@ -115,7 +115,7 @@ def row(run: Run, card: dict) -> dict:
 def table(rows: list[dict]) -> str:
     """Markdown: one line per task and variant, one column per seed."""
     seeds = sorted({entry["seed"] for entry in rows})
-    heads = ["task", "figure", "training", *(f"seed {seed}" for seed in seeds), "mean gain", "steps", "seconds"]
+    heads = ["task", "metric", "training", *(f"seed {seed}" for seed in seeds), "mean gain", "steps", "seconds"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for task, (_, words) in HEADLINES.items():
         for variant in VARIANTS:

@@ -30,8 +30,8 @@ from perception_r1.policy.logprobs import _HEAD_ROWS
 from perception_r1.policy.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu import PICTURES, SHAPES, make_policy
-from made_model import Shape, make_folder
+from gpu import IMAGES, SHAPES, make_policy
+from random_model import Shape, make_folder
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 CASES = (
@@ -90,7 +90,7 @@ def count(shape: Shape, trained: str, is_checkpointed: bool, share: float, place
     picture = Image.new("RGB", (28 * small.picture[1], 28 * small.picture[0]))
     prompts = policy.processor.encode([chat], [[picture]], max_tokens=None)
     if policy.is_vision_frozen:
-        prompts = policy.look(prompts)
+        prompts = policy.encode_images(prompts)
     completions = [torch.zeros(round(COMPLETION * share), dtype=torch.long)] * GROUP_SIZE
     with torch.autocast("cpu", dtype=torch.bfloat16):
         size = saved_bytes(policy, prompts, completions)
@@ -132,7 +132,7 @@ def numbers_of_weights(shape: Shape, trained: str) -> dict[str, int]:
     everything = sum(parameter.numel() for parameter in model.parameters())
     vision = sum(parameter.numel() for parameter in model.model.visual.parameters())
     text = sum(parameter.numel() for parameter in model.model.language_model.layers.parameters())
-    rank = LoraConfig().rank
+    rank = LoraConfig().r
     adapters = rank * sum(
         sum(layer.weight.shape) for layer in model.model.language_model.modules() if isinstance(layer, torch.nn.Linear)
     )
@@ -144,7 +144,7 @@ def peak_gib(shape: Shape, trained: str, is_checkpointed: bool) -> dict[str, flo
     """Parts of the peak, in GiB, with one group of completions at a time."""
     numbers = numbers_of_weights(shape, trained)
     is_lora = trained == "LoRA"
-    parts = {
+    micro_batches = {
         "weights": numbers["all"] * (2 if is_lora else 4) + (4 * numbers["trained"] if is_lora else 0),
         "gradients and moments": 12 * numbers["trained"],
         "reference": 0 if is_lora else 4 * numbers["all"],
@@ -152,8 +152,8 @@ def peak_gib(shape: Shape, trained: str, is_checkpointed: bool) -> dict[str, flo
         "activations": activations(shape, trained, is_checkpointed),
         "logits": min(_HEAD_ROWS, GROUP_SIZE * COMPLETION) * shape.vocabulary * _BYTES_PER_LOGIT,
     }
-    sizes = {name: round(size / 2**30, 1) for name, size in parts.items()}
-    return sizes | {"peak": round(sum(parts.values()) / 2**30, 1)}
+    sizes = {name: round(size / 2**30, 1) for name, size in micro_batches.items()}
+    return sizes | {"peak": round(sum(micro_batches.values()) / 2**30, 1)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -191,9 +191,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for model, trained, is_checkpointed in CASES:
         for prompt in args.prompts if model in args.models else []:
-            shape = replace(
-                SHAPES["7b-lora" if model == "7b" else model], prompt_tokens=prompt, picture=PICTURES[prompt]
-            )
+            shape = replace(SHAPES["7b-lora" if model == "7b" else model], prompt_tokens=prompt, picture=IMAGES[prompt])
             case = {"model": model, "trained": trained, "checkpointing": is_checkpointed, "prompt": prompt}
             print(f"{model}, {trained}, P = {prompt} ...", file=sys.stderr, flush=True)
             rows.append(case | {"gib": peak_gib(shape, trained, is_checkpointed)})

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from perception_r1.modules import GRPO
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import restrict
+from perception_r1.policy.forward import process_logits
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 
@@ -55,11 +55,11 @@ class RepeatedPolicy(Policy):
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_new_tokens,
-            suppress_tokens=self.banned.tolist(),
-            eos_token_id=self.end_token_ids.tolist(),
-            pad_token_id=int(self.end_token_ids[0]),
+            suppress_tokens=self.suppress_tokens.tolist(),
+            eos_token_id=self.eos_token_ids.tolist(),
+            pad_token_id=int(self.eos_token_ids[0]),
         )[:, rows.input_ids.shape[1] :]
-        is_end = torch.isin(generated, self.end_token_ids)
+        is_end = torch.isin(generated, self.eos_token_ids)
         has_ended = is_end.any(1)
         lengths = torch.where(has_ended, is_end.int().argmax(1) + 1, generated.shape[1]).tolist()
         completions = [row[:length] for row, length in zip(generated, lengths, strict=True)]
@@ -84,7 +84,7 @@ class RepeatedPolicy(Policy):
             logits_to_keep=written.shape[1] + 1,
             use_cache=False,
         ).logits[:, :-1]
-        logits = restrict(logits, banned=self.banned, temperature=temperature)
+        logits = process_logits(logits, suppress_tokens=self.suppress_tokens, temperature=temperature)
         return (logits.gather(-1, written[..., None])[..., 0] - logits.logsumexp(-1)) * is_written
 
 

@@ -18,35 +18,35 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from perception_r1.modules import GRPO
-from perception_r1.modules.base import ScheduleConfig
+from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.records import Sample, Score
 from perception_r1.tasks.counting import Counting
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from made_model import SPECIAL_TOKENS
+from random_model import SPECIAL_TOKENS
 from repeated import RepeatedGRPO
 
 
 class EvenCharacters(Counting):
     """Pays the share of characters with an even code: a reward that random text has, and that differs in a group."""
 
-    term_names = ("even",)
-    figure_names = ()
-    headline = "even"
+    component_names = ("even",)
+    metric_names = ()
+    primary_metric = "even"
 
     def prompt(self, query: str) -> str:
         """The question as it stands in the folder."""
         return query
 
-    def read(self, text: str, codec: Any, frame: Any) -> Any:
+    def parse_answer(self, text: str, codec: Any, image_size: Any) -> Any:
         """Any text will do."""
         return text
 
     def score(self, prediction: Any, target: Any) -> Score:
         """The share of even characters."""
         share = sum(ord(letter) % 2 == 0 for letter in prediction) / max(1, len(prediction))
-        return Score(reward=share, terms={"even": share}, figures={})
+        return Score(reward=share, components={"even": share}, metrics={})
 
 
 class Prompts(LightningDataModule):
@@ -100,12 +100,12 @@ def ban_special_tokens(module: Any) -> None:
     for policy in (module.policy, module.reference):
         if policy is not None:
             ids = policy.processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-            policy.banned = torch.tensor(sorted(ids), device=policy.device)
+            policy.suppress_tokens = torch.tensor(sorted(ids), device=policy.device)
 
 
-def report(figures: dict[str, Any]) -> None:
+def report(metrics: dict[str, Any]) -> None:
     """A line for `engine.py`."""
-    print("REPORT " + json.dumps(figures), flush=True)
+    print("REPORT " + json.dumps(metrics), flush=True)
 
 
 def resident_mb() -> float:
@@ -132,7 +132,7 @@ def main(folder: str, kind: str, group_size: str, num_tokens: str) -> None:
         EvenCharacters(),
         policy=PolicyConfig(name=folder),
         optimizer=partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0),
-        schedule=ScheduleConfig(decay="constant"),
+        lr_scheduler=LRSchedulerConfig(type="constant"),
         group_size=int(group_size),
         max_new_tokens=int(num_tokens),
         kl_coef=0.04,

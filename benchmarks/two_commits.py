@@ -75,17 +75,17 @@ def main() -> int:
             train(folder, args.task, NUM_DROPPED + 1)  # makes the warm start
         seen: list[dict[str, list[float]]] = [{}, {}]
         for _ in range(args.rounds):
-            for folder, figures in zip(folders, seen, strict=True):
+            for folder, metrics in zip(folders, seen, strict=True):
                 for tag, values in train(folder, args.task, args.steps).items():
-                    figures.setdefault(tag, []).extend(values)
-    medians = [{tag: round(median(values), 4) for tag, values in figures.items()} for figures in seen]
+                    metrics.setdefault(tag, []).extend(values)
+    medians = [{tag: round(median(values), 4) for tag, values in metrics.items()} for metrics in seen]
     old, new = medians
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "lightning")},
         "task": args.task,
         "steps": {
-            commit: len(figures["train/seconds/step"]) for commit, figures in zip(args.commits, seen, strict=True)
+            commit: len(metrics["train/seconds/step"]) for commit, metrics in zip(args.commits, seen, strict=True)
         },
         "commits": args.commits,
         "medians": medians,

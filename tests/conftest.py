@@ -64,12 +64,12 @@ def folder(model_folders: dict[str, Path]) -> Path:
 def runs(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of short trainings on grounding that change weights: "full" of all of them, "lora" of an adapter."""
     configs = Path(__file__).parents[1] / "configs"
-    files = [configs / name for name in ("default.yaml", "task/grounding.yaml", "model/tiny.yaml", "sft.yaml")]
+    files = [configs / name for name in ("default.yaml", "task/grounding.yaml", "model/tiny.yaml", "variant/sft.yaml")]
     options = [f"--config={file}" for file in files] + [f"--model.policy.name={model_folders['qwen2_vl']}"]
-    options += ["--trainer.max_steps=3", "--trainer.val_check_interval=2", "--pictures.num_pictures=0"]
+    options += ["--trainer.max_steps=3", "--trainer.val_check_interval=2", "--log_samples.num_samples=0"]
     options += ["--data.batch_size=2", "--data.num_val=2", "--data.num_test=2"]
     options += ["--model.max_new_tokens=6", "--model.optimizer.lr=0.003"]
-    adapter = ["--model.policy.lora.rank=2", "--model.policy.lora.alpha=6", "--model.optimizer.lr=0.05"]
+    adapter = ["--model.policy.lora.r=2", "--model.policy.lora.lora_alpha=6", "--model.optimizer.lr=0.05"]
     found = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(tmp_path_factory.mktemp("runs"))

@@ -95,7 +95,7 @@ def test_the_files_of_a_task_and_a_model_compose(capsys, task):
 def test_every_model_file_composes_with_every_kind_of_training(capsys, name):
     files = [CONFIGS / "default.yaml", CONFIGS / "task" / "grounding.yaml", CONFIGS / "model" / name]
     arguments = [argument for file in files for argument in ("-c", str(file))]
-    for more in ([], ["-c", str(CONFIGS / "sft.yaml")]):
+    for more in ([], ["-c", str(CONFIGS / "variant/sft.yaml")]):
         config = print_config(capsys, *arguments, *more)
         assert config["model"]["class_path"].endswith("SFT" if more else "GRPO")
         assert config["model"]["init_args"]["policy"]["name"]
@@ -122,7 +122,7 @@ def test_the_command_line_has_the_last_word(fitted):
         "DeviceStatsMonitor",
         "Progress",
         "Checkpoints",
-        "Pictures",
+        "LogSamples",
         "BeforeAfter",
         "RunCard",
         "Evaluation",
@@ -136,7 +136,7 @@ def test_the_module_gets_the_task_of_the_data(fitted):
 
 
 def test_sft_is_one_file_more(fitted):
-    run = fitted(more=["sft.yaml"])
+    run = fitted(more=["variant/sft.yaml"])
     assert isinstance(run.model, SFT)
     assert run.model.max_new_tokens == 96
 
@@ -170,7 +170,7 @@ def test_what_a_user_can_get_wrong_is_one_clear_sentence(capsys, tmp_path, monke
         (["fit", *compose(), "--data.task.nonsense", "1"], "nonsense"),
         (["fit", "-c", "configs/task/no_such_task.yaml"], "no_such_task.yaml"),
         (["fit", *compose(), "--model.group_size", "many"], "group_size"),
-        (["fit", *compose(), "--model.aggregation", "median"], "aggregation"),
+        (["fit", *compose(), "--model.loss_type", "median"], "loss_type"),
         (["fit", *compose(), "--trainer.precision", "7"], "precision"),
         (["train"], "invalid choice: 'train'"),
     ],

@@ -5,23 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_r1.codecs import CODECS, MAX_OBJECTS, ListedItem, Listing
-from perception_r1.records import Frame, LabelledBox
+from perception_r1.codecs import CODECS, MAX_OBJECTS, ParsedBox, ParsedBoxes
+from perception_r1.records import ImageSize, LabelledBox
 from tests.hostile import WORST, texts
 
-FRAME = Frame(width=2000, height=1000, seen_width=700, seen_height=350)
-NOTHING = Listing(items=(), is_exact=False)
+FRAME = ImageSize(width=2000, height=1000, resized_width=700, resized_height=350)
+NOTHING = ParsedBoxes(items=(), is_exact=False)
 REF = "<|object_ref_start|>cat<|object_ref_end|>"
 BOX = "<|box_start|>(100,200),(300,400)<|box_end|>"
-ITEM = ListedItem(label="cat", box=(0.1, 0.2, 0.3, 0.4))
+ITEM = ParsedBox(label="cat", box=(0.1, 0.2, 0.3, 0.4))
 
 
-def qwen2(text: str) -> Listing:
-    return CODECS["qwen2_vl"].read(text, FRAME)
+def qwen2(text: str) -> ParsedBoxes:
+    return CODECS["qwen2_vl"].parse_boxes(text, FRAME)
 
 
-def qwen3(text: str) -> Listing:
-    return CODECS["qwen3_vl"].read(text, FRAME)
+def qwen3(text: str) -> ParsedBoxes:
+    return CODECS["qwen3_vl"].parse_boxes(text, FRAME)
 
 
 def test_codecs_go_by_their_names():
@@ -31,12 +31,12 @@ def test_codecs_go_by_their_names():
 
 def test_each_family_writes_its_own_units():
     objects = [LabelledBox(label="cat", box=(0.1, 0.2, 0.3, 0.4)), LabelledBox(label="cat", box=(0.5, 0.0, 1.0, 1.0))]
-    assert CODECS["qwen2_vl"].write(objects, FRAME) == REF + BOX + "<|box_start|>(500,0),(1000,1000)<|box_end|>"
-    assert json.loads(CODECS["qwen2_5_vl"].write(objects, FRAME)) == [
+    assert CODECS["qwen2_vl"].format_boxes(objects, FRAME) == REF + BOX + "<|box_start|>(500,0),(1000,1000)<|box_end|>"
+    assert json.loads(CODECS["qwen2_5_vl"].format_boxes(objects, FRAME)) == [
         {"bbox_2d": [70, 70, 210, 140], "label": "cat"},
         {"bbox_2d": [350, 0, 700, 350], "label": "cat"},
     ]
-    assert json.loads(CODECS["qwen3_vl"].write(objects, FRAME)) == [
+    assert json.loads(CODECS["qwen3_vl"].format_boxes(objects, FRAME)) == [
         {"bbox_2d": [100, 200, 300, 400], "label": "cat"},
         {"bbox_2d": [500, 0, 1000, 1000], "label": "cat"},
     ]
@@ -44,22 +44,22 @@ def test_each_family_writes_its_own_units():
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_an_empty_list_reads_back_as_an_exact_empty_list(codec):
-    assert codec.read(codec.write([], FRAME), FRAME) == Listing(items=(), is_exact=True)
+    assert codec.parse_boxes(codec.format_boxes([], FRAME), FRAME) == ParsedBoxes(items=(), is_exact=True)
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 @given(data=st.data(), side=st.integers(28, 3000))
 def test_every_valid_box_reads_back_within_a_unit(codec, data, side):
-    frame = Frame(width=900, height=900, seen_width=side, seen_height=side)
+    image_size = ImageSize(width=900, height=900, resized_width=side, resized_height=side)
     unit = 1 / (side if codec.name == "qwen2_5_vl" else 1000)
     edge = st.floats(0, 1)
     interval = st.tuples(edge, edge).filter(lambda ends: ends[0] < ends[1])
     boxes = data.draw(st.lists(st.tuples(interval, interval), max_size=6))
     objects = [LabelledBox(label=f"l{k % 2}", box=(x[0], y[0], x[1], y[1])) for k, (x, y) in enumerate(boxes)]
-    listing = codec.read(codec.write(objects, frame), frame)
-    assert listing.is_exact
-    assert [item.label for item in listing.items] == [item.label for item in objects]
-    for item, wanted in zip(listing.items, objects, strict=True):
+    parsed = codec.parse_boxes(codec.format_boxes(objects, image_size), image_size)
+    assert parsed.is_exact
+    assert [item.label for item in parsed.items] == [item.label for item in objects]
+    for item, wanted in zip(parsed.items, objects, strict=True):
         assert item.box is not None
         assert item.box == pytest.approx(wanted.box, abs=unit * 1.000001)
 
@@ -67,14 +67,14 @@ def test_every_valid_box_reads_back_within_a_unit(codec, data, side):
 @pytest.mark.parametrize("label", ["", "a<|box_start|>", "<|im_end|>", "<|"])
 def test_qwen2_refuses_labels_that_would_break_its_form(label):
     with pytest.raises(ValueError, match="label"):
-        CODECS["qwen2_vl"].write([LabelledBox(label=label, box=(0.0, 0.0, 1.0, 1.0))], FRAME)
+        CODECS["qwen2_vl"].format_boxes([LabelledBox(label=label, box=(0.0, 0.0, 1.0, 1.0))], FRAME)
 
 
 @pytest.mark.parametrize("label", ["a < b", "<b>", "a|b", "最左边的猫", 'say "hi"', "two\nlines", "```json", "[]"])
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_odd_labels_survive(codec, label):
     item = LabelledBox(label=label, box=(0.1, 0.2, 0.5, 0.4))
-    assert codec.read(codec.write([item], FRAME), FRAME).items[0].label == label
+    assert codec.parse_boxes(codec.format_boxes([item], FRAME), FRAME).items[0].label == label
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_odd_labels_survive(codec, label):
     ],
 )
 def test_qwen2_finds_complete_boxes_and_knows_exact_text(text, is_exact):
-    assert qwen2(text) == Listing(items=(ITEM,), is_exact=is_exact)
+    assert qwen2(text) == ParsedBoxes(items=(ITEM,), is_exact=is_exact)
 
 
 def test_qwen2_boxes_take_the_label_before_them():
@@ -128,11 +128,11 @@ def test_qwen2_is_not_fooled_by_what_only_looks_like_a_box(text):
 )
 def test_boxes_are_clamped_and_bad_ones_are_listed_as_none(numbers, box):
     x1, y1, x2, y2 = numbers
-    assert qwen2(f"{REF}<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>") == Listing(
-        items=(ListedItem(label="cat", box=box),), is_exact=True
+    assert qwen2(f"{REF}<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>") == ParsedBoxes(
+        items=(ParsedBox(label="cat", box=box),), is_exact=True
     )
-    assert qwen3(f'[{{"label": "cat", "bbox_2d": [{x1}, {y1}, {x2}, {y2}]}}]') == Listing(
-        items=(ListedItem(label="cat", box=box),), is_exact=True
+    assert qwen3(f'[{{"label": "cat", "bbox_2d": [{x1}, {y1}, {x2}, {y2}]}}]') == ParsedBoxes(
+        items=(ParsedBox(label="cat", box=box),), is_exact=True
     )
 
 
@@ -144,27 +144,27 @@ GOOD = '{"bbox_2d": [100, 200, 300, 400], "label": "cat"}'
     [
         (GOOD, ITEM),
         ('{"label": "cat", "score": [1, {}], "bbox_2d": [100.0, 200, 3e2, 400]}', ITEM),
-        ('{"bbox_2d": [100, 200, 300, 400]}', ListedItem(label=None, box=ITEM.box)),
-        ('{"bbox_2d": [100, 200, 300, 400], "label": 3}', ListedItem(label=None, box=ITEM.box)),
-        ('{"bbox_2d": [100, 200, 300, 400], "label": "\\ud800"}', ListedItem(label=None, box=ITEM.box)),
-        ('{"label": "cat"}', ListedItem(label="cat", box=None)),
-        ('{"bbox_2d": [100, 200, 300], "label": "cat"}', ListedItem(label="cat", box=None)),
-        ('{"bbox_2d": [100, 200, 300, "400"], "label": "cat"}', ListedItem(label="cat", box=None)),
-        ('{"bbox_2d": [false, 0, true, 400], "label": "cat"}', ListedItem(label="cat", box=None)),
-        ('{"bbox_2d": [100, 200, Infinity, 400], "label": "cat"}', ListedItem(label="cat", box=None)),
-        ('{"bbox_2d": [NaN, 200, 300, 400], "label": "cat"}', ListedItem(label="cat", box=None)),
-        ('{"bbox_2d": "100, 200, 300, 400", "label": "cat"}', ListedItem(label="cat", box=None)),
-        ("[]", ListedItem(label=None, box=None)),
-        ("7", ListedItem(label=None, box=None)),
+        ('{"bbox_2d": [100, 200, 300, 400]}', ParsedBox(label=None, box=ITEM.box)),
+        ('{"bbox_2d": [100, 200, 300, 400], "label": 3}', ParsedBox(label=None, box=ITEM.box)),
+        ('{"bbox_2d": [100, 200, 300, 400], "label": "\\ud800"}', ParsedBox(label=None, box=ITEM.box)),
+        ('{"label": "cat"}', ParsedBox(label="cat", box=None)),
+        ('{"bbox_2d": [100, 200, 300], "label": "cat"}', ParsedBox(label="cat", box=None)),
+        ('{"bbox_2d": [100, 200, 300, "400"], "label": "cat"}', ParsedBox(label="cat", box=None)),
+        ('{"bbox_2d": [false, 0, true, 400], "label": "cat"}', ParsedBox(label="cat", box=None)),
+        ('{"bbox_2d": [100, 200, Infinity, 400], "label": "cat"}', ParsedBox(label="cat", box=None)),
+        ('{"bbox_2d": [NaN, 200, 300, 400], "label": "cat"}', ParsedBox(label="cat", box=None)),
+        ('{"bbox_2d": "100, 200, 300, 400", "label": "cat"}', ParsedBox(label="cat", box=None)),
+        ("[]", ParsedBox(label=None, box=None)),
+        ("7", ParsedBox(label=None, box=None)),
     ],
 )
 def test_json_entries_are_judged_one_by_one(entry, item):
-    assert qwen3(f"[{entry}, {GOOD}]") == Listing(items=(item, ITEM), is_exact=True)
+    assert qwen3(f"[{entry}, {GOOD}]") == ParsedBoxes(items=(item, ITEM), is_exact=True)
 
 
 @pytest.mark.parametrize("text", [f"```json\n[{GOOD}]\n```", f"```json [{GOOD}]```", f"\n[{GOOD}] "])
 def test_json_may_stand_in_a_fence(text):
-    assert qwen3(text) == Listing(items=(ITEM,), is_exact=True)
+    assert qwen3(text) == ParsedBoxes(items=(ITEM,), is_exact=True)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_more_objects_than_anyone_needs_are_no_answer():
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 @given(text=texts)
 def test_hostile_text_never_raises(codec, text):
-    listing = codec.read(text, FRAME)
-    for item in listing.items:
+    parsed = codec.parse_boxes(text, FRAME)
+    for item in parsed.items:
         assert item.box is None or (0 <= item.box[0] < item.box[2] <= 1 and 0 <= item.box[1] < item.box[3] <= 1)
         assert item.label is None or item.label in text or codec.name != "qwen2_vl"
 
@@ -195,5 +195,5 @@ def test_hostile_text_never_raises(codec, text):
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_worst_cases_take_no_time(codec, text):
     start = time.process_time()
-    assert len(codec.read(text, FRAME).items) <= MAX_OBJECTS
+    assert len(codec.parse_boxes(text, FRAME).items) <= MAX_OBJECTS
     assert time.process_time() - start < 0.5  # ten times the 50 ms that would still be fine; measured: below 10 ms

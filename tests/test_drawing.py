@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perception_r1.drawing import PREDICTION, TARGET, annotate, contact_sheet, draw_card, fit
-from perception_r1.records import Mark
+from perception_r1.records import Overlay
 
 GREY = (128, 128, 128)
 
@@ -21,7 +21,7 @@ def count(image: Image.Image, colour: tuple[int, int, int]) -> int:
 
 
 def test_edges_of_a_target_have_its_colour_and_its_inside_is_untouched():
-    drawn = annotate(grey(201, 101), [Mark(shape=(0.25, 0.2, 0.75, 0.8))], [])
+    drawn = annotate(grey(201, 101), [Overlay(shape=(0.25, 0.2, 0.75, 0.8))], [])
     for point in ((50, 50), (150, 50), (100, 20), (100, 80)):
         assert drawn.getpixel(point) == TARGET
     assert drawn.getpixel((100, 50)) == GREY
@@ -29,7 +29,7 @@ def test_edges_of_a_target_have_its_colour_and_its_inside_is_untouched():
 
 
 def test_the_corners_of_a_prediction_are_inked_and_its_edges_have_gaps():
-    drawn = annotate(grey(201, 101), [], [Mark(shape=(0.25, 0.2, 0.75, 0.8))])
+    drawn = annotate(grey(201, 101), [], [Overlay(shape=(0.25, 0.2, 0.75, 0.8))])
     assert drawn.getpixel((51, 21)) == PREDICTION
     assert drawn.getpixel((149, 79)) == PREDICTION
     edge = {drawn.getpixel((x, 21)) for x in range(51, 150)}
@@ -37,39 +37,43 @@ def test_the_corners_of_a_prediction_are_inked_and_its_edges_have_gaps():
 
 
 def test_both_colours_are_seen_where_boxes_coincide():
-    marks = [Mark(shape=(0.25, 0.2, 0.75, 0.8))]
-    drawn = annotate(grey(), marks, marks)
+    overlays = [Overlay(shape=(0.25, 0.2, 0.75, 0.8))]
+    drawn = annotate(grey(), overlays, overlays)
     assert count(drawn, TARGET) > 200
     assert count(drawn, PREDICTION) > 200
 
 
 def test_points_are_drawn_where_they_are():
-    drawn = annotate(grey(201, 101), [Mark(shape=(0.25, 0.5))], [Mark(shape=(0.75, 0.5))])
+    drawn = annotate(grey(201, 101), [Overlay(shape=(0.25, 0.5))], [Overlay(shape=(0.75, 0.5))])
     assert drawn.getpixel((50, 50)) == TARGET
     assert drawn.getpixel((150, 50)) == PREDICTION
 
 
 def test_marks_at_the_border_and_without_extent_stay_inside():
-    marks = [Mark(shape=(0.0, 0.0, 1.0, 1.0)), Mark(shape=(1.0, 1.0, 1.0, 1.0)), Mark(shape=(0.5, 0.0, 0.5, 1.0))]
-    drawn = annotate(grey(), marks, [*marks, Mark(shape=(0.0, 1.0), caption="corner")])
+    overlays = [
+        Overlay(shape=(0.0, 0.0, 1.0, 1.0)),
+        Overlay(shape=(1.0, 1.0, 1.0, 1.0)),
+        Overlay(shape=(0.5, 0.0, 0.5, 1.0)),
+    ]
+    drawn = annotate(grey(), overlays, [*overlays, Overlay(shape=(0.0, 1.0), caption="corner")])
     assert drawn.size == (200, 100)
     assert drawn.getpixel((0, 50)) == drawn.getpixel((199, 50)) == TARGET
 
 
 def test_annotating_leaves_the_picture_alone():
     picture = grey()
-    annotate(picture, [Mark(shape=(0.1, 0.1, 0.9, 0.9), caption="x")], [])
+    annotate(picture, [Overlay(shape=(0.1, 0.1, 0.9, 0.9), caption="x")], [])
     assert count(picture, GREY) == 200 * 100
 
 
 def test_a_caption_is_a_tag_inside_the_picture():
-    box = Mark(shape=(0.9, 0.0, 1.0, 0.1), caption="a very long caption indeed, longer than the picture is wide")
-    plain = annotate(grey(), [Mark(shape=box.shape)], [])
+    box = Overlay(shape=(0.9, 0.0, 1.0, 0.1), caption="a very long caption indeed, longer than the picture is wide")
+    plain = annotate(grey(), [Overlay(shape=box.shape)], [])
     assert count(annotate(grey(), [box], []), TARGET) > count(plain, TARGET) + 500
 
 
 def test_captions_do_not_cover_each_other():
-    boxes = [Mark(shape=(0.4, 0.4, 0.6, 0.6), caption=name) for name in ("one", "two")]
+    boxes = [Overlay(shape=(0.4, 0.4, 0.6, 0.6), caption=name) for name in ("one", "two")]
     first, second = (annotate(grey(400, 400), boxes[:n], []) for n in (1, 2))
     tag = (np.asarray(first) != np.asarray(second)).any(-1)
     assert tag.any()
@@ -77,8 +81,8 @@ def test_captions_do_not_cover_each_other():
 
 
 def test_many_equal_captions_are_written_once():
-    boxes = [Mark(shape=(0.1 * i, 0.4, 0.1 * i + 0.05, 0.6)) for i in range(9)]
-    named = [Mark(shape=box.shape, caption="cup") for box in boxes]
+    boxes = [Overlay(shape=(0.1 * i, 0.4, 0.1 * i + 0.05, 0.6)) for i in range(9)]
+    named = [Overlay(shape=box.shape, caption="cup") for box in boxes]
     size = (900, 200)
     extra = count(annotate(grey(*size), named, []), TARGET) - count(annotate(grey(*size), boxes, []), TARGET)
     once = [named[0], *boxes[1:]]
@@ -101,21 +105,23 @@ def test_small_pictures_keep_their_colours():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 def test_any_mode_of_picture_gives_a_card(mode: str):
     card = draw_card(
-        Image.new(mode, (50, 40)), title="t", fields={"prompt": "p"}, target_marks=[Mark(shape=(0, 0, 1, 1))]
+        Image.new(mode, (50, 40)), title="t", fields={"prompt": "p"}, target_overlays=[Overlay(shape=(0, 0, 1, 1))]
     )
     assert card.mode == "RGB"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (3, 900)])
 def test_odd_sizes_of_picture_give_a_card(size: tuple[int, int]):
-    marks = [Mark(shape=(0.2, 0.2, 0.4, 0.4), caption="thing"), Mark(shape=(0.5, 0.5), caption="point")]
-    card = draw_card(grey(*size), title="t", fields={}, target_marks=marks, predicted_marks=marks)
+    overlays = [Overlay(shape=(0.2, 0.2, 0.4, 0.4), caption="thing"), Overlay(shape=(0.5, 0.5), caption="point")]
+    card = draw_card(grey(*size), title="t", fields={}, target_overlays=overlays, predicted_overlays=overlays)
     assert card.width == 960
 
 
 def test_the_legend_is_there_only_with_marks():
     plain = draw_card(grey(), title="t", fields={"prompt": "p"})
-    marked = draw_card(grey(), title="t", fields={"prompt": "p"}, predicted_marks=[Mark(shape=(0.1, 0.1, 0.2, 0.2))])
+    marked = draw_card(
+        grey(), title="t", fields={"prompt": "p"}, predicted_overlays=[Overlay(shape=(0.1, 0.1, 0.2, 0.2))]
+    )
     assert count(plain, TARGET) == count(plain, PREDICTION) == 0
     assert count(marked, TARGET) > 0  # the legend names targets too
 
@@ -130,9 +136,11 @@ def test_long_text_makes_a_card_no_higher_than_eight_lines_a_field():
 @settings(max_examples=25, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=()), max_size=300))
 def test_any_text_gives_a_card_with_clean_margins(text: str):
-    marks = [Mark(shape=(0.1, 0.1, 0.6, 0.6), caption=text)]
+    overlays = [Overlay(shape=(0.1, 0.1, 0.6, 0.6), caption=text)]
     fields = {"prompt": text, "completion": text, text: text}
-    card = draw_card(grey(), title=text, fields=fields, target_marks=marks, predicted_marks=marks, panel_width=120)
+    card = draw_card(
+        grey(), title=text, fields=fields, target_overlays=overlays, predicted_overlays=overlays, panel_width=120
+    )
     assert card.width == 304
     right_margin = np.asarray(card)[1:-1, -10:-1]
     assert (right_margin == right_margin[0, 0]).all()

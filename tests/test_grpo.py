@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perception_r1.grpo import group_advantages, grpo_loss, is_equal_group, k3_kl, token_weights
+from perception_r1.grpo import group_advantages, grpo_loss, has_zero_std, k3_kl, token_weights
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden/advantages.jsonl").read_text().splitlines()]
 LENGTHS = [3, 1, 4, 2]
@@ -26,13 +26,13 @@ def make_batch(lengths=LENGTHS, seed=0):
     return policy, old, reference, torch.randn(len(lengths), generator=generator, dtype=torch.float64)
 
 
-def naive_weight(row, lengths, aggregation, max_new_tokens):
-    if aggregation == "grpo":
+def naive_weight(row, lengths, loss_type, max_new_tokens):
+    if loss_type == "grpo":
         return 1 / lengths[row] / len(lengths)
-    return 1 / sum(lengths) if aggregation == "dapo" else 1 / (len(lengths) * max_new_tokens)
+    return 1 / sum(lengths) if loss_type == "dapo" else 1 / (len(lengths) * max_new_tokens)
 
 
-def naive_loss(policy, old, reference, advantages, lengths, aggregation, max_new_tokens):
+def naive_loss(policy, old, reference, advantages, lengths, loss_type, max_new_tokens):
     """Token by token, in plain Python."""
     loss = kl_sum = clipped = 0.0
     for row, length in enumerate(lengths):
@@ -42,7 +42,7 @@ def naive_loss(policy, old, reference, advantages, lengths, aggregation, max_new
             objective = min(ratio * advantages[row], bounded * advantages[row])
             difference = reference[row][place] - policy[row][place]
             kl = math.exp(difference) - difference - 1
-            loss -= naive_weight(row, lengths, aggregation, max_new_tokens) * (objective - KL_COEF * kl)
+            loss -= naive_weight(row, lengths, loss_type, max_new_tokens) * (objective - KL_COEF * kl)
             kl_sum += kl
             clipped += ratio * advantages[row] > bounded * advantages[row]
     return loss, kl_sum, clipped
@@ -56,8 +56,8 @@ def loss_of(policy, old, reference, advantages, weights, mask, kl_coef=KL_COEF):
         advantages=advantages,
         weights=weights,
         is_token=mask,
-        clip_low=CLIP_LOW,
-        clip_high=CLIP_HIGH,
+        clip_eps_low=CLIP_LOW,
+        clip_eps_high=CLIP_HIGH,
         kl_coef=kl_coef,
     )
 
@@ -74,11 +74,11 @@ def test_advantages_agree_with_worked_values(row):
 def test_equal_rewards_give_zero_advantage_whatever_the_rounding(group_size, scale):
     rewards = torch.rand(200, generator=torch.Generator().manual_seed(0)).repeat_interleave(group_size)
     assert torch.equal(group_advantages(rewards, group_size, scale=scale), torch.zeros(len(rewards)))
-    assert is_equal_group(rewards, group_size).all()
+    assert has_zero_std(rewards, group_size).all()
 
 
 def test_a_group_with_one_other_reward_is_no_equal_group():
-    assert is_equal_group(torch.tensor([0.1, 0.1, 0.1, 0.2, 0.3, 0.3]), 3).tolist() == [True, False]
+    assert has_zero_std(torch.tensor([0.1, 0.1, 0.1, 0.2, 0.3, 0.3]), 3).tolist() == [True, False]
 
 
 def test_unscaled_advantages_are_differences_from_the_mean():
@@ -98,31 +98,31 @@ def test_rewards_that_cannot_be_grouped_are_refused(shape):
         group_advantages(torch.ones(shape), 3)
 
 
-@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
-def test_the_loss_equals_a_loop_over_tokens(aggregation):
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_the_loss_equals_a_loop_over_tokens(loss_type):
     policy, old, reference, advantages = make_batch()
-    weights = token_weights(torch.tensor(LENGTHS), aggregation=aggregation, max_new_tokens=10)
+    weights = token_weights(torch.tensor(LENGTHS), loss_type=loss_type, max_new_tokens=10)
     parts = loss_of(policy, old, reference, advantages, weights.double(), is_token())
     loss, kl_sum, clipped = naive_loss(
-        policy.tolist(), old.tolist(), reference.tolist(), advantages.tolist(), LENGTHS, aggregation, 10
+        policy.tolist(), old.tolist(), reference.tolist(), advantages.tolist(), LENGTHS, loss_type, 10
     )
     assert 0 < clipped < sum(LENGTHS)
     assert float(parts.loss) == pytest.approx(loss, rel=1e-6)
     assert float(parts.kl_sum) == pytest.approx(kl_sum, rel=1e-9)
-    assert int(parts.clipped_sum) == clipped
+    assert int(parts.num_clipped) == clipped
 
 
-@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
-def test_token_weights_are_those_of_the_definitions(aggregation):
-    weights = token_weights(torch.tensor(LENGTHS), aggregation=aggregation, max_new_tokens=10)
-    expected = [naive_weight(row, LENGTHS, aggregation, 10) for row in range(len(LENGTHS))]
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_token_weights_are_those_of_the_definitions(loss_type):
+    weights = token_weights(torch.tensor(LENGTHS), loss_type=loss_type, max_new_tokens=10)
+    expected = [naive_weight(row, LENGTHS, loss_type, 10) for row in range(len(LENGTHS))]
     assert weights.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
-def test_parts_of_a_batch_add_up_to_the_whole(aggregation):
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_parts_of_a_batch_add_up_to_the_whole(loss_type):
     policy, old, reference, advantages = make_batch()
-    weights = token_weights(torch.tensor(LENGTHS), aggregation=aggregation, max_new_tokens=10).double()
+    weights = token_weights(torch.tensor(LENGTHS), loss_type=loss_type, max_new_tokens=10).double()
 
     def gradient(pieces):
         leaf = policy.clone().requires_grad_()
@@ -137,11 +137,11 @@ def test_parts_of_a_batch_add_up_to_the_whole(aggregation):
 def test_at_the_old_policy_the_ratio_is_one_and_its_gradient_is_the_policy_gradient():
     policy, _, _, advantages = make_batch()
     leaf = policy.clone().requires_grad_()
-    weights = token_weights(torch.tensor(LENGTHS), aggregation="grpo", max_new_tokens=10).double()
+    weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
     parts = loss_of(leaf, leaf.detach(), None, advantages, weights, is_token(), kl_coef=0.0)
     parts.loss.backward()
     assert parts.loss.item() == pytest.approx(-float(advantages.mean()), rel=1e-6)
-    assert int(parts.clipped_sum) == 0
+    assert int(parts.num_clipped) == 0
     expected = (-advantages * weights)[:, None].expand_as(policy).masked_fill(~is_token(), 0.0)
     torch.testing.assert_close(leaf.grad, expected)
 
@@ -154,21 +154,21 @@ def test_a_ratio_beyond_the_clip_pulls_no_further():
     parts = loss_of(policy, old, None, advantages, torch.ones(4, dtype=torch.float64), mask, kl_coef=0.0)
     parts.loss.backward()
     assert (policy.grad[:, 0] != 0).tolist() == [False, True, True, False]
-    assert int(parts.clipped_sum) == 2
+    assert int(parts.num_clipped) == 2
 
 
 def test_dapo_weights_of_two_devices_average_to_those_of_one():
     lengths, split = torch.tensor(LENGTHS), 2
     parts = [lengths[:split], lengths[split:]]
     mean = lengths.sum().float() / len(parts)
-    options = {"aggregation": "dapo", "max_new_tokens": 10}
+    options = {"loss_type": "dapo", "max_new_tokens": 10}
     apart = torch.cat([token_weights(part, num_tokens=mean, **options) for part in parts]) / len(parts)
     torch.testing.assert_close(apart, token_weights(lengths, **options))
 
 
 def test_nothing_behind_the_end_token_counts():
     policy, old, reference, advantages = make_batch()
-    weights = token_weights(torch.tensor(LENGTHS), aggregation="grpo", max_new_tokens=10).double()
+    weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
     leaf = policy.clone().requires_grad_()
     clean = loss_of(policy, old, reference, advantages, weights, is_token())
     for dirt in (7.0, float("-inf"), float("nan")):

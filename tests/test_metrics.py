@@ -14,9 +14,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import multiprocessing as mp
 from torch.utils.data import DataLoader
 
-from perception_r1.data.rows import Row
-from perception_r1.metrics import BoxAP, ScoreMeans, task_metrics
-from perception_r1.records import Frame, LabelledBox, Score
+from perception_r1.metrics import BoxAP, MeanScore, task_metrics
+from perception_r1.records import ImageSize, LabelledBox, Score
+from perception_r1.rows import Row
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
 
 NAMES = ("cat", "dog", "cup")
@@ -78,7 +78,7 @@ def make_coco(seed: int, num_images: int, decimals: int) -> tuple[dict[str, list
 
 
 def pycocotools_stats(truth: dict[str, list], results: list[dict]) -> dict[str, float]:
-    """The figures by pycocotools' own road: the annotations of a file, and results that `loadRes` reads."""
+    """The metrics by pycocotools' own road: the annotations of a file, and results that `loadRes` reads."""
     truth, results = json.loads(json.dumps([truth, results]))
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
@@ -98,7 +98,7 @@ class Image:
 
     prediction: Objects | None
     target: DetectionTarget
-    frame: Frame
+    image_size: ImageSize
     id: str
 
 
@@ -129,9 +129,9 @@ def our_images(truth: dict[str, list], results: list[dict]) -> list[Image]:
             for row in results
             if row["image_id"] == image["id"]
         )
-        frame = Frame(width=width, height=height, seen_width=28, seen_height=28)
+        image_size = ImageSize(width=width, height=height, resized_width=28, resized_height=28)
         prediction = Objects(guesses) if guesses else None
-        found.append(Image(prediction=prediction, target=target, frame=frame, id=str(image["id"])))
+        found.append(Image(prediction=prediction, target=target, image_size=image_size, id=str(image["id"])))
     return found
 
 
@@ -139,7 +139,7 @@ def update(metric: BoxAP, images: list[Image]) -> None:
     metric.update(
         predictions=[image.prediction for image in images],
         targets=[image.target for image in images],
-        frames=[image.frame for image in images],
+        image_sizes=[image.image_size for image in images],
         ids=[image.id for image in images],
     )
 
@@ -155,10 +155,10 @@ def exactly(values: dict[str, float]) -> object:
 def test_score_means_agree_with_a_naive_mean():
     rng = np.random.default_rng(0)
     table = rng.uniform(size=(50, 3))
-    metric = ScoreMeans(("reward", "iou", "count"))
+    metric = MeanScore(("reward", "iou", "count"))
     for start in range(0, 50, 7):
         rows = table[start : start + 7].tolist()
-        metric.update(scores=[Score(reward=r, terms={"iou": i}, figures={"count": c}) for r, i, c in rows])
+        metric.update(scores=[Score(reward=r, components={"iou": i}, metrics={"count": c}) for r, i, c in rows])
     means = metric.compute()
     assert [means[name].item() for name in ("reward", "iou", "count")] == pytest.approx(table.mean(axis=0), abs=1e-12)
     metric.reset()
@@ -168,7 +168,7 @@ def test_score_means_agree_with_a_naive_mean():
 
 def test_score_means_refuse_names_that_collide():
     with pytest.raises(ValueError, match="different"):
-        ScoreMeans(("reward", "iou", "iou"))
+        MeanScore(("reward", "iou", "iou"))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -216,10 +216,12 @@ def test_ids_that_are_no_numbers_have_an_order_of_their_own():
 
 
 def test_box_ap_worked_by_hand():
-    frame = Frame(width=200, height=100, seen_width=28, seen_height=28)
+    image_size = ImageSize(width=200, height=100, resized_width=28, resized_height=28)
     cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))  # 100 x 50 pixels: medium
     target = DetectionTarget(objects=(cat,))
-    hit, miss = (Image(prediction=found, target=target, frame=frame, id="1") for found in (Objects((cat,)), None))
+    hit, miss = (
+        Image(prediction=found, target=target, image_size=image_size, id="1") for found in (Objects((cat,)), None)
+    )
     metric = BoxAP(NAMES)
     update(metric, [])
     assert all(value.isnan() for value in metric.compute().values())
@@ -238,14 +240,14 @@ def test_box_ap_worked_by_hand():
 
 
 def test_an_area_decides_the_size_and_a_crowd_forgives():
-    frame = Frame(width=200, height=100, seen_width=28, seen_height=28)
+    image_size = ImageSize(width=200, height=100, resized_width=28, resized_height=28)
     cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))
     inside = LabelledBox(label="cat", box=(0.6, 0.1, 0.7, 0.3))
     crowd = LabelledBox(label="cat", box=(0.5, 0.0, 1.0, 1.0))
     image = Image(
         prediction=Objects((inside, inside, cat)),
         target=DetectionTarget(objects=(cat,), areas=(1024.0,), crowds=(crowd,)),
-        frame=frame,
+        image_size=image_size,
         id="1",
     )
     metric = BoxAP(NAMES)
@@ -274,7 +276,7 @@ def test_an_area_decides_the_size_and_a_crowd_forgives():
     ],
 )
 def test_no_cast_reduces_the_state(cast):
-    means, ap = ScoreMeans(("reward",)), BoxAP(NAMES)
+    means, ap = MeanScore(("reward",)), BoxAP(NAMES)
     module = torch.nn.ModuleList([means, ap])
     images = our_images(*make_coco(0, 20, 2))
     for half in (images[:10], images[10:]):
@@ -295,7 +297,7 @@ class Logs(LightningModule):
     def __init__(self, rewards) -> None:
         super().__init__()
         self.rewards = rewards
-        self.means = ScoreMeans(("reward",))
+        self.means = MeanScore(("reward",))
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def validation_step(self, batch, batch_idx) -> None:
@@ -326,10 +328,14 @@ def test_task_metrics_give_one_flat_dict():
     target = DetectionTarget(objects=(cat,))
     prediction = DetectionPrediction(objects=(cat,), num_listed=1, is_exact=True)
     metrics = task_metrics(task)
-    frame = Frame(width=200, height=100, seen_width=28, seen_height=28)
+    image_size = ImageSize(width=200, height=100, resized_width=28, resized_height=28)
     for guess in (prediction, None):
         metrics.update(
-            scores=[task.score(guess, target)], predictions=[guess], targets=[target], frames=[frame], ids=["1"]
+            scores=[task.score(guess, target)],
+            predictions=[guess],
+            targets=[target],
+            image_sizes=[image_size],
+            ids=["1"],
         )
     values = {name: value.item() for name, value in metrics.compute().items()}
     assert values["reward"] == pytest.approx(1.5)
@@ -348,7 +354,7 @@ def _merged(rank: int, port: int, queue) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     images = our_images(*make_coco(0, 12, 0))
     for shares in SHARES:
-        means, ap = ScoreMeans(("reward",)), BoxAP(NAMES)
+        means, ap = MeanScore(("reward",)), BoxAP(NAMES)
         for index in shares[rank]:
             means.update(scores=[Score(reward=index / 7)])
             update(ap, [images[index]])

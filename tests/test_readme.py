@@ -33,7 +33,7 @@ SMALL = shlex.split(
     " --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4 --embedded.max_steps 2"
 )
 """What makes a training of any task a matter of a second."""
-BARE = ["--pictures.num_pictures", "0", "--before_after.enabled", "false"]
+BARE = ["--log_samples.num_samples", "0", "--before_after.enabled", "false"]
 """What makes it shorter still, where nobody looks at the results."""
 FAMILIES = {
     "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl",
@@ -187,7 +187,7 @@ def expanded(command: str) -> list[list[str]]:
     if arguments[0] != "make":
         return [arguments]
     outside = ("TASK", "MODEL", "DATA", "SEED", "CKPT", "ARGS", "PYTHON", "TORCH", "MAKE", "MFLAGS")
-    outside += ("RUN", "TO", "PICTURES", "RECIPE", "VARIANT")
+    outside += ("RUN", "TO", "IMAGES", "RECIPE", "VARIANT")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     done = subprocess.run(
         ["make", "-n", *arguments[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -236,7 +236,7 @@ def check_own_command(
 def check_results(arguments: list[str], place: Path) -> None:
     """What a command leaves behind."""
     name = option(arguments, "--task") or task_name(arguments)
-    runs = place / "logs" / (f"{name}-sft" if "configs/sft.yaml" in " ".join(arguments) else name)
+    runs = place / "logs" / (f"{name}-sft" if "configs/variant/sft.yaml" in " ".join(arguments) else name)
     if arguments[0] == "fit":
         (path,) = runs.glob("version_*/run.json")
         card = json.loads(path.read_text(encoding="utf-8"))

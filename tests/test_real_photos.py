@@ -75,7 +75,7 @@ def run(command: str, task: str, data: Path, model: Path, *options: str) -> int:
     arguments += ["--seed_everything", "0", "--model.policy.name", str(model), "--model.policy.max_pixels", "10000"]
     arguments += [f"--data.{split}_file={data / task}.jsonl" for split in ("train", "val", "test")]
     arguments += ["--data.batch_size", "2", "--data.eval_batch_size", "3", "--model.max_new_tokens", "8"]
-    arguments += ["--pictures.num_pictures", "2", "--pictures.panel_width", "112"]
+    arguments += ["--log_samples.num_samples", "2", "--log_samples.panel_width", "112"]
     return main([command, *arguments, *options])
 
 
@@ -96,7 +96,7 @@ def test_real_photographs_train_validate_and_predict(
     folder = tmp_path / "logs" / task / "version_0"
     card = json.loads((folder / "run.json").read_text())
     assert (card["status"], card["steps"], card["num_skipped_steps"]) == ("finished", 2, 0)
-    assert card["before"].keys() == card["after"].keys() >= {"reward", TASKS[task].headline}
+    assert card["before"].keys() == card["after"].keys() >= {"reward", TASKS[task].primary_metric}
     assert (folder / "checkpoints" / "best.ckpt").exists()
     if task == "detection":
         assert card["task"]["init_args"]["categories"] == ["cat", "cup", "person", "spoon"]
@@ -112,13 +112,13 @@ def test_real_photographs_train_validate_and_predict(
     assert len(list((tmp_path / "out").glob("*.png"))) == len(pictures)
 
     answers = zip(ROWS[task], pictures, [line["completion"] for line in lines], strict=True)
-    judged = [row | {"image": picture, "completion": completion} for row, picture, completion in answers]
-    Path("judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
-    score = ["score", "--task", task, "--codec", family, "--min_pixels", "784", "--max_pixels", "10000", "judged.jsonl"]
+    scored = [row | {"image": picture, "completion": completion} for row, picture, completion in answers]
+    Path("scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    score = ["score", "--task", task, "--codec", family, "--min_pixels", "784", "--max_pixels", "10000", "scored.jsonl"]
     assert main(score) == 0
     for line, scored in zip(lines, capsys.readouterr().out.splitlines(), strict=True):
         scores = json.loads(scored)
-        assert set(scores["terms"]) == set(TASKS[task].term_names)
-        assert set(scores["figures"]) == set(TASKS[task].figure_names)
+        assert set(scores["components"]) == set(TASKS[task].component_names)
+        assert set(scores["metrics"]) == set(TASKS[task].metric_names)
         assert isinstance(scores["reward"], float)
         assert scores["prediction"] == line["prediction"]

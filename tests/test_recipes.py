@@ -22,7 +22,7 @@ RECIPES: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "detection": ("qwen2_5_vl_3b", "coco", make_coco),
 }
 """Task, which names the recipe -> model, data, and what makes data of that form."""
-PAPER = {
+PUBLISHED = {
     "grounding": {"take": "random:5000", "length": 768, "model": "Qwen/Qwen2-VL-2B-Instruct"},
     "counting": {"take": "random:10000", "length": 768, "model": "Qwen/Qwen2-VL-2B-Instruct"},
     "ocr": {"take": "random:5000", "length": 2048, "model": "Qwen/Qwen2-VL-2B-Instruct"},
@@ -31,7 +31,7 @@ PAPER = {
 SMALL = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.precision 32-true --trainer.max_steps 2"
     " --trainer.limit_val_batches 1 --data.num_workers 0 --data.batch_size 1 --data.eval_batch_size 2"
-    " --data.train_take all --model.max_new_tokens 4 --before_after.enabled false --pictures.num_pictures 0"
+    " --data.train_take all --model.max_new_tokens 4 --before_after.enabled false --log_samples.num_samples 0"
 )
 
 
@@ -56,8 +56,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(place: Path, folder: Path, task: str, *more: str, options: tuple[str, ...] = ()) -> dict[str, Any]:
     """Two steps of a recipe with a tiny model; its run.json."""
     RECIPES[task][2](place / "data")
-    figures = ["--data.task.word_figures", "stems"] if task == "ocr" else []  # WordNet is no package
-    arguments = ["fit", *files(task, *more), *SMALL, "--model.policy.name", str(folder), *figures, *options]
+    metrics = ["--data.task.word_metrics", "stems"] if task == "ocr" else []  # WordNet is no package
+    arguments = ["fit", *files(task, *more), *SMALL, "--model.policy.name", str(folder), *metrics, *options]
     assert main(arguments) == 0
     (card,) = (place / "logs").glob("*/version_0/run.json")
     return json.loads(card.read_text())
@@ -74,12 +74,12 @@ def test_a_recipe_prints_the_settings_of_the_paper(task, monkeypatch, capsys):
         main(["fit", *files(task), "--print_config"])
     assert end.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
-    model, data, expected = config["model"]["init_args"], config["data"]["init_args"], PAPER[task]
+    model, data, expected = config["model"]["init_args"], config["data"]["init_args"], PUBLISHED[task]
     assert config["model"]["class_path"].endswith("GRPO")
     assert model["optimizer"]["class_path"] == "torch.optim.AdamW"
     assert model["optimizer"]["init_args"]["lr"] == 1e-6
     assert (model["group_size"], model["kl_coef"], model["temperature"]) == (8, 0.04, 1.0)
-    assert (model["updates_per_rollout"], model["aggregation"], model["scale_advantages"]) == (1, "grpo", True)
+    assert (model["num_iterations"], model["loss_type"], model["scale_rewards"]) == (1, "grpo", True)
     assert model["max_new_tokens"] == expected["length"]
     assert model["policy"]["name"] == expected["model"]
     assert model["policy"]["max_pixels"] == 1_000_000
@@ -113,12 +113,12 @@ def test_a_recipe_can_be_fine_tuned_with_supervision(task, place, model_folders)
     else:
         options = ()
     family = "qwen2_5_vl" if task == "detection" else "qwen2_vl"
-    card = train(place, model_folders[family], task, "sft", options=options)
+    card = train(place, model_folders[family], task, "variant/sft", options=options)
     assert (card["status"], card["steps"]) == ("finished", 2)
 
 
 def test_supervision_then_reinforcement(place, model_folders):
-    train(place, model_folders["qwen2_vl"], "grounding", "sft")
+    train(place, model_folders["qwen2_vl"], "grounding", "variant/sft")
     run = place / "logs" / "grounding-sft" / "version_0"
     assert main(["export", str(run), "--ckpt", "last", "--to", "supervised"]) == 0
     arguments = ["fit", *files("grounding"), *SMALL, "--model.policy.name", "supervised"]

@@ -14,7 +14,7 @@ from math import isfinite
 from typing import ClassVar
 
 from perception_r1.errors import UserError
-from perception_r1.records import Box, Frame, LabelledBox
+from perception_r1.records import Box, ImageSize, LabelledBox
 
 MAX_OBJECTS = 512
 """Most objects that are read from one answer; COCO's fullest image has 93. A longer list is no answer."""
@@ -35,7 +35,7 @@ r"""Half a character, which JSON can spell (`"\ud800"`) and no file or terminal 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ListedItem:
+class ParsedBox:
     """One entry of an answer as it was read; None stands for a part that is missing or invalid."""
 
     label: str | None
@@ -43,7 +43,7 @@ class ListedItem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Listing:
+class ParsedBoxes:
     """The objects that an answer lists.
 
     Attributes:
@@ -51,11 +51,11 @@ class Listing:
         is_exact: The whole text is a list in the codec's form, nothing before, between or after it.
     """
 
-    items: tuple[ListedItem, ...]
+    items: tuple[ParsedBox, ...]
     is_exact: bool
 
 
-_NOTHING = Listing(items=(), is_exact=False)
+_NOTHING = ParsedBoxes(items=(), is_exact=False)
 
 
 class Codec(ABC):
@@ -64,11 +64,11 @@ class Codec(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def write(self, objects: Sequence[LabelledBox], frame: Frame) -> str:
+    def format_boxes(self, objects: Sequence[LabelledBox], image_size: ImageSize) -> str:
         """Text for a list of objects."""
 
     @abstractmethod
-    def read(self, text: str, frame: Frame) -> Listing:
+    def parse_boxes(self, text: str, image_size: ImageSize) -> ParsedBoxes:
         """Objects found in any text whatever; never raises."""
 
 
@@ -79,21 +79,21 @@ class Qwen2VLCodec(Codec):
     brackets. Reading finds complete boxes anywhere, each with the label before it; the text is exact when it is nothing
     but labels, each followed by its boxes, and no label is repeated where its boxes could have gone on.
 
-    >>> frame = Frame(width=640, height=480, seen_width=644, seen_height=476)
-    >>> text = Qwen2VLCodec().write([LabelledBox(label="cat", box=(0.1, 0.2, 0.5, 1.0))], frame)
+    >>> image_size = ImageSize(width=640, height=480, resized_width=644, resized_height=476)
+    >>> text = Qwen2VLCodec().format_boxes([LabelledBox(label="cat", box=(0.1, 0.2, 0.5, 1.0))], image_size)
     >>> text
     '<|object_ref_start|>cat<|object_ref_end|><|box_start|>(100,200),(500,1000)<|box_end|>'
-    >>> Qwen2VLCodec().read(text, frame)
-    Listing(items=(ListedItem(label='cat', box=(0.1, 0.2, 0.5, 1.0)),), is_exact=True)
-    >>> Qwen2VLCodec().read("Here: <|box_start|>(9,9),(1,1)<|box_end|>", frame)  # inverted, unlabelled, after prose
-    Listing(items=(ListedItem(label=None, box=None),), is_exact=False)
-    >>> Qwen2VLCodec().read("", frame)
-    Listing(items=(), is_exact=True)
+    >>> Qwen2VLCodec().parse_boxes(text, image_size)
+    ParsedBoxes(items=(ParsedBox(label='cat', box=(0.1, 0.2, 0.5, 1.0)),), is_exact=True)
+    >>> Qwen2VLCodec().parse_boxes("Here: <|box_start|>(9,9),(1,1)<|box_end|>", image_size)  # inverted, after prose
+    ParsedBoxes(items=(ParsedBox(label=None, box=None),), is_exact=False)
+    >>> Qwen2VLCodec().parse_boxes("", image_size)
+    ParsedBoxes(items=(), is_exact=True)
     """
 
     name = "qwen2_vl"
 
-    def write(self, objects: Sequence[LabelledBox], frame: Frame) -> str:
+    def format_boxes(self, objects: Sequence[LabelledBox], image_size: ImageSize) -> str:
         """Text for a list of objects, in their order.
 
         Raises:
@@ -109,10 +109,10 @@ class Qwen2VLCodec(Codec):
                 parts.append(f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
         return "".join(parts)
 
-    def read(self, text: str, frame: Frame) -> Listing:
+    def parse_boxes(self, text: str, image_size: ImageSize) -> ParsedBoxes:
         """Objects found in any text whatever; never raises."""
         text = text.strip()
-        items: list[ListedItem] = []
+        items: list[ParsedBox] = []
         label: str | None = None
         end, is_exact, awaits_box = 0, True, False
         for token in _QWEN2_TOKEN.finditer(text):
@@ -126,24 +126,24 @@ class Qwen2VLCodec(Codec):
                 return _NOTHING
             is_exact = is_exact and label is not None
             numbers = [float(token[side]) for side in ("x1", "y1", "x2", "y2")]
-            items.append(ListedItem(label=label, box=_from_units(numbers, _PER_MILLE, _PER_MILLE)))
+            items.append(ParsedBox(label=label, box=_from_units(numbers, _PER_MILLE, _PER_MILLE)))
             awaits_box = False
-        return Listing(items=tuple(items), is_exact=is_exact and end == len(text) and not awaits_box)
+        return ParsedBoxes(items=tuple(items), is_exact=is_exact and end == len(text) and not awaits_box)
 
 
 class _JsonCodec(Codec):
     """A JSON list of `{"bbox_2d": [x1, y1, x2, y2], "label": "..."}`; a subclass says in which units."""
 
     @abstractmethod
-    def units(self, frame: Frame) -> tuple[int, int]:
+    def units(self, image_size: ImageSize) -> tuple[int, int]:
         """Width and height of the image in the units that are written."""
 
-    def write(self, objects: Sequence[LabelledBox], frame: Frame) -> str:
+    def format_boxes(self, objects: Sequence[LabelledBox], image_size: ImageSize) -> str:
         """Text for a list of objects, in their order."""
-        units = self.units(frame)
+        units = self.units(image_size)
         return json.dumps([{"bbox_2d": list(_to_units(item.box, *units)), "label": item.label} for item in objects])
 
-    def read(self, text: str, frame: Frame) -> Listing:
+    def parse_boxes(self, text: str, image_size: ImageSize) -> ParsedBoxes:
         """Objects found in any text whatever; never raises.
 
         Either the whole text, a ```json fence aside, is a JSON list, or nothing is read.
@@ -158,47 +158,47 @@ class _JsonCodec(Codec):
             return _NOTHING
         if not isinstance(entries, list) or len(entries) > MAX_OBJECTS:
             return _NOTHING
-        units = self.units(frame)
-        return Listing(items=tuple(_json_item(entry, units) for entry in entries), is_exact=True)
+        units = self.units(image_size)
+        return ParsedBoxes(items=tuple(_json_item(entry, units) for entry in entries), is_exact=True)
 
 
 class Qwen25VLCodec(_JsonCodec):
     """JSON in pixels of the image as the model sees it, after smart-resize.
 
-    >>> frame = Frame(width=1280, height=960, seen_width=644, seen_height=476)
-    >>> text = Qwen25VLCodec().write([LabelledBox(label="cat", box=(0.25, 0.5, 0.5, 1.0))], frame)
+    >>> image_size = ImageSize(width=1280, height=960, resized_width=644, resized_height=476)
+    >>> text = Qwen25VLCodec().format_boxes([LabelledBox(label="cat", box=(0.25, 0.5, 0.5, 1.0))], image_size)
     >>> text
     '[{"bbox_2d": [161, 238, 322, 476], "label": "cat"}]'
-    >>> Qwen25VLCodec().read(text, frame)
-    Listing(items=(ListedItem(label='cat', box=(0.25, 0.5, 0.5, 1.0)),), is_exact=True)
-    >>> Qwen25VLCodec().read('Sure! ' + text, frame)
-    Listing(items=(), is_exact=False)
-    >>> Qwen25VLCodec().read('[{"bbox_2d": [0, 238, 9999, 476]}]', frame)  # clamped to the image, without a label
-    Listing(items=(ListedItem(label=None, box=(0.0, 0.5, 1.0, 1.0)),), is_exact=True)
+    >>> Qwen25VLCodec().parse_boxes(text, image_size)
+    ParsedBoxes(items=(ParsedBox(label='cat', box=(0.25, 0.5, 0.5, 1.0)),), is_exact=True)
+    >>> Qwen25VLCodec().parse_boxes('Sure! ' + text, image_size)
+    ParsedBoxes(items=(), is_exact=False)
+    >>> Qwen25VLCodec().parse_boxes('[{"bbox_2d": [0, 238, 9999, 476]}]', image_size)  # clamped, no label
+    ParsedBoxes(items=(ParsedBox(label=None, box=(0.0, 0.5, 1.0, 1.0)),), is_exact=True)
     """
 
     name = "qwen2_5_vl"
 
-    def units(self, frame: Frame) -> tuple[int, int]:
+    def units(self, image_size: ImageSize) -> tuple[int, int]:
         """The seen size."""
-        return frame.seen_width, frame.seen_height
+        return image_size.resized_width, image_size.resized_height
 
 
 class Qwen3VLCodec(_JsonCodec):
     """The JSON of Qwen2.5-VL with numbers 0..1000 of the image's width and height.
 
-    >>> frame = Frame(width=1280, height=960, seen_width=1280, seen_height=960)
-    >>> Qwen3VLCodec().write([LabelledBox(label="cat", box=(0.25, 0.5, 0.5, 1.0))], frame)
+    >>> image_size = ImageSize(width=1280, height=960, resized_width=1280, resized_height=960)
+    >>> Qwen3VLCodec().format_boxes([LabelledBox(label="cat", box=(0.25, 0.5, 0.5, 1.0))], image_size)
     '[{"bbox_2d": [250, 500, 500, 1000], "label": "cat"}]'
-    >>> Qwen3VLCodec().read("null", frame)
-    Listing(items=(), is_exact=False)
-    >>> Qwen3VLCodec().read("[]", frame)
-    Listing(items=(), is_exact=True)
+    >>> Qwen3VLCodec().parse_boxes("null", image_size)
+    ParsedBoxes(items=(), is_exact=False)
+    >>> Qwen3VLCodec().parse_boxes("[]", image_size)
+    ParsedBoxes(items=(), is_exact=True)
     """
 
     name = "qwen3_vl"
 
-    def units(self, frame: Frame) -> tuple[int, int]:
+    def units(self, image_size: ImageSize) -> tuple[int, int]:
         """Per mille of both sides."""
         return _PER_MILLE, _PER_MILLE
 
@@ -232,13 +232,13 @@ def _from_units(numbers: Sequence[float], width: int, height: int) -> Box | None
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def _json_item(entry: object, units: tuple[int, int]) -> ListedItem:
+def _json_item(entry: object, units: tuple[int, int]) -> ParsedBox:
     """One entry of a parsed list, whatever it is."""
     if not isinstance(entry, dict):
-        return ListedItem(label=None, box=None)
+        return ParsedBox(label=None, box=None)
     label, numbers = entry.get("label"), entry.get("bbox_2d")
     if not isinstance(label, str) or _LONE_SURROGATE.search(label):
         label = None
     if not isinstance(numbers, list) or len(numbers) != 4 or not all(type(number) is float for number in numbers):
-        return ListedItem(label=label, box=None)
-    return ListedItem(label=label, box=_from_units(numbers, *units))
+        return ParsedBox(label=label, box=None)
+    return ParsedBox(label=label, box=_from_units(numbers, *units))

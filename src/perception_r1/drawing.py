@@ -10,8 +10,8 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from perception_r1.lettering import font_for, shorten, wrap
-from perception_r1.records import Mark
+from perception_r1.records import Overlay
+from perception_r1.text_layout import font_for, shorten, wrap
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
@@ -40,30 +40,32 @@ _CAPTION_SHARE = 0.7
 _MAX_CAPTIONS = 24
 """Captions of one kind on a picture; more would hide it, and then none is written."""
 _MAX_EQUAL_CAPTIONS = 3
-"""When more marks than this all have the same caption, it is written once."""
+"""When more overlays than this all have the same caption, it is written once."""
 
 
-def annotate(image: Image.Image, target_marks: Sequence[Mark], predicted_marks: Sequence[Mark]) -> Image.Image:
-    """A copy of a picture with both kinds of marks on it; lines grow with the picture.
+def annotate(
+    image: Image.Image, target_overlays: Sequence[Overlay], predicted_overlays: Sequence[Overlay]
+) -> Image.Image:
+    """A copy of a picture with both kinds of overlays on it; lines grow with the picture.
 
     Captions stay inside the picture, and one that finds no free place is left out.
 
     Args:
         image: The picture, of any size and mode.
-        target_marks: The right answer.
-        predicted_marks: What was predicted.
+        target_overlays: The right answer.
+        predicted_overlays: What was predicted.
     """
     canvas = image.convert("RGB") if image.mode != "RGB" else image.copy()
     pen = ImageDraw.Draw(canvas)
     unit = max(1, round(max(canvas.size) / 450))
-    for mark in target_marks:
-        _draw_target(pen, _corners(mark, canvas.size), unit)
-    for mark in predicted_marks:
-        _draw_prediction(pen, _corners(mark, canvas.size), unit)
+    for overlay in target_overlays:
+        _draw_target(pen, _corners(overlay, canvas.size), unit)
+    for overlay in predicted_overlays:
+        _draw_prediction(pen, _corners(overlay, canvas.size), unit)
     taken: list[Rectangle] = []
-    for marks, colour in ((target_marks, TARGET), (predicted_marks, PREDICTION)):
-        for mark in _captioned(marks):
-            _draw_caption(pen, mark, colour, size=canvas.size, unit=unit, taken=taken)
+    for overlays, colour in ((target_overlays, TARGET), (predicted_overlays, PREDICTION)):
+        for overlay in _captioned(overlays):
+            _draw_caption(pen, overlay, colour, size=canvas.size, unit=unit, taken=taken)
     return canvas
 
 
@@ -81,8 +83,8 @@ def draw_card(
     *,
     title: str,
     fields: Mapping[str, str],
-    target_marks: Sequence[Mark] = (),
-    predicted_marks: Sequence[Mark] = (),
+    target_overlays: Sequence[Overlay] = (),
+    predicted_overlays: Sequence[Overlay] = (),
     panel_width: int = 448,
 ) -> Image.Image:
     """A card: the annotated picture with its legend on the left, a title and named texts on the right.
@@ -91,12 +93,12 @@ def draw_card(
         image: The picture.
         title: One line, cut where it is too long.
         fields: Text by heading, from top to bottom; each is wrapped and cut after a few lines. Any text is safe.
-        target_marks: What to draw as the right answer.
-        predicted_marks: What to draw as the answer given.
+        target_overlays: What to draw as the right answer.
+        predicted_overlays: What to draw as the answer given.
         panel_width: Width of the picture's half in pixels; the words get as much.
     """
-    picture = annotate(fit(image, panel_width), target_marks, predicted_marks)
-    has_legend = bool(target_marks or predicted_marks)
+    picture = annotate(fit(image, panel_width), target_overlays, predicted_overlays)
+    has_legend = bool(target_overlays or predicted_overlays)
     words = _layout_words(title, fields, panel_width)
     words_height = sum(height for *_, height in words)
     content_height = max(picture.height + (_LEGEND_HEIGHT if has_legend else 0), math.ceil(words_height))
@@ -155,10 +157,10 @@ def _layout_words(
     return words
 
 
-def _corners(mark: Mark, size: tuple[int, int]) -> Rectangle:
+def _corners(overlay: Overlay, size: tuple[int, int]) -> Rectangle:
     """A mark in pixels of a picture; a point is a box without extent."""
-    xs = sorted(min(max(x, 0.0), 1.0) * (size[0] - 1) for x in mark.shape[0::2])
-    ys = sorted(min(max(y, 0.0), 1.0) * (size[1] - 1) for y in mark.shape[1::2])
+    xs = sorted(min(max(x, 0.0), 1.0) * (size[0] - 1) for x in overlay.shape[0::2])
+    ys = sorted(min(max(y, 0.0), 1.0) * (size[1] - 1) for y in overlay.shape[1::2])
     return round(xs[0]), round(ys[0]), round(xs[-1]), round(ys[-1])
 
 
@@ -199,17 +201,17 @@ def _dashes(start: float, end: float, length: int) -> Iterator[tuple[float, floa
         yield round(start + 2 * index * step), round(start + (2 * index + 1) * step)
 
 
-def _captioned(marks: Sequence[Mark]) -> Sequence[Mark]:
-    """The marks whose captions are worth their place."""
-    named = [mark for mark in marks if mark.caption.strip()]
-    if len(named) > _MAX_EQUAL_CAPTIONS and len({mark.caption for mark in named}) == 1:
+def _captioned(overlays: Sequence[Overlay]) -> Sequence[Overlay]:
+    """The overlays whose captions are worth their place."""
+    named = [overlay for overlay in overlays if overlay.caption.strip()]
+    if len(named) > _MAX_EQUAL_CAPTIONS and len({overlay.caption for overlay in named}) == 1:
         return named[:1]
     return named if len(named) <= _MAX_CAPTIONS else []
 
 
 def _draw_caption(
     pen: ImageDraw.ImageDraw,
-    mark: Mark,
+    overlay: Overlay,
     colour: Colour,
     *,
     size: tuple[int, int],
@@ -218,10 +220,10 @@ def _draw_caption(
 ) -> None:
     """Write a mark's caption on a tag of its colour in the first free place at the mark; note the place in `taken`."""
     font_size, padding = 12 + 2 * unit, 3 * unit
-    font = font_for(mark.caption, font_size)
-    text = shorten(mark.caption, font=font, width=size[0] * _CAPTION_SHARE - 2 * padding)
+    font = font_for(overlay.caption, font_size)
+    text = shorten(overlay.caption, font=font, width=size[0] * _CAPTION_SHARE - 2 * padding)
     width, height = math.ceil(font.getlength(text)) + 2 * padding, round(font_size * _LEADING) + unit
-    for left, top in _caption_places(_corners(mark, size), width, height, is_target=colour == TARGET):
+    for left, top in _caption_places(_corners(overlay, size), width, height, is_target=colour == TARGET):
         left = min(max(left, 0), size[0] - width)
         tag = (left, top, left + width - 1, top + height - 1)
         if text and left >= 0 and top >= 0 and tag[3] < size[1] and not any(_overlap(tag, other) for other in taken):

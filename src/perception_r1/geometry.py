@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from perception_r1.records import Box, Frame, Point
+from perception_r1.records import Box, ImageSize, Point
 
 Matching = Literal["bipartite", "sequential"]
 """How predictions meet targets: by least total cost, or the k-th with the k-th (the paper's ablation)."""
@@ -117,13 +117,13 @@ def match(cost: NDArray[np.float64], mode: Matching) -> list[tuple[int, int]]:
     return [(int(row), int(column)) for row, column in zip(rows, columns, strict=True)]
 
 
-def to_pixels(box: Box, frame: Frame) -> list[float]:
+def to_pixels(box: Box, image_size: ImageSize) -> list[float]:
     """A box in pixels of the original image, to two decimals, for people and files.
 
-    >>> to_pixels((0.1, 0.5, 1.0, 1.0), Frame(width=333, height=100, seen_width=336, seen_height=112))
+    >>> to_pixels((0.1, 0.5, 1.0, 1.0), ImageSize(width=333, height=100, resized_width=336, resized_height=112))
     [33.3, 50.0, 333.0, 100.0]
     """
-    sides = (frame.width, frame.height, frame.width, frame.height)
+    sides = (image_size.width, image_size.height, image_size.width, image_size.height)
     return [round(value * side, 2) for value, side in zip(box, sides, strict=True)]
 
 

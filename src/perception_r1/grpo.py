@@ -6,7 +6,7 @@
     kl          exp(ref - logp) - (ref - logp) - 1                                          the k3 estimator
 
 The loss is the negative objective, summed with the token weights of `token_weights`. Deviation from DeepSeekMath's
-GRPO (arXiv 2402.03300): none for aggregation "grpo"; "dapo" and "dr_grpo" follow arXiv 2503.14476 and 2503.20783.
+GRPO (arXiv 2402.03300): none for the loss "grpo"; "dapo" and "dr_grpo" follow arXiv 2503.14476 and 2503.20783.
 
 Legend: B prompts, G completions per prompt, N = B*G completions, T completion tokens (longest).
 """
@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Aggregation = Literal["grpo", "dapo", "dr_grpo"]
+LossType = Literal["grpo", "dapo", "dr_grpo"]
 
 _STD_FLOOR = 1e-4
 
@@ -47,17 +47,17 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) ->
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
         centred = centred / (groups.std(1, keepdim=True) + _STD_FLOOR)
-    return centred.masked_fill(is_equal_group(rewards, group_size)[:, None], 0.0).flatten()
+    return centred.masked_fill(has_zero_std(rewards, group_size)[:, None], 0.0).flatten()
 
 
-def is_equal_group(rewards: Tensor, group_size: int) -> Tensor:
+def has_zero_std(rewards: Tensor, group_size: int) -> Tensor:
     """[B] True where all rewards of a group are the same; their mean and deviation are exact only up to rounding."""
     groups = rewards.view(-1, group_size)  # [B, G]
     return groups.amax(1) == groups.amin(1)
 
 
 def token_weights(
-    lengths: Tensor, *, aggregation: Aggregation, max_new_tokens: int, num_tokens: Tensor | None = None
+    lengths: Tensor, *, loss_type: LossType, max_new_tokens: int, num_tokens: Tensor | None = None
 ) -> Tensor:
     """Weight of each completion's every token in the loss of a whole batch.
 
@@ -65,7 +65,7 @@ def token_weights(
 
     Args:
         lengths: [N] tokens of each completion.
-        aggregation: "grpo": mean over a completion's tokens, then over completions; "dapo": mean over all tokens;
+        loss_type: "grpo": mean over a completion's tokens, then over completions; "dapo": mean over all tokens;
             "dr_grpo": sum over tokens divided by a constant, N * max_new_tokens.
         max_new_tokens: The constant of "dr_grpo".
         num_tokens: The number of tokens over which "dapo" averages; by default those of `lengths`. Where gradients are
@@ -75,27 +75,27 @@ def token_weights(
         [N] weights.
     """
     count = len(lengths)
-    if aggregation == "grpo":
+    if loss_type == "grpo":
         return 1.0 / (lengths * count)
     ones = torch.ones_like(lengths, dtype=torch.float32)
-    if aggregation == "dapo":
+    if loss_type == "dapo":
         return ones / (lengths.sum() if num_tokens is None else num_tokens)
     return ones / (count * max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LossParts:
+class LossOutput:
     """A loss and what is logged about it: sums over tokens, so that parts of a batch can be added.
 
     Attributes:
         loss: Scalar with gradient.
         kl_sum: Sum of the k3 estimates over all tokens.
-        clipped_sum: Number of tokens whose ratio was clipped.
+        num_clipped: Number of tokens whose ratio was clipped.
     """
 
     loss: Tensor
     kl_sum: Tensor
-    clipped_sum: Tensor
+    num_clipped: Tensor
 
 
 def grpo_loss(
@@ -106,10 +106,10 @@ def grpo_loss(
     advantages: Tensor,
     weights: Tensor,
     is_token: Tensor,
-    clip_low: float,
-    clip_high: float,
+    clip_eps_low: float,
+    clip_eps_high: float,
     kl_coef: float,
-) -> LossParts:
+) -> LossOutput:
     """The clipped objective with its KL penalty, as a loss.
 
     Args:
@@ -119,22 +119,22 @@ def grpo_loss(
         advantages: [N].
         weights: [N] weight of each token of a completion.
         is_token: [N, T] True up to and including a completion's first end token.
-        clip_low: eps_low.
-        clip_high: eps_high.
+        clip_eps_low: eps_low.
+        clip_eps_high: eps_high.
         kl_coef: beta.
     """
     ratio = (logprobs - old_logprobs).exp()  # [N, T]
     gain = advantages[:, None]
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped_ratio = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
     objective = torch.minimum(ratio * gain, clipped_ratio * gain)
     kl = k3_kl(logprobs, reference_logprobs) if reference_logprobs is not None else torch.zeros_like(logprobs)
     per_token = kl_coef * kl - objective
     with torch.no_grad():
         is_clipped = (ratio * gain > clipped_ratio * gain) & is_token
-    return LossParts(
+    return LossOutput(
         loss=(per_token * weights[:, None]).masked_fill(~is_token, 0.0).sum(),
         kl_sum=kl.detach().masked_fill(~is_token, 0.0).sum(),
-        clipped_sum=is_clipped.sum(),
+        num_clipped=is_clipped.sum(),
     )
 
 

@@ -1,6 +1,6 @@
 """What is known about a whole data set: means of scores, and COCO's average precision.
 
-`task_metrics(task)` and `update_metrics` are all that validation, testing and offline scoring need. Figures are float64
+`task_metrics(task)` and `update_metrics` are all that validation, testing and offline scoring need. Metrics are float64
 and depend neither on the batches nor on the number of devices.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from perception_r1.records import Frame, LabelledBox, Score
-from perception_r1.scoring import Outcome
+from perception_r1.records import ImageSize, LabelledBox, Score
+from perception_r1.scoring import ScoredCompletion
 from perception_r1.task import Task
 
 _COCO_STATS = (
@@ -35,7 +35,7 @@ _COCO_STATS = (
     ("ar_medium", 10),
     ("ar_large", 11),
 )
-"""Our names of pycocotools' figures and their places in `COCOeval.stats`; recalls are those at 100 detections."""
+"""Our names of pycocotools' metrics and their places in `COCOeval.stats`; recalls are those at 100 detections."""
 
 _IMAGE, _TARGET, _CROWD, _DETECTION = range(4)
 """Kinds of record in the state of `BoxAP`."""
@@ -48,24 +48,24 @@ _MAX_DIGITS, _HASH_BITS = 15, 52
 
 
 def task_metrics(task: Task[Any, Any]) -> MetricCollection:
-    """All metrics of a task under plain names ("reward", "iou", "ap50"), for outcomes judged with `is_evaluation`.
+    """All metrics of a task under plain names ("reward", "iou", "ap50"), from scores with the metrics of evaluation.
 
-    `update(scores=..., predictions=..., targets=..., frames=..., ids=...)` takes sequences of one length, `compute()`
-    gives one flat dict of float64 scalars. Metrics are never grouped: two that agree on the first batch would stay
-    merged for ever.
+    `update(scores=..., predictions=..., targets=..., image_sizes=..., ids=...)` takes sequences of one length,
+    `compute()` gives one flat dict of float64 scalars. Metrics are never grouped: two that agree on the first batch would
+    stay merged for ever.
     """
-    means = ScoreMeans(("reward", *task.term_names, *task.figure_names, *task.evaluation_figure_names))
-    return MetricCollection({"scores": means, **task.metrics()}, compute_groups=False)
+    means = MeanScore(("reward", *task.component_names, *task.metric_names, *task.eval_metric_names))
+    return MetricCollection({"scores": means, **task.dataset_metrics()}, compute_groups=False)
 
 
-def update_metrics(metrics: MetricCollection, outcomes: Sequence[Outcome]) -> None:
-    """Feed outcomes to a task's metrics."""
+def update_metrics(metrics: MetricCollection, scored_completions: Sequence[ScoredCompletion]) -> None:
+    """Feed scored completions to a task's metrics."""
     metrics.update(
-        scores=[outcome.score for outcome in outcomes],
-        predictions=[outcome.prediction for outcome in outcomes],
-        targets=[outcome.sample.target for outcome in outcomes],
-        frames=[outcome.frame for outcome in outcomes],
-        ids=[outcome.sample.id for outcome in outcomes],
+        scores=[scored.score for scored in scored_completions],
+        predictions=[scored.prediction for scored in scored_completions],
+        targets=[scored.sample.target for scored in scored_completions],
+        image_sizes=[scored.image_size for scored in scored_completions],
+        ids=[scored.sample.id for scored in scored_completions],
     )
 
 
@@ -81,24 +81,24 @@ class SourceMetrics:
     def __init__(self, task: Task[Any, Any], names: Sequence[str], device: torch.device | str = "cpu") -> None:
         self.by_source = {name: task_metrics(task).to(device) for name in names}
 
-    def update(self, outcomes: Sequence[Outcome]) -> None:
-        """Feed outcomes of any of the sources."""
+    def update(self, scored_completions: Sequence[ScoredCompletion]) -> None:
+        """Feed scored completions of any of the sources."""
         for name, metrics in self.by_source.items():
-            own = [outcome for outcome in outcomes if len(self.by_source) == 1 or outcome.sample.source == name]
+            own = [scored for scored in scored_completions if len(self.by_source) == 1 or scored.sample.source == name]
             if own:
                 update_metrics(metrics, own)
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Figures by name, by source."""
+        """Metrics by name, by source."""
         return {
-            name: {figure: float(value) for figure, value in metrics.compute().items()}
+            name: {metric: float(value) for metric, value in metrics.compute().items()}
             for name, metrics in self.by_source.items()
         }
 
 
-def score_means(task: Task[Any, Any]) -> "ScoreMeans":
-    """The metric of a task that is cheap enough for every training step: no figure over a whole data set."""
-    return ScoreMeans(("reward", *task.term_names, *task.figure_names))
+def score_means(task: Task[Any, Any]) -> "MeanScore":
+    """The metric of a task that is cheap enough for every training step: no metric over a whole data set."""
+    return MeanScore(("reward", *task.component_names, *task.metric_names))
 
 
 class _ExactMetric(Metric):
@@ -113,17 +113,17 @@ class _ExactMetric(Metric):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
 
 
-class ScoreMeans(_ExactMetric):
-    """Mean reward, terms and figures over all samples; not a number before the first.
+class MeanScore(_ExactMetric):
+    """Mean reward, components and metrics over all samples; not a number before the first.
 
     Args:
-        names: "reward" and the names of the terms and figures, all different.
+        names: "reward" and the names of the components and metrics, all different.
 
     Raises:
         ValueError: A name is there twice.
 
-    >>> means = ScoreMeans(("reward", "iou"))
-    >>> means.update(scores=[Score(reward=2.0, terms={"iou": 1.0}), Score(reward=1.0, terms={"iou": 0.0})])
+    >>> means = MeanScore(("reward", "iou"))
+    >>> means.update(scores=[Score(reward=2.0, components={"iou": 1.0}), Score(reward=1.0, components={"iou": 0.0})])
     >>> {name: value.item() for name, value in means.compute().items()}
     {'reward': 1.5, 'iou': 0.5}
     """
@@ -135,14 +135,14 @@ class ScoreMeans(_ExactMetric):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         if len(set(names)) < len(names):
-            raise ValueError(f"names of terms and figures must all be different, not {', '.join(names)}")
+            raise ValueError(f"names of components and metrics must all be different, not {', '.join(names)}")
         self.names = tuple(names)
         self.add_state("sums", torch.zeros(len(self.names), dtype=self.dtype), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=self.dtype), dist_reduce_fx="sum")
 
     def update(self, scores: Sequence[Score]) -> None:
         """Add the scores of a batch."""
-        rows = [{"reward": score.reward, **score.terms, **score.figures} for score in scores]
+        rows = [{"reward": score.reward, **score.components, **score.metrics} for score in scores]
         values = [[row[name] for name in self.names] for row in rows]
         table = torch.tensor(values, dtype=self.dtype, device=self.sums.device)
         self.sums += table.reshape(-1, len(self.names)).sum(dim=0)
@@ -177,7 +177,7 @@ class BoxAP(_ExactMetric):
     """COCO's average precision and recall of boxes by pycocotools, each detection with score 1.0.
 
     Boxes are measured in pixels of the original image. Detections beyond the first 100 of an image do not count, as in
-    COCO. A figure without any object to judge it by is not a number.
+    COCO. A metric without any object to judge it by is not a number.
 
     With equal scores the precision at a recall depends on the order of the images, which is COCO's: by their ids. Ids
     that are no whole numbers (of up to 15 digits) come last, in the order of their hashes.
@@ -202,24 +202,24 @@ class BoxAP(_ExactMetric):
         self,
         predictions: Sequence[HasObjects | None],
         targets: Sequence[HasAnnotations],
-        frames: Sequence[Frame],
+        image_sizes: Sequence[ImageSize],
         ids: Sequence[str],
     ) -> None:
         """Add the images of a batch, one id each; None is a prediction without objects."""
         rows: list[tuple[float, ...]] = []
-        for prediction, target, frame, image_id in zip(predictions, targets, frames, ids, strict=True):
+        for prediction, target, image_size, image_id in zip(predictions, targets, image_sizes, ids, strict=True):
             rows.append((_IMAGE, *_place(image_id), 0, 0, 0, 0))
             areas = target.areas or [None] * len(target.objects)
             for item, area in zip(target.objects, areas, strict=True):
-                rows.append(self._record(_TARGET, item, frame, area))
-            rows += [self._record(_CROWD, item, frame) for item in target.crowds]
+                rows.append(self._record(_TARGET, item, image_size, area))
+            rows += [self._record(_CROWD, item, image_size) for item in target.crowds]
             if prediction is not None:
-                rows += [self._record(_DETECTION, item, frame) for item in prediction.objects]
+                rows += [self._record(_DETECTION, item, image_size) for item in prediction.objects]
         if rows:
             self.records.append(torch.tensor(rows, dtype=self.dtype, device=self.device).flatten())
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures of `_COCO_STATS` by name."""
+        """The metrics of `_COCO_STATS` by name."""
         has_records = isinstance(self.records, Tensor) or len(self.records) > 0  # a tensor once devices are merged
         flat = dim_zero_cat(self.records) if has_records else torch.zeros(0, dtype=self.dtype)
         stats = _coco_stats(flat.cpu().numpy().reshape(-1, _RECORD_SIZE), num_categories=len(self.category_numbers))
@@ -229,9 +229,16 @@ class BoxAP(_ExactMetric):
             for name, value in values.items()
         }
 
-    def _record(self, kind: int, item: LabelledBox, frame: Frame, area: float | None = None) -> tuple[float, ...]:
+    def _record(
+        self, kind: int, item: LabelledBox, image_size: ImageSize, area: float | None = None
+    ) -> tuple[float, ...]:
         x1, y1, x2, y2 = item.box
-        sides = (x1 * frame.width, y1 * frame.height, (x2 - x1) * frame.width, (y2 - y1) * frame.height)
+        sides = (
+            x1 * image_size.width,
+            y1 * image_size.height,
+            (x2 - x1) * image_size.width,
+            (y2 - y1) * image_size.height,
+        )
         x, y, width, height = (round(side, _DECIMALS) for side in sides)
         return kind, self.category_numbers[item.label], x, y, width, height, width * height if area is None else area
 

@@ -1,7 +1,7 @@
 """The records that travel the road: samples, boxes, scores.
 
 Inside the program every box is xyxy and every point xy, as fractions of the original image (0..1, origin top left).
-Only a codec (`codecs.py`) knows how a model family writes them; only a row (`data/rows.py`) knows pixels. An area of an
+Only a codec (`codecs.py`) knows how a model family writes them; only a row (`rows.py`) knows pixels. An area of an
 outline, which no box gives, is in pixels squared of the original image.
 """
 
@@ -21,13 +21,13 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
+class ImageSize:
     """The two sizes of one image, in pixels: as stored, and as the model sees it after smart-resize."""
 
     width: int
     height: int
-    seen_width: int
-    seen_height: int
+    resized_width: int
+    resized_height: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class Annotation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mark:
+class Overlay:
     """Something to draw on a picture: a box or a point (fractions of the original image), maybe with a caption."""
 
     shape: Box | Point
@@ -62,7 +62,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class ImageBytes:
     """A picture file that lies in a table and not in a folder.
 
     Attributes:
@@ -77,7 +77,7 @@ class Blob:
         return self.name
 
 
-Picture: TypeAlias = Path | Blob
+ImageSource: TypeAlias = Path | ImageBytes
 """Where a picture can be read from."""
 
 
@@ -97,7 +97,7 @@ class Sample(Generic[TargetT]):
     """
 
     id: str
-    image: Image.Image | Picture
+    image: Image.Image | ImageSource
     width: int
     height: int
     query: str
@@ -112,10 +112,10 @@ class Score:
 
     Attributes:
         reward: The weighted sum that GRPO maximises.
-        terms: The unweighted reward terms by name.
-        figures: Evaluation figures of this one sample by name (0/1 for an accuracy, a count for a number of errors).
+        components: The unweighted reward components by name.
+        metrics: Evaluation metrics of this one sample by name (0/1 for an accuracy, a count for a number of errors).
     """
 
     reward: float
-    terms: Mapping[str, float] = field(default_factory=dict)
-    figures: Mapping[str, float] = field(default_factory=dict)
+    components: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)

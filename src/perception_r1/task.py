@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torchmetrics import Metric
 
 from perception_r1.codecs import Codec
-from perception_r1.data.rows import Row
-from perception_r1.records import Frame, Mark, Sample, Score, TargetT
+from perception_r1.records import ImageSize, Overlay, Sample, Score, TargetT
+from perception_r1.rows import Row
 
 MAX_TEXT = 32_768
 """Longest completion, in characters, that is read; a full page of dense text is about 10,000."""
@@ -40,12 +40,12 @@ class Task(ABC, Generic[TargetT, PredictionT]):
 
     name: ClassVar[str]
     """Lower-case name: the folder under logs/, the value of `--task`."""
-    term_names: ClassVar[tuple[str, ...]]
-    """Names of `Score.terms`, complete and in the order in which they are shown."""
-    figure_names: ClassVar[tuple[str, ...]]
-    """Names of `Score.figures`."""
-    headline: ClassVar[str]
-    """The figure or metric by which this task is judged; higher is better."""
+    component_names: ClassVar[tuple[str, ...]]
+    """Names of `Score.components`, complete and in the order in which they are shown."""
+    metric_names: ClassVar[tuple[str, ...]]
+    """Names of `Score.metrics`."""
+    primary_metric: ClassVar[str]
+    """The metric by which this task is judged; higher is better."""
     row_keys: ClassVar[tuple[str, ...]]
     """Keys of the task's own data rows besides image, width, height and id, for documentation and messages."""
 
@@ -62,31 +62,31 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         """The user's text, without the picture."""
 
     @abstractmethod
-    def write(self, sample: Sample[TargetT], codec: Codec, frame: Frame) -> str:
+    def format_target(self, sample: Sample[TargetT], codec: Codec, image_size: ImageSize) -> str:
         """The ideal answer to a sample as the model family writes it, without end tokens or think tags."""
 
     @abstractmethod
-    def read(self, text: str, codec: Codec, frame: Frame) -> PredictionT | None:
-        """A prediction from answer text that `parse` has cleaned and bounded; None when it is no answer at all."""
+    def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> PredictionT | None:
+        """A prediction from answer text, cleaned and bounded by `parse_completion`; None when it is no answer."""
 
     @abstractmethod
     def score(self, prediction: PredictionT | None, target: TargetT) -> Score:
-        """Reward, terms and figures of one prediction."""
+        """Reward, components and metrics of one prediction."""
 
     @property
-    def evaluation_figure_names(self) -> tuple[str, ...]:
-        """Names of `evaluation_figures`."""
+    def eval_metric_names(self) -> tuple[str, ...]:
+        """Names of `eval_metrics`."""
         return ()
 
-    def evaluation_figures(self, prediction: PredictionT | None, target: TargetT) -> dict[str, float]:
-        """Further figures of one prediction, too slow for every training step; none unless a task says so."""
+    def eval_metrics(self, prediction: PredictionT | None, target: TargetT) -> dict[str, float]:
+        """Further metrics of one prediction, too slow for every training step; none unless a task says so."""
         return {}
 
-    def marks(self, answer: TargetT | PredictionT) -> Sequence[Mark]:
+    def overlays(self, answer: TargetT | PredictionT) -> Sequence[Overlay]:
         """What to draw for a target or a prediction; nothing unless a task says so."""
         return ()
 
-    def describe(self, prediction: PredictionT | None, frame: Frame) -> Any:
+    def serialize_prediction(self, prediction: PredictionT | None, image_size: ImageSize) -> Any:
         """A prediction as JSON-ready data, coordinates in pixels of the original image; by default as it is."""
         return prediction
 
@@ -94,11 +94,11 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         """Objects that an answer has to be matched with: n of the paper's perceptual perplexity n!."""
         return 1
 
-    def metrics(self) -> dict[str, Metric]:
-        """Metrics over a whole data set that no mean of per-sample figures gives (AP, say).
+    def dataset_metrics(self) -> dict[str, Metric]:
+        """Metrics over a whole data set that no mean of per-sample metrics gives (AP, say).
 
-        Each takes any of `update(predictions=..., targets=..., frames=..., ids=...)`, sequences of one length, and
-        computes to a scalar tensor or a dict of them. Its figures must not depend on the order of the samples.
+        Each takes any of `update(predictions=..., targets=..., image_sizes=..., ids=...)`, sequences of one length, and
+        computes to a scalar tensor or a dict of them. Its metrics must not depend on the order of the samples.
         """
         return {}
 
@@ -107,12 +107,12 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         text = self.prompt(sample.query) + (_THINK_REQUEST if self.think else "")
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
-    def answer(self, sample: Sample[TargetT], codec: Codec, frame: Frame) -> str:
-        """The completion that SFT teaches, without end tokens; `parse` reads it back, `score` gives it full marks."""
-        text = self.write(sample, codec, frame)
+    def target_text(self, sample: Sample[TargetT], codec: Codec, image_size: ImageSize) -> str:
+        """The completion that SFT teaches, without end tokens; `parse_completion` reads it back with full marks."""
+        text = self.format_target(sample, codec, image_size)
         return f"<think></think><answer>{text}</answer>" if self.think else text
 
-    def parse(self, text: str, codec: Codec, frame: Frame) -> PredictionT | None:
+    def parse_completion(self, text: str, codec: Codec, image_size: ImageSize) -> PredictionT | None:
         """A prediction from a whole completion, or None: too long, without the think tags asked for, or no answer.
 
         Never raises on any text: a completion is hostile input.
@@ -121,7 +121,7 @@ class Task(ABC, Generic[TargetT, PredictionT]):
             return None
         text = _without_end_tokens(text)
         answer = _inside_tags(text) if self.think else text
-        return None if answer is None else self.read(answer, codec, frame)
+        return None if answer is None else self.parse_answer(answer, codec, image_size)
 
 
 def _without_end_tokens(text: str) -> str:

@@ -28,7 +28,7 @@ def program(name):
 engine = program("engine")
 memory = program("memory")
 two_commits = program("two_commits")
-made_model = sys.modules["made_model"]
+random_model = sys.modules["random_model"]
 
 
 def committed(name):
@@ -72,23 +72,23 @@ def test_training_of_the_embedded_policy_became_faster():
     results = committed("train_counting.json")
     assert results["step_faster_by"] > 1
     assert results["tokens_per_second_ratio"] > 1
-    old, new = (figures["train/seconds/step"] for figures in results["medians"])
+    old, new = (metrics["train/seconds/step"] for metrics in results["medians"])
     assert results["step_faster_by"] == pytest.approx(old / new, abs=1e-3)
 
 
 def test_the_operations_that_are_needed_are_about_those_that_are_made(tmp_path):
     """Counted while the engine works; its attention also computes what the causal triangle then hides."""
-    shape = made_model.Shape(prompt_tokens=100, picture=(4, 4))
-    made_model.make_folder(tmp_path / "model", shape)
+    shape = random_model.Shape(prompt_tokens=100, picture=(4, 4))
+    random_model.make_folder(tmp_path / "model", shape)
     policy = Policy.load(PolicyConfig(name=str(tmp_path / "model")))
     reference = Policy.load(PolicyConfig(name=str(tmp_path / "model")), is_trained=False)
-    policy.end_token_ids = torch.tensor([10**6])
+    policy.eos_token_ids = torch.tensor([10**6])
     text = json.loads((tmp_path / "model" / "prompts.jsonl").read_text().splitlines()[0])["text"]
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     prompts = policy.processor.encode([chat], [[Image.new("RGB", (112, 112))]], max_tokens=None)
     assert prompts.lengths == [100]
     with FlopCounterMode(display=False) as counter:
-        rollout = policy.roll_out(prompts, group_size=4, max_new_tokens=20, seeds=[0])
+        rollout = policy.generate(policy.prefill(prompts), group_size=4, max_new_tokens=20, seeds=[0])
         with torch.no_grad():
             reference(prompts, rollout.completions)
         policy(prompts, rollout.completions).sum().backward()
@@ -99,7 +99,7 @@ def test_the_operations_that_are_needed_are_about_those_that_are_made(tmp_path):
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_memory_of_a_long_deep_network_follows_from_short_shallow_ones(tmp_path, monkeypatch, is_checkpointed):
-    shape = made_model.Shape(
+    shape = random_model.Shape(
         prompt_tokens=300, picture=(20, 10), hidden=64, intermediate=128, layers=4, vision_layers=3, vision_hidden=32
     )
     whole = memory.count(shape, "all weights", is_checkpointed, 1.0, tmp_path)

@@ -11,8 +11,8 @@ SPEC.loader.exec_module(learning)
 
 
 def entry(seed, before, after, *, task="grounding", variant="grpo", form=1.0):
-    figures = {"before": before, "after": after, "format_after": form, "steps": 5, "seconds": 2.0}
-    return {"task": task, "variant": variant, "seed": seed} | figures
+    metrics = {"before": before, "after": after, "format_after": form, "steps": 5, "seconds": 2.0}
+    return {"task": task, "variant": variant, "seed": seed} | metrics
 
 
 def test_table_has_a_line_per_task_and_training_with_the_mean_gain():

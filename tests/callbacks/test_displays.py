@@ -23,7 +23,7 @@ def written(console: Console) -> list[str]:
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
-def test_a_line_comes_at_each_tenth_with_times_and_figures():
+def test_a_line_comes_at_each_tenth_with_times_and_metrics():
     console, clock = plain(), Clock()
     lines = Lines(console, 60.0, clock)
     lines.start("training", 0, 50)

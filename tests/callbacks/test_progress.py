@@ -16,7 +16,7 @@ def fit(folder: Path, progress: Progress, **options: Any) -> None:
     toy_trainer(folder, [progress], **options).fit(ToyModule(), datamodule=ToyData())
 
 
-def test_a_file_gets_plain_lines_with_figures(tmp_path: Path, console: Console):
+def test_a_file_gets_plain_lines_with_metrics(tmp_path: Path, console: Console):
     fit(tmp_path, Progress(plain_seconds=0.0), max_epochs=2)
     lines = console.file.getvalue().splitlines()
     training = [line for line in lines if line.startswith("training")]

@@ -13,19 +13,19 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from perception_r1.data.loading import Batch
-from perception_r1.records import Box, Frame, Mark, Sample, Score
-from perception_r1.scoring import Outcome
+from perception_r1.records import Box, ImageSize, Overlay, Sample, Score
+from perception_r1.scoring import ScoredCompletion
 from perception_r1.task import Task
 
-FRAME = Frame(width=64, height=48, seen_width=64, seen_height=48)
+FRAME = ImageSize(width=64, height=48, resized_width=64, resized_height=48)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyTask(Task[Box, Box]):
     name: ClassVar[str] = "toy"
-    term_names: ClassVar[tuple[str, ...]] = ("format",)
-    figure_names: ClassVar[tuple[str, ...]] = ("accuracy",)
-    headline: ClassVar[str] = "accuracy"
+    component_names: ClassVar[tuple[str, ...]] = ("format",)
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy",)
+    primary_metric: ClassVar[str] = "accuracy"
     row_keys: ClassVar[tuple[str, ...]] = ()
 
     def read_row(self, row: Any) -> tuple[str, Box]:
@@ -34,20 +34,20 @@ class ToyTask(Task[Box, Box]):
     def prompt(self, query: str) -> str:
         return f"Where is the {query}?"
 
-    def write(self, sample: Sample[Box], codec: Any, frame: Frame) -> str:
+    def format_target(self, sample: Sample[Box], codec: Any, image_size: ImageSize) -> str:
         return json.dumps(sample.target)
 
-    def read(self, text: str, codec: Any, frame: Frame) -> Box | None:
+    def parse_answer(self, text: str, codec: Any, image_size: ImageSize) -> Box | None:
         return None
 
     def score(self, prediction: Box | None, target: Box) -> Score:
         value = float(prediction == target)
-        return Score(reward=value, terms={"format": value}, figures={"accuracy": value})
+        return Score(reward=value, components={"format": value}, metrics={"accuracy": value})
 
-    def marks(self, answer: Box) -> Sequence[Mark]:
-        return [Mark(shape=answer, caption="thing")]
+    def overlays(self, answer: Box) -> Sequence[Overlay]:
+        return [Overlay(shape=answer, caption="thing")]
 
-    def describe(self, prediction: Box | None, frame: Frame) -> Any:
+    def serialize_prediction(self, prediction: Box | None, image_size: ImageSize) -> Any:
         return None if prediction is None else list(prediction)
 
 
@@ -59,11 +59,11 @@ def toy_samples(count: int) -> list[Sample[Box]]:
     ]
 
 
-def toy_outcome(sample: Sample[Box], completion: str = "there", *, is_right: bool = True) -> Outcome:
+def toy_outcome(sample: Sample[Box], completion: str = "there", *, is_right: bool = True) -> ScoredCompletion:
     prediction = sample.target if is_right else None
-    return Outcome(
+    return ScoredCompletion(
         sample=sample,
-        frame=FRAME,
+        image_size=FRAME,
         completion=completion,
         prediction=prediction,
         score=ToyTask().score(prediction, sample.target),
@@ -119,22 +119,22 @@ class ToyModule(LightningModule):
         self.log_dict({"train/reward": self.global_step + 0.5, "train/kl": 0.01, "train/reward/format": 1.0})
         return self.layer(torch.ones(1, 2)).sum()
 
-    def answer(self, batch: list[Sample[Box]]) -> list[Outcome]:
+    def answer(self, batch: list[Sample[Box]]) -> list[ScoredCompletion]:
         return [toy_outcome(sample, is_right=self.global_step > 0) for sample in batch]
 
-    def validation_step(self, batch: Any, batch_idx: int) -> list[Outcome]:
+    def validation_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
         return self.answer(batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> list[Outcome]:
+    def test_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
         return self.answer(batch)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[Outcome]:
+    def predict_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
         return self.answer(batch)
 
     def evaluate(self, batches: Any) -> dict[str, float]:
-        outcomes = [outcome for batch in batches for outcome in self.answer(batch)]
-        self.num_evaluated.append(len(outcomes))
-        accuracy = sum(outcome.score.figures["accuracy"] for outcome in outcomes) / len(outcomes)
+        scored_completions = [scored for batch in batches for scored in self.answer(batch)]
+        self.num_evaluated.append(len(scored_completions))
+        accuracy = sum(scored.score.metrics["accuracy"] for scored in scored_completions) / len(scored_completions)
         return {"errors": 1.0 - accuracy, "accuracy": accuracy}
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from perception_r1.cli import main
 from perception_r1.commands import data as command
-from perception_r1.commands.survey import Survey, log10_mean_factorial, share_over, survey
+from perception_r1.commands.statistics import DatasetStatistics, collect_statistics, log10_mean_factorial, share_over
 from perception_r1.data.convert import convert
 from perception_r1.data.samples import load
 from perception_r1.data.sources import Coco, Hub, JsonLines
@@ -30,7 +30,7 @@ from perception_r1.data.sources.pixmo import Download
 from perception_r1.errors import UserError
 from perception_r1.policy.load import CODEC_BY_FAMILY
 from perception_r1.policy.processor import Processor
-from perception_r1.records import Blob, Sample
+from perception_r1.records import ImageBytes, Sample
 from perception_r1.tasks.counting import Counting, CountingTarget
 from perception_r1.tasks.detection import Detection
 from perception_r1.tasks.grounding import Grounding
@@ -85,8 +85,8 @@ def test_check_shows_what_the_model_is_to_answer(run, tmp_path):
 def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch):
     drawn = []
 
-    def draw_card(image, *, target_marks, predicted_marks, fields, **options):
-        drawn.append((image.size, list(target_marks), list(predicted_marks), fields))
+    def draw_card(image, *, target_overlays, predicted_overlays, fields, **options):
+        drawn.append((image.size, list(target_overlays), list(predicted_overlays), fields))
         return Image.new("RGB", (10, 10))
 
     monkeypatch.setattr(command, "draw_card", draw_card)
@@ -163,10 +163,10 @@ def test_help_tells_the_verbs(capsys):
 @pytest.mark.parametrize(
     ("verb", "options", "message"),
     [
-        ("check", [], "made scenes need no check and no conversion"),
+        ("check", [], "synthetic scenes need no check and no conversion"),
         ("convert", [], "convert needs --to FOLDER"),
-        ("convert", ["--to", "x"], "made scenes need no check"),
-        ("fetch", [], "made scenes need no check"),
+        ("convert", ["--to", "x"], "synthetic scenes need no check"),
+        ("fetch", [], "synthetic scenes need no check"),
         (
             "fetch",
             ["--data.train_file", "rows.jsonl"],
@@ -203,7 +203,7 @@ def test_stats_are_those_worked_out_by_hand(run, tmp_path, folder):
     picture(tmp_path / "thin.png", size=(1000, 4))
     thin = {"image": "thin.png", "label": "cup", "points": []}
     path.write_text(path.read_text() + json.dumps(thin) + "\n" + json.dumps({"image": "0.png"}) + "\n")
-    options = [f"--model.policy.name={folder}", "--model.max_new_tokens=20", "--model.policy.max_prompt_tokens=1"]
+    options = [f"--model.policy.name={folder}", "--model.max_new_tokens=20", "--model.policy.max_prompt_length=1"]
     status, text, _ = run("stats", "--data.train_file", path, *options, task="counting")
     found = table_of(text)
     assert status == 0
@@ -222,7 +222,11 @@ def test_stats_are_those_worked_out_by_hand(run, tmp_path, folder):
     processor, task = Processor.load(folder), Counting()
     samples = [sample for sample in load(JsonLines(path), task, on_bad_row="skip")]
     answers = [
-        len(processor.encode_answers([task.answer(s, CODEC["qwen2_vl"], processor.frame(s.width, s.height))], 0)[0])
+        len(
+            processor.encode_targets(
+                [task.target_text(s, CODEC["qwen2_vl"], processor.image_size(s.width, s.height))], 0
+            )[0]
+        )
         for s in samples[:3]
     ]
     over = sum(answer > 20 for answer in answers) / 3
@@ -267,11 +271,11 @@ def test_prompts_are_as_long_as_the_real_ones(model_folders, family, bounds):
     chats = [task.messages(sample) for sample in samples]
     encoded = processor.encode(chats, [[sample.image] for sample in samples], max_tokens=None)
     found = [
-        processor.num_prompt_tokens(chat, processor.frame(sample.width, sample.height))
+        processor.num_prompt_tokens(chat, processor.image_size(sample.width, sample.height))
         for chat, sample in zip(chats, samples, strict=True)
     ]
     assert tuple(found) == tuple(encoded.lengths)
-    assert tuple(processor.frame(sample.width, sample.height) for sample in samples) == encoded.frames
+    assert tuple(processor.image_size(sample.width, sample.height) for sample in samples) == encoded.image_sizes
 
 
 def test_the_mean_factorial_of_hundreds_of_objects_does_not_overflow():
@@ -295,8 +299,8 @@ def test_a_survey_opens_no_picture(folder):
         Sample(id=str(n), image=Path(name), width=56, height=28, query="cup", target=target)
         for n, name in enumerate(names)
     ]
-    found = survey(samples, Counting(), CODEC["qwen2_vl"], Processor.load(folder))
-    assert isinstance(found, Survey)
+    found = collect_statistics(samples, Counting(), CODEC["qwen2_vl"], Processor.load(folder))
+    assert isinstance(found, DatasetStatistics)
     assert (found.widths, found.heights, found.num_objects) == ([56] * 3, [28] * 3, [2] * 3)
     assert found.images == {"a", "b"}
     assert len(set(found.prompt_tokens)) == len(set(found.answer_tokens)) == 1
@@ -344,13 +348,13 @@ def test_what_is_converted_reads_back_to_the_same_samples(tmp_path, monkeypatch,
     for one, other in zip(found, samples, strict=True):
         names = ("id", "width", "height", "query", "target")
         assert [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
-        if isinstance(other.image, Blob):
+        if isinstance(other.image, ImageBytes):
             assert one.image.read_bytes() == other.image.read()
             assert one.image.parent == folder / "pictures"
         else:
             assert one.image.resolve() == other.image.resolve()
             assert not Path(rows[one.id]).is_absolute()  # the folders may be moved together
-    blobs = {str(sample.image) for sample in samples if isinstance(sample.image, Blob)}
+    blobs = {str(sample.image) for sample in samples if isinstance(sample.image, ImageBytes)}
     assert len(list(folder.glob("pictures/*"))) == len(blobs)
     assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl"] + (["pictures"] if blobs else [])
     assert convert(load(JsonLines(folder / "data.jsonl"), task), tmp_path / "again") == len(samples)

@@ -60,8 +60,8 @@ def policy_inputs(policy, text="Where is it?", size=(84, 56)):
     return policy.processor.encode([oracle.chat(text)], [[oracle.noise(*size)]], max_tokens=None)
 
 
-def greedy_tokens(model, inputs, banned):
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=NUM_TOKENS, suppress_tokens=banned.tolist())
+def greedy_tokens(model, inputs, suppress_tokens):
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=NUM_TOKENS, suppress_tokens=suppress_tokens.tolist())
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -71,10 +71,12 @@ def assert_same_answers(policy, model, inputs, *, tolerance=1e-4):
     with torch.no_grad():
         logits = Decoder(policy.model).first_logits(policy.prefill(prompts))
         torch.testing.assert_close(model(**inputs).logits[:, -1], logits, atol=tolerance, rtol=tolerance)
-        rollout = policy.roll_out(prompts, group_size=1, max_new_tokens=NUM_TOKENS, seeds=[0], is_greedy=True)
+        rollout = policy.generate(
+            policy.prefill(prompts), group_size=1, max_new_tokens=NUM_TOKENS, seeds=[0], is_greedy=True
+        )
         completion = rollout.completions[0]
-        assert greedy_tokens(model, inputs, policy.banned) == completion.tolist()
-        expected = oracle.logprobs(model, prompts, completion, policy.banned, 1.0)
+        assert greedy_tokens(model, inputs, policy.suppress_tokens) == completion.tolist()
+        expected = oracle.logprobs(model, prompts, completion, policy.suppress_tokens, 1.0)
         torch.testing.assert_close(policy(prompts, [completion])[0], expected, atol=tolerance, rtol=tolerance)
 
 
@@ -160,7 +162,7 @@ def test_weights_can_be_written_in_another_type(runs, exported, tmp_path, dtype)
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_an_adapter_over_half_precision_is_rounded_once(model_folders, tmp_path, dtype):
-    config = PolicyConfig(name=str(model_folders["qwen2_vl"]), dtype="bfloat16", lora=LoraConfig(rank=2))
+    config = PolicyConfig(name=str(model_folders["qwen2_vl"]), dtype="bfloat16", lora=LoraConfig(r=2))
     policy = Policy.load(config)
     oracle.shake(policy.network)
     layer = policy.network.base_model.model.model.language_model.layers[0].mlp.down_proj
@@ -199,7 +201,7 @@ def test_the_processor_of_the_run_is_written(runs, exported):
     other = again.encode([oracle.chat("Where is it?")], [[oracle.noise(84, 56)]], max_tokens=None)
     assert torch.equal(encoded.input_ids, other.input_ids)
     assert torch.equal(encoded.pixel_values, other.pixel_values)
-    assert encoded.frames == other.frames
+    assert encoded.image_sizes == other.image_sizes
 
 
 def test_bounds_on_pixels_are_those_of_the_run(folder, tmp_path):

@@ -65,7 +65,9 @@ def says(monkeypatch):
 def plain_completion(folder, policy, text, size, num_tokens):
     """The greedy completion of the plain model."""
     model, inputs = AutoModelForImageTextToText.from_pretrained(folder).eval(), plain_inputs(folder, text, size)
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens, suppress_tokens=policy.banned.tolist())
+    ids = model.generate(
+        **inputs, do_sample=False, max_new_tokens=num_tokens, suppress_tokens=policy.suppress_tokens.tolist()
+    )
     return policy.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
 
 
@@ -98,11 +100,11 @@ def test_an_adapter_answers_as_its_policy(capsys, runs, pictures):
     policy, _ = load_checkpoint(opened.policy, checkpoint_path(opened, "last"))
     sample = answers._sample(pictures / "b.png", "cup")
     prompts = policy.encode(opened.task, [sample])
-    rollout = policy.roll_out(prompts, group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
+    rollout = policy.generate(policy.prefill(prompts), group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
     (line,), _ = run(capsys, runs["lora"], pictures / "b.png", "--query", "cup", "--ckpt", "last")
     assert line["completion"] == policy.processor.decode(rollout.completions)[0]
     with policy.without_adapter():
-        base = policy.roll_out(prompts, group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
+        base = policy.generate(policy.prefill(prompts), group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
     assert not torch.equal(base.completions[0], rollout.completions[0])
 
 
@@ -134,7 +136,7 @@ def test_bounds_on_pixels_hold_for_a_run_too(capsys, runs, tmp_path, monkeypatch
 
     def listen(self, task, samples):
         prompts = encode(self, task, samples)
-        seen.extend((frame.seen_width, frame.seen_height) for frame in prompts.frames)
+        seen.extend((image_size.resized_width, image_size.resized_height) for image_size in prompts.image_sizes)
         return prompts
 
     monkeypatch.setattr(Policy, "encode", listen)
@@ -173,7 +175,7 @@ def test_a_run_s_own_options_hold_unless_others_are_given(capsys, runs, tmp_path
     (run_folder / "run.json").write_text(json.dumps(card))
     seen = []
     monkeypatch.setattr(predict, "_load", lambda run, options: (None, 1))
-    monkeypatch.setattr(predict, "answer_pictures", lambda policy, task, *_, **options: seen.append(task) or iter([]))
+    monkeypatch.setattr(predict, "predict_images", lambda policy, task, *_, **options: seen.append(task) or iter([]))
     run(capsys, run_folder, pictures)
     run(capsys, run_folder, pictures, "--categories", '["dog"]', "--think=false")
     run(capsys, run_folder, pictures, "--task", "counting", "--query", "cup")
@@ -182,8 +184,8 @@ def test_a_run_s_own_options_hold_unless_others_are_given(capsys, runs, tmp_path
 
 def test_folders_give_their_pictures_by_name_and_no_deeper(pictures):
     names = ["a.webp", "b.png", "c.JPG"]
-    assert answers.find_pictures([pictures]) == [pictures / name for name in names]
-    assert answers.find_pictures([pictures / "deeper" / "d.png", pictures])[0] == pictures / "deeper" / "d.png"
+    assert answers.find_images([pictures]) == [pictures / name for name in names]
+    assert answers.find_images([pictures / "deeper" / "d.png", pictures])[0] == pictures / "deeper" / "d.png"
 
 
 def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(capsys, folder, pictures, tmp_path):

@@ -38,7 +38,7 @@ def test_a_run_says_what_was_trained(runs, folder):
     assert (run.policy.name, run.policy.lora) == (str(folder), None)
     assert run.card["steps"] == 3
     adapted = open_run(runs["lora"]).policy.lora
-    assert adapted == LoraConfig(rank=2, alpha=6)
+    assert adapted == LoraConfig(r=2, lora_alpha=6)
 
 
 def test_opening_a_run_writes_nothing(runs, tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_a_run_of_a_model_of_the_hub_keeps_its_id(copy):
         (lambda run: change_card(run, task=None), "arguments are required: task"),
         (lambda run: change_card(run, task={"class_path": "nowhere.Task"}), "No module named 'nowhere'"),
         (lambda run: change_settings(run, lambda values: values.update(max_new_tokens="many")), "--max_new_tokens"),
-        (lambda run: change_settings(run, lambda values: values["policy"].update(rank=1)), "rank"),
+        (lambda run: change_settings(run, lambda values: values["policy"].update(r=1)), "r"),
     ],
 )
 def test_a_folder_that_is_no_run_or_damaged_is_one_sentence(copy, spoil, words):

@@ -59,12 +59,12 @@ def test_golden_vectors(tmp_path, capsys, name, codec, missing_weight):
     found, summary = run(capsys, "--task", name, "--codec", codec, file, *options)
     assert len(found) == len(rows) > 0
     for line, row in zip(found, rows, strict=True):
-        flat = {"reward": line["reward"], **line["terms"], **line["figures"]}
+        flat = {"reward": line["reward"], **line["components"], **line["metrics"]}
         assert {key: flat[key] for key in row["expect"]} == pytest.approx(row["expect"], abs=1e-6)
     assert summary.startswith(f"{name}: {len(rows)} completions\n  reward ")
-    figures = dict(line.split() for line in summary.splitlines()[1:])
-    assert float(figures["reward"]) == pytest.approx(sum(line["reward"] for line in found) / len(found), rel=1e-5)
-    assert list(figures)[: 1 + len(TASKS[name].term_names)] == ["reward", *TASKS[name].term_names]
+    metrics = dict(line.split() for line in summary.splitlines()[1:])
+    assert float(metrics["reward"]) == pytest.approx(sum(line["reward"] for line in found) / len(found), rel=1e-5)
+    assert list(metrics)[: 1 + len(TASKS[name].component_names)] == ["reward", *TASKS[name].component_names]
 
 
 def test_a_line_says_everything_about_its_completion(tmp_path, capsys):
@@ -75,8 +75,8 @@ def test_a_line_says_everything_about_its_completion(tmp_path, capsys):
         {
             "id": "x",
             "reward": 2.0,
-            "terms": {"format": 1.0, "iou": 1.0},
-            "figures": {
+            "components": {"format": 1.0, "iou": 1.0},
+            "metrics": {
                 "accuracy_50": 1.0,
                 "accuracy_75": 1.0,
                 "accuracy_95": 1.0,
@@ -132,11 +132,11 @@ def test_qwen2_5_numbers_are_pixels_of_the_resized_image(tmp_path, capsys):
     row = {"objects": [{"box": [0, 0, 1000, 500], "label": "cup"}], "width": 2000, "height": 1000}
     row |= {"completion": '[{"bbox_2d": [0, 0, 700, 350], "label": "cup"}]'}
     command = ["--task", "detection", "--codec", "qwen2_5_vl", write(tmp_path / "a", [row])]
-    assert run(capsys, *command)[0][0]["terms"]["iou"] == pytest.approx(1)
+    assert run(capsys, *command)[0][0]["components"]["iou"] == pytest.approx(1)
     # at most 200,000: 632.5 x 316.2, down to 616 x 308
     row["completion"] = '[{"bbox_2d": [0, 0, 308, 154], "label": "cup"}]'
     command[-1] = write(tmp_path / "b", [row])
-    assert run(capsys, *command, "--max_pixels", "200000")[0][0]["terms"]["iou"] == pytest.approx(1)
+    assert run(capsys, *command, "--max_pixels", "200000")[0][0]["components"]["iou"] == pytest.approx(1)
 
 
 def test_detection_knows_the_labels_that_the_file_uses(tmp_path, capsys):

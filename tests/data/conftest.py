@@ -15,9 +15,9 @@ from perception_r1.task import Task
 @dataclass(frozen=True, kw_only=True)
 class NameTask(Task[str, str]):
     name = "name"
-    term_names = ("same",)
-    figure_names = ("same",)
-    headline = "same"
+    component_names = ("same",)
+    metric_names = ("same",)
+    primary_metric = "same"
     row_keys = ("text",)
 
     def read_row(self, row):
@@ -26,20 +26,20 @@ class NameTask(Task[str, str]):
     def prompt(self, query):
         return "Name it."
 
-    def write(self, sample, codec, frame):
+    def format_target(self, sample, codec, image_size):
         return sample.target
 
-    def read(self, text, codec, frame):
+    def parse_answer(self, text, codec, image_size):
         return text
 
     def score(self, prediction, target):
         same = float(prediction == target)
-        return Score(reward=same, terms={"same": same}, figures={"same": same})
+        return Score(reward=same, components={"same": same}, metrics={"same": same})
 
-    def marks(self, answer):
+    def overlays(self, answer):
         return []
 
-    def describe(self, prediction, frame):
+    def serialize_prediction(self, prediction, image_size):
         return prediction
 
 

@@ -66,8 +66,8 @@ def test_a_file_that_cannot_be_read_is_an_error_of_one_sentence(tmp_path):
         easy_to_hard([], tmp_path / "p.jsonl")
 
 
-def made(task, folder: Path) -> tuple[Path, list[str]]:
-    """A file of rewards for made scenes, and the ids of these from easy to hard."""
+def synthetic(task, folder: Path) -> tuple[Path, list[str]]:
+    """A file of rewards for synthetic scenes, and the ids of these from easy to hard."""
     rewards = {("", f"train-{place}"): (place * 7) % 17 for place in range(17)}
     path = write(folder / "predictions.jsonl", rewards)
     return path, [name for _, name in sorted(rewards, key=lambda name: -rewards[name])]
@@ -82,7 +82,7 @@ def run(task, folder: Path, curriculum: Path, **options) -> Recorder:
 
 
 def test_training_follows_the_curriculum_in_every_epoch_and_is_resumed_exactly(task, tmp_path):
-    path, order = made(task, tmp_path)
+    path, order = synthetic(task, tmp_path)
     whole = run(task, tmp_path, path, max_epochs=2, callbacks=[every_step(tmp_path)])
     assert [name for batch in whole.seen[:5] for name in batch] == order[:15]
     assert whole.seen[5:] == whole.seen[:5]
@@ -94,7 +94,7 @@ def test_training_follows_the_curriculum_in_every_epoch_and_is_resumed_exactly(t
 
 
 def test_several_devices_share_the_steps_of_a_curriculum(task, tmp_path, monkeypatch):
-    path, order = made(task, tmp_path)
+    path, order = synthetic(task, tmp_path)
     shown = []
     for rank in (0, 1):
         module = data(task, curriculum=path, batch_size=2)

@@ -7,7 +7,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
+from perception_r1.data.loading import (
+    Batch,
+    BatchDataset,
+    EvalBatchSampler,
+    ResumableLoader,
+    TrainBatchSampler,
+    eval_loader,
+)
 from perception_r1.records import Sample
 
 sizes = st.integers(1, 60)
@@ -20,9 +27,9 @@ def samples(count: int) -> list[Sample[str]]:
     return [Sample(id=str(i), image=image, width=4, height=4, query="", target="") for i in range(count)]
 
 
-def train_loader(num_samples: int = 23, num_workers: int = 0, **kwargs: int) -> TrainLoader:
+def train_loader(num_samples: int = 23, num_workers: int = 0, **kwargs: int) -> ResumableLoader:
     settings = {"batch_size": 4, "shuffle": True, "seed": 0, **kwargs}
-    return TrainLoader(BatchDataset(samples(num_samples)), TrainBatches(num_samples, **settings), num_workers)
+    return ResumableLoader(BatchDataset(samples(num_samples)), TrainBatchSampler(num_samples, **settings), num_workers)
 
 
 def ids(loader: Iterable[Batch]) -> list[list[str]]:
@@ -33,7 +40,7 @@ def ids(loader: Iterable[Batch]) -> list[list[str]]:
 def test_a_training_epoch_shows_every_sample_at_most_once_in_full_batches(size, batch_size, world_size, epoch, shuffle):
     assume(size >= batch_size * world_size)
     ranks = [
-        TrainBatches(size, batch_size=batch_size, shuffle=shuffle, seed=1, rank=rank, world_size=world_size)
+        TrainBatchSampler(size, batch_size=batch_size, shuffle=shuffle, seed=1, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for rank in ranks:
@@ -44,7 +51,7 @@ def test_a_training_epoch_shows_every_sample_at_most_once_in_full_batches(size, 
     seen = [index for rank in batches for batch in rank for index in batch]
     assert len(set(seen)) == len(seen)
     assert set(seen) <= set(range(size))
-    one = TrainBatches(size, batch_size=batch_size * world_size, shuffle=shuffle, seed=1)
+    one = TrainBatchSampler(size, batch_size=batch_size * world_size, shuffle=shuffle, seed=1)
     one.set_epoch(epoch)
     steps = [list(itertools.chain(*step)) for step in zip(*batches, strict=True)]
     assert steps == list(one), "the steps of all devices together do not depend on their number"
@@ -53,7 +60,8 @@ def test_a_training_epoch_shows_every_sample_at_most_once_in_full_batches(size, 
 @given(size=sizes, batch_size=batch_sizes, world_size=world_sizes)
 def test_evaluation_shows_every_sample_once_in_equally_many_even_batches(size, batch_size, world_size):
     ranks = [
-        list(EvalBatches(size, batch_size=batch_size, rank=rank, world_size=world_size)) for rank in range(world_size)
+        list(EvalBatchSampler(size, batch_size=batch_size, rank=rank, world_size=world_size))
+        for rank in range(world_size)
     ]
     lengths = [len(batch) for rank in ranks for batch in rank]
     assert sorted(index for rank in ranks for batch in rank for index in batch) == list(range(size))
@@ -64,23 +72,23 @@ def test_evaluation_shows_every_sample_once_in_equally_many_even_batches(size, b
 
 def test_the_order_changes_with_epoch_and_seed_and_only_with_them():
     def order(seed: int, epoch: int) -> list[list[int]]:
-        batches = TrainBatches(40, batch_size=4, shuffle=True, seed=seed)
+        batches = TrainBatchSampler(40, batch_size=4, shuffle=True, seed=seed)
         batches.set_epoch(epoch)
         return list(batches)
 
     assert order(0, 0) == order(0, 0)
     orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
     assert all(one != other for one, other in itertools.combinations(orders, 2))
-    assert list(TrainBatches(5, batch_size=2, shuffle=False, seed=0)) == [[0, 1], [2, 3]]
+    assert list(TrainBatchSampler(5, batch_size=2, shuffle=False, seed=0)) == [[0, 1], [2, 3]]
 
 
 def test_too_few_samples_for_one_step_are_an_error():
     with pytest.raises(ValueError, match=r"7 training samples do not fill one step of 8 \(batch_size 4 on 2 devices\)"):
-        TrainBatches(7, batch_size=4, shuffle=True, seed=0, world_size=2)
+        TrainBatchSampler(7, batch_size=4, shuffle=True, seed=0, world_size=2)
 
 
 def test_with_nothing_left_every_device_gets_one_empty_batch():
-    assert [list(EvalBatches(0, batch_size=2, rank=rank, world_size=2)) for rank in range(2)] == [[[]], [[]]]
+    assert [list(EvalBatchSampler(0, batch_size=2, rank=rank, world_size=2)) for rank in range(2)] == [[[]], [[]]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -126,7 +134,7 @@ def test_a_state_of_other_data_or_another_batch_size_is_refused():
 def test_loading_leaves_the_global_random_state_alone(num_workers):
     before = torch.get_rng_state()
     ids(train_loader(num_workers=num_workers))
-    ids(eval_loader(BatchDataset(samples(5)), EvalBatches(5, batch_size=2), num_workers))
+    ids(eval_loader(BatchDataset(samples(5)), EvalBatchSampler(5, batch_size=2), num_workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 

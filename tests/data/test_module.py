@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.sources import DataError
-from perception_r1.data.worlds import DetectionWorld, TextWorld
+from perception_r1.data.synthetic.worlds import DetectionWorld, TextWorld
 from perception_r1.records import Sample
 
 WORLD = TextWorld()

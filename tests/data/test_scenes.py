@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from skimage.color import rgb2lab
 
-from perception_r1.data.scenes import SceneSource, scene_fingerprint
-from perception_r1.data.worlds import CountingWorld, DetectionWorld, GroundingWorld, TextWorld
+from perception_r1.data.synthetic.scenes import SyntheticScenes, scene_fingerprint
+from perception_r1.data.synthetic.worlds import CountingWorld, DetectionWorld, GroundingWorld, TextWorld
 
 WORLDS = [GroundingWorld(), CountingWorld(), DetectionWorld(), TextWorld()]
 SHAPE_WORLDS = WORLDS[:3]
@@ -50,12 +50,12 @@ def annotated(values: dict) -> list[tuple[list[int], str]]:
 
 @by_world
 def test_a_scene_depends_on_world_seed_split_and_index_alone(world):
-    first, second = SceneSource(world, "train", 3, 50), SceneSource(world, "train", 3, 1000)
+    first, second = SyntheticScenes(world, "train", 3, 50), SyntheticScenes(world, "train", 3, 1000)
     backwards = {index: second[index] for index in reversed(range(20))}
     for index in range(20):
         assert first[index].values == backwards[index].values
         assert first[index].image.tobytes() == backwards[index].image.tobytes()
-    other_seed, other_split = SceneSource(world, "train", 4, 50), SceneSource(world, "val", 3, 20)
+    other_seed, other_split = SyntheticScenes(world, "train", 4, 50), SyntheticScenes(world, "val", 3, 20)
     assert first[0].image.tobytes() not in (other_seed[0].image.tobytes(), other_split[0].image.tobytes())
 
 
@@ -65,7 +65,7 @@ def test_no_picture_is_in_two_splits_or_twice_in_a_held_out_one(world):
     pictures = {
         split: [source[index].image.tobytes() for index in range(size)]
         for split, size in sizes.items()
-        for source in [SceneSource(world, split, 0, size)]
+        for source in [SyntheticScenes(world, split, 0, size)]
     }
     train, val, test = map(set, pictures.values())
     assert train.isdisjoint(val)
@@ -80,7 +80,7 @@ def test_splits_stay_disjoint_and_unique_in_a_world_that_repeats_itself():
     world = DetectionWorld(tint=0, num_colours=2, max_objects=2)
     pictures = {}
     for split, size in {"train": 400, "val": 20, "test": 20}.items():
-        source = SceneSource(world, split, 0, size)
+        source = SyntheticScenes(world, split, 0, size)
         pictures[split] = [source[index].image.tobytes() for index in range(size)]
     assert len(set(pictures["train"])) < 200
     assert set(pictures["train"]).isdisjoint(pictures["val"])
@@ -90,7 +90,7 @@ def test_splits_stay_disjoint_and_unique_in_a_world_that_repeats_itself():
 
 def test_a_world_with_too_few_pictures_is_an_error():
     with pytest.raises(ValueError, match="too few different pictures for 50 val scenes"):
-        SceneSource(DetectionWorld(tint=0, num_colours=1, max_objects=1), "val", 0, 50)
+        SyntheticScenes(DetectionWorld(tint=0, num_colours=1, max_objects=1), "val", 0, 50)
 
 
 @pytest.mark.parametrize("world", SHAPE_WORLDS, ids=lambda world: type(world).__name__)
@@ -200,7 +200,7 @@ def test_several_lines_are_joined_by_line_breaks():
 
 
 def test_fingerprint_names_every_setting():
-    base = SceneSource(DetectionWorld(), "val", 0, 5)
+    base = SyntheticScenes(DetectionWorld(), "val", 0, 5)
     others = [
         scene_fingerprint(DetectionWorld(tint=9), "val", 0, 5),
         scene_fingerprint(CountingWorld(), "val", 0, 5),
@@ -234,9 +234,9 @@ def test_impossible_settings_are_refused(world, change, sentence):
 
 def test_source_refuses_wrong_arguments_and_indices():
     with pytest.raises(ValueError, match="split must be one of train, val, test"):
-        SceneSource(DetectionWorld(), "dev", 0, 5)
+        SyntheticScenes(DetectionWorld(), "dev", 0, 5)
     with pytest.raises(ValueError, match="at least 1 scene"):
-        SceneSource(DetectionWorld(), "val", 0, 0)
+        SyntheticScenes(DetectionWorld(), "val", 0, 0)
     with pytest.raises(IndexError):
-        SceneSource(DetectionWorld(), "val", 0, 5)[5]
-    assert len(list(SceneSource(DetectionWorld(), "val", 0, 5))) == 5
+        SyntheticScenes(DetectionWorld(), "val", 0, 5)[5]
+    assert len(list(SyntheticScenes(DetectionWorld(), "val", 0, 5))) == 5

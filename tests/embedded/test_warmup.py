@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from perception_r1.data.worlds import GroundingWorld
+from perception_r1.data.synthetic.worlds import GroundingWorld
 from perception_r1.embedded.warmup import EmbeddedConfig, StopAtLoss, warm_policy
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -58,7 +58,7 @@ def untrained(monkeypatch):
 
 def test_what_is_only_evaluated_gives_the_same_folder(tmp_path, untrained):
     config = config_of(tmp_path)
-    assert warm(config, OcrData(Ocr(word_figures="stems"))) == warm(config, OcrData())
+    assert warm(config, OcrData(Ocr(word_metrics="stems"))) == warm(config, OcrData())
 
 
 def test_everything_that_shapes_it_gives_another_folder(tmp_path, untrained):

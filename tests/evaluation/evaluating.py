@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from perception_r1.cli import main
-from perception_r1.data.scenes import SceneSource
-from perception_r1.evaluation.predictions import judge_again, row_key
+from perception_r1.data.synthetic.scenes import SyntheticScenes
+from perception_r1.evaluation.predictions import rescore, row_key
 from perception_r1.modules.base import PolicyModule
 from perception_r1.records import Sample
-from perception_r1.scoring import judge
+from perception_r1.scoring import score_completions
 from perception_r1.tasks.counting import CountingData
 from perception_r1.tasks.detection import DetectionData
 from perception_r1.tasks.grounding import GroundingData
@@ -27,7 +27,7 @@ LEFT_BEHIND = ("predictions.jsonl", "metrics.json", "report.md", "worst.png", "b
 
 def write_sources(folder: Path, task: str, sizes: Mapping[str, int]) -> dict[str, Path]:
     """A file of rows for each name, with pictures; ids are those of their places, so sources share them."""
-    scenes = iter(SceneSource(DATA[task]().world, "test", 0, sum(sizes.values())))
+    scenes = iter(SyntheticScenes(DATA[task]().world, "test", 0, sum(sizes.values())))
     files = {}
     for name, size in sizes.items():
         rows = []
@@ -55,7 +55,7 @@ def arguments(task: str, folder: Path, files: Mapping[str, Path], *more: str, sp
 def evaluate(place: Path, words: list[str], monkeypatch: Any) -> list[tuple[str, str]]:
     """Run an evaluation in a folder; returns source and id of each sample that was answered."""
     answered: list[tuple[str, str]] = []
-    real = PolicyModule.answer
+    real = PolicyModule.score_greedy
 
     def answer(module: PolicyModule, samples: list[Sample]) -> Any:
         answered.extend((sample.source, sample.id) for sample in samples)
@@ -63,7 +63,7 @@ def evaluate(place: Path, words: list[str], monkeypatch: Any) -> list[tuple[str,
 
     place.mkdir(exist_ok=True)
     with monkeypatch.context() as patch:
-        patch.setattr(PolicyModule, "answer", answer)
+        patch.setattr(PolicyModule, "score_greedy", answer)
         patch.chdir(place)
         patch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
         assert main(words) == 0
@@ -88,23 +88,23 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def answers_of(rows: Iterable[Mapping[str, Any]]) -> Callable[[PolicyModule, list[Sample]], Any]:
-    """In place of `PolicyModule.answer`: the answers that are known already."""
+    """In place of `PolicyModule.score_greedy`: the answers that are known already."""
     known = {row_key(row): row for row in rows}
 
     def answer(module: PolicyModule, samples: list[Sample]) -> Any:
         codec = module.policy.codec
-        return [judge_again(module.task, codec, sample, known[sample.source, sample.id]) for sample in samples]
+        return [rescore(module.task, codec, sample, known[sample.source, sample.id]) for sample in samples]
 
     return answer
 
 
 def answer_by_lot(module: PolicyModule, samples: list[Sample]) -> Any:
-    """In place of `PolicyModule.answer`: right, nearly right, hostile and truncated answers, always the same."""
-    completions, frames = [], []
+    """In place of `PolicyModule.score_greedy`: right, nearly right, hostile and truncated answers, always the same."""
+    completions, image_sizes = [], []
     for sample in samples:
         lot = random.Random(f"{sample.source} {sample.id}")
-        frame = module.policy.processor.frame(sample.width, sample.height)
-        right = module.task.answer(sample, module.policy.codec, frame)
+        image_size = module.policy.processor.image_size(sample.width, sample.height)
+        right = module.task.target_text(sample, module.policy.codec, image_size)
         place = lot.randrange(len(right) + 1)
         kinds = [
             right,
@@ -115,12 +115,12 @@ def answer_by_lot(module: PolicyModule, samples: list[Sample]) -> Any:
             "\ud800\n|\x1b[31m",
         ]
         completions.append(kinds[lot.randrange(len(kinds))])
-        frames.append(frame)
-    return judge(
+        image_sizes.append(image_size)
+    return score_completions(
         module.task,
         module.policy.codec,
         samples=samples,
-        frames=frames,
+        image_sizes=image_sizes,
         completions=completions,
         lengths=[len(completion) for completion in completions],
         truncated=[len(completion) % 2 == 1 for completion in completions],

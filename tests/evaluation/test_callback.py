@@ -81,11 +81,11 @@ def test_an_evaluation_answers_every_sample_once_in_the_order_of_the_data(undist
 
 
 def test_figures_are_the_means_of_each_source(undisturbed):
-    figures = json.loads(undisturbed.left["metrics.json"])
-    assert list(figures) == list(SIZES)
-    for name, values in figures.items():
+    metrics = json.loads(undisturbed.left["metrics.json"])
+    assert list(metrics) == list(SIZES)
+    for name, values in metrics.items():
         rows = [row for row in map(json.loads, lines(undisturbed)) if row["source"] == name]
-        found = [{"reward": row["reward"], **row["terms"], **row["figures"]} for row in rows]
+        found = [{"reward": row["reward"], **row["components"], **row["metrics"]} for row in rows]
         assert values == {key: pytest.approx(math.fsum(row[key] for row in found) / len(rows)) for key in found[0]}
 
 
@@ -147,7 +147,7 @@ LEFT_OVER = {
         lambda rows: {"predictions__jsonl": rows, "answers__jsonl": rows[:6], "answers__rank0__jsonl": rows[6:]},
         [],
     ),
-    "figures that are old": (lambda rows: {"predictions__jsonl": rows, "metrics__json": ["{"]}, []),
+    "metrics that are old": (lambda rows: {"predictions__jsonl": rows, "metrics__json": ["{"]}, []),
     "predictions that lack some": (lambda rows: {"predictions__jsonl": rows[::2]}, range(1, 20, 2)),
     "rows in disorder": (lambda rows: {"answers__rank0__jsonl": rows[::-1]}, []),
     "rows of samples that are none": (
@@ -163,7 +163,7 @@ def test_what_is_there_is_not_answered_again_and_nothing_is_lost(undisturbed, tm
     leave, expected = LEFT_OVER[kind]
     folder = seed(tmp_path, undisturbed, **{name: "".join(rows) for name, rows in leave(lines(undisturbed)).items()})
     # the model need not run: what it would say is known, and that it is asked for no more is seen
-    monkeypatch.setattr(PolicyModule, "answer", answers_of(map(json.loads, lines(undisturbed))))
+    monkeypatch.setattr(PolicyModule, "score_greedy", answers_of(map(json.loads, lines(undisturbed))))
     assert evaluate(tmp_path, undisturbed.words, monkeypatch) == [undisturbed.answered[place] for place in expected]
     assert left_behind(folder) == undisturbed.left
 
@@ -216,7 +216,7 @@ def test_other_devices_go_on_and_end_with_the_same(undisturbed, on_two, name):
     assert left_behind(results(on_two / name)) == undisturbed.left
 
 
-def test_a_source_that_only_one_device_has_seen_gets_its_figures(detection, on_two):
+def test_a_source_that_only_one_device_has_seen_gets_its_metrics(detection, on_two):
     assert json.loads(detection.left["metrics.json"])["two"]["ap"] == 0
     assert left_behind(results(on_two / "detection")) == detection.left
 
@@ -224,7 +224,7 @@ def test_a_source_that_only_one_device_has_seen_gets_its_figures(detection, on_t
 @pytest.fixture
 def by_lot(folder, tmp_path, monkeypatch):
     """Evaluates sources of a task with answers that are known beforehand; gives the evaluation's folder."""
-    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    monkeypatch.setattr(PolicyModule, "score_greedy", answer_by_lot)
 
     def run(task: str, files: dict[str, Path], *more: str, split: str = "test") -> Path:
         more = (f"--model.policy.name={folder}", "--data.eval_batch_size=4", *more)
@@ -235,7 +235,7 @@ def by_lot(folder, tmp_path, monkeypatch):
 
 
 def summary_of(text: str) -> dict[str, dict[str, str]]:
-    """What `score` says: source -> figure -> number."""
+    """What `score` says: source -> metric -> number."""
     found: dict[str, dict[str, str]] = {}
     for line in text.splitlines():
         if head := re.fullmatch(r"\w+ of (\w+): \d+ completions", line):
@@ -249,16 +249,16 @@ def summary_of(text: str) -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("task", DATA)
 def test_each_source_has_figures_and_they_are_those_that_score_gives(by_lot, tmp_path, capsys, task):
     found = by_lot(task, write_sources(tmp_path, task, {"one": 9, "two": 6}))
-    figures = json.loads((found / "metrics.json").read_text())
-    assert list(figures) == ["one", "two"]
-    assert figures["one"] != figures["two"]
-    assert 0 < figures["one"]["reward"] < 3
+    metrics = json.loads((found / "metrics.json").read_text())
+    assert list(metrics) == ["one", "two"]
+    assert metrics["one"] != metrics["two"]
+    assert 0 < metrics["one"]["reward"] < 3
     events = EventAccumulator(str(found))
     events.Reload()
     module = DATA[task]().task
-    for source, values in figures.items():
+    for source, values in metrics.items():
         for name, value in values.items():
-            tag = f"test/{source}/reward/{name}" if name in module.term_names else f"test/{source}/{name}"
+            tag = f"test/{source}/reward/{name}" if name in module.component_names else f"test/{source}/{name}"
             logged = events.Scalars(tag)[0].value
             assert logged == pytest.approx(value, rel=1e-6) if value is not None else math.isnan(logged)
     capsys.readouterr()
@@ -267,7 +267,7 @@ def test_each_source_has_figures_and_they_are_those_that_score_gives(by_lot, tmp
     told = summary_of(capsys.readouterr().err)
     assert told == {
         source: {name: f"{math.nan if value is None else value:.6g}" for name, value in values.items()}
-        for source, values in figures.items()
+        for source, values in metrics.items()
     }
 
 
@@ -307,7 +307,7 @@ def test_an_evaluation_of_the_training_rows_makes_a_curriculum(by_lot, tmp_path)
 
 @pytest.mark.parametrize(("limit", "count"), [(1, 3), (2, 6), (0.5, 3), (1.0, 10)])  # ten in three batches: 3, 3, 4
 def test_a_limited_evaluation_begins_anew_and_answers_the_same_each_time(folder, tmp_path, monkeypatch, limit, count):
-    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    monkeypatch.setattr(PolicyModule, "score_greedy", answer_by_lot)
     module = make_module(folder, task=DATA["grounding"]().task)
     for _ in range(2):
         data = make_data(module.task, num_test=10, eval_batch_size=4)
@@ -318,7 +318,7 @@ def test_a_limited_evaluation_begins_anew_and_answers_the_same_each_time(folder,
 
 
 def test_a_folder_of_another_name_is_not_taken_for_the_same_question(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    monkeypatch.setattr(PolicyModule, "score_greedy", answer_by_lot)
     files = write_sources(tmp_path, "grounding", {"only": 4})
     more = (f"--model.policy.name={folder}", "--trainer.logger.version=mine")
     for _ in range(2):
@@ -334,7 +334,7 @@ def test_without_a_logger_nothing_is_kept(by_lot, tmp_path):
 
 
 def test_after_an_evaluation_the_data_is_whole_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    monkeypatch.setattr(PolicyModule, "score_greedy", answer_by_lot)
     module = make_module(folder, task=DATA["grounding"]().task)
     for size in (2, 3):  # of the second evaluation two are known; then all three are there for whoever asks
         data = make_data(module.task, num_test=3)
@@ -351,7 +351,7 @@ def test_an_evaluation_that_breaks_keeps_what_it_has(folder, tmp_path, monkeypat
             raise RuntimeError("the toy broke")
         return answer_by_lot(module, samples)
 
-    monkeypatch.setattr(PolicyModule, "answer", breaks)
+    monkeypatch.setattr(PolicyModule, "score_greedy", breaks)
     module = make_module(folder, task=DATA["grounding"]().task)
     logger = TensorBoardLogger(tmp_path, name="", version="eval-x")
     trainer = make_trainer(tmp_path, [Evaluation()], logger=logger)

@@ -70,9 +70,9 @@ def test_what_changes_no_answer_changes_no_name(name_of):
         ("--data.batch_size=3",),
         ("--data.eval_batch_size=3",),
         ("--model.eval_batch_tokens=300",),
-        ("--model.optimizer.lr=0.5", "--model.schedule.warmup_steps=3"),
+        ("--model.optimizer.lr=0.5", "--model.lr_scheduler.warmup_steps=3"),
         ("--trainer.devices=2", "--trainer.strategy=ddp"),
-        ("--progress.plain_seconds=3", "--evaluation.num_pictures=1"),
+        ("--progress.plain_seconds=3", "--evaluation.num_samples=1"),
     ]
     assert len({name_of(*more) for more in settings}) == 1
 

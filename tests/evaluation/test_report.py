@@ -9,9 +9,9 @@ import yaml
 from PIL import Image, ImageChops
 from rich.console import Console
 
-from perception_r1.callbacks.pictures import outcome_card
+from perception_r1.callbacks.log_samples import sample_card
 from perception_r1.drawing import contact_sheet
-from perception_r1.evaluation.paper import PAPER
+from perception_r1.evaluation.published import PUBLISHED
 from perception_r1.evaluation.report import write_report
 from perception_r1.records import Score
 from tests.callbacks.toy import ToyTask, toy_outcome, toy_samples
@@ -22,27 +22,27 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 def outcomes_of(rewards):
     return [
-        replace(toy_outcome(sample), score=Score(reward=reward, terms={"format": reward}))
+        replace(toy_outcome(sample), score=Score(reward=reward, components={"format": reward}))
         for sample, reward in zip(toy_samples(len(rewards)), rewards, strict=True)
     ]
 
 
-def report(folder: Path, figures, *, rewards=(1.0,), outcomes=None, num_pictures=2) -> str:
+def report(folder: Path, metrics, *, rewards=(1.0,), scored_completions=None, num_samples=2) -> str:
     write_report(
         folder,
         ToyTask(),
-        figures,
+        metrics,
         split="val",
-        outcomes=outcomes or outcomes_of(rewards),
+        scored_completions=scored_completions or outcomes_of(rewards),
         rewards=list(rewards),
-        num_pictures=num_pictures,
+        num_samples=num_samples,
         checkpoint=None,
     )
     return (folder / "report.md").read_text()
 
 
-def row_of(text: str, source: str, figure: str) -> list[str]:
-    (row,) = [line for line in text.splitlines() if line.startswith(f"| {source} | {figure} |")]
+def row_of(text: str, source: str, metric: str) -> list[str]:
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {source} | {metric} |")]
     return [cell.strip() for cell in row.strip("|").split("|")][2:]
 
 
@@ -53,7 +53,7 @@ def test_published_figures_stand_beside_the_sources_of_their_names(tmp_path: Pat
     assert row_of(text, "refcocoplus_testA", "accuracy") == ["0.5000", "", ""]
     assert row_of(text, "mine", "accuracy_50") == ["0.2500", "", ""]
     names = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| refcoco")]
-    assert names == ["accuracy", "accuracy_50", "reward"]  # the headline first, then what the paper has
+    assert names == ["accuracy", "accuracy_50", "reward"]  # the primary metric first, then what the paper has
     assert "1 samples of the val split" in text
     shown = console.file.getvalue()
     assert all(word in shown for word in ("refcocoplus_testA", "0.8250", "0.8680", "mine", str(tmp_path / "report.md")))
@@ -63,7 +63,7 @@ def test_the_published_figures_have_the_names_of_the_configurations():
     settings = [yaml.safe_load(file.read_text())["data"]["init_args"] for file in CONFIGS.glob("*.yaml")]
     # without a test split of its own a part of the training rows is tested
     known = {name for found in settings for name in found.get("test") or found["train"]}
-    assert PAPER.keys() <= known
+    assert PUBLISHED.keys() <= known
 
 
 def test_a_figure_that_is_not_a_number_is_a_dash(tmp_path: Path, console: Console):
@@ -75,21 +75,21 @@ def test_a_figure_that_is_not_a_number_is_a_dash(tmp_path: Path, console: Consol
 def test_the_lowest_and_the_highest_rewards_are_drawn_in_their_order(tmp_path: Path, console: Console):
     rewards = [0.5, 2.0, -1.0, 0.0, 3.0]
     text = report(tmp_path, {"test": {"accuracy": 1.0}}, rewards=rewards)
-    outcomes = outcomes_of(rewards)
+    scored_completions = outcomes_of(rewards)
     for name, places in (("worst", (2, 3)), ("best", (4, 1))):
-        cards = [outcome_card(ToyTask(), outcomes[place], step=None) for place in places]
+        cards = [sample_card(ToyTask(), scored_completions[place], step=None) for place in places]
         with Image.open(tmp_path / f"{name}.png") as drawn:
             assert ImageChops.difference(drawn, contact_sheet(cards)).getbbox() is None
         assert f"![{name} answers]({name}.png)" in text
 
 
 def test_without_pictures_none_are_drawn(tmp_path: Path, console: Console):
-    assert "png" not in report(tmp_path, {"test": {"accuracy": 1.0}}, num_pictures=0)
+    assert "png" not in report(tmp_path, {"test": {"accuracy": 1.0}}, num_samples=0)
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
 
 
 def test_fewer_samples_than_pictures_are_drawn_all(tmp_path: Path, console: Console):
-    report(tmp_path, {"test": {"accuracy": 1.0}}, rewards=[1.0], num_pictures=8)
+    report(tmp_path, {"test": {"accuracy": 1.0}}, rewards=[1.0], num_samples=8)
     assert (tmp_path / "worst.png").read_bytes() == (tmp_path / "best.png").read_bytes()
 
 
@@ -98,7 +98,7 @@ HOSTILE = WORST | {"terminal": "\ud800 | \x1b[31m [bold]", "markdown": "# headin
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_completions_do_no_harm(tmp_path: Path, console: Console, kind: str):
-    outcomes = [toy_outcome(toy_samples(1)[0], HOSTILE[kind])]
-    text = report(tmp_path, {"test": {"accuracy": 1.0}}, outcomes=outcomes, num_pictures=1)
+    scored_completions = [toy_outcome(toy_samples(1)[0], HOSTILE[kind])]
+    text = report(tmp_path, {"test": {"accuracy": 1.0}}, scored_completions=scored_completions, num_samples=1)
     assert HOSTILE[kind] not in text
     assert (tmp_path / "worst.png").stat().st_size > 1000

@@ -37,7 +37,7 @@ class Updating(GRPO):
 
 def settings(kind: str, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the module and of the trainer."""
-    exact = {"max_grad_norm": 1e9, "aggregation": "dapo"}
+    exact = {"max_grad_norm": 1e9, "loss_type": "dapo"}
     return {
         "grpo": ({"micro_batch_tokens": 150}, {}),
         # without KL penalty a group of equal rewards is left out: here those of the second process
@@ -66,7 +66,7 @@ def train(model: str, folder: Path, kind: str) -> None:
     result = {
         "ids": samples.ids,
         "steps": log.steps,
-        "num_parts": [len(experience.parts) for experience in experiences],
+        "num_parts": [len(experience.micro_batches) for experience in experiences],
         "completions": [[row.tolist() for row in experience.completions] for experience in experiences],
         "validated": float(trainer.callback_metrics["val/length"]) if kind != "sft" else 0.0,
     }

@@ -13,7 +13,7 @@ from perception_r1.tasks.grounding import Grounding
 from tests.modules.toy import Checkpoints, Log, Lottery, fit, make_data, make_module, trained_weights
 
 VALIDATION = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-ADAPTER = {"policy": {"lora": LoraConfig(rank=2, dropout=0.1)}}
+ADAPTER = {"policy": {"lora": LoraConfig(r=2, lora_dropout=0.1)}}
 TEACHING = {"task": Grounding()}
 
 
@@ -69,7 +69,7 @@ def assert_same_end(tmp_path, one, other):
 
 
 def assert_same_training(log, expected, steps):
-    """Equal figures of training; those of the last validation are not there until there is another one."""
+    """Equal metrics of training; those of the last validation are not there until there is another one."""
 
     def training(steps):
         return {step: {k: v for k, v in kept.items() if k.startswith("train/")} for step, kept in steps.items()}
@@ -98,7 +98,7 @@ def test_a_run_stopped_by_sigterm_between_two_updates_finishes_its_step_and_goes
     folder, tmp_path, step, saved
 ):
     """The first time a validation follows that step, and is left out; the second time an epoch ends there, too."""
-    options = {"updates_per_rollout": 2, "max_steps": 12}
+    options = {"num_iterations": 2, "max_steps": 12}
     whole, first, log = run(folder, tmp_path, version=0, **options)
     with pytest.raises(SIGTERMException):
         run(folder, tmp_path, version=1, callbacks=[Terminate(step)], **options)
@@ -117,7 +117,7 @@ def test_a_run_that_dies_inside_a_step_keeps_the_checkpoint_before_and_goes_on_e
             if trainer.global_step == 5:
                 raise RuntimeError("out of memory")
 
-    options = {"updates_per_rollout": 2, "max_steps": 8}
+    options = {"num_iterations": 2, "max_steps": 8}
     whole, _, log = run(folder, tmp_path, version=0, **options)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(folder, tmp_path, version=1, callbacks=[Fail()], **options)
@@ -133,7 +133,7 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(folder, tmp_path):
     assert module.reference is not None
     names = set(load(last(tmp_path, 0))["state_dict"])
     assert names == {name for name in module.policy.state_dict(prefix="policy.")}
-    adapted, _, _ = run(folder, tmp_path, version=1, max_steps=1, policy={"lora": LoraConfig(rank=2)})
+    adapted, _, _ = run(folder, tmp_path, version=1, max_steps=1, policy={"lora": LoraConfig(r=2)})
     names = set(load(last(tmp_path, 1))["state_dict"])
     assert names == {f"policy.{name}" for name in trained_weights(adapted)}
     assert all("lora_" in name for name in names)
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_program_is_an_error(folder, tmp_path):
 def test_a_checkpoint_of_full_training_does_not_fit_an_adapter(folder, tmp_path):
     run(folder, tmp_path, version=0, max_steps=1)
     with pytest.raises(UserError, match="another model, adapter or frozen part"):
-        run(folder, tmp_path, version=1, ckpt_path=last(tmp_path, 0), policy={"lora": LoraConfig(rank=2)})
+        run(folder, tmp_path, version=1, ckpt_path=last(tmp_path, 0), policy={"lora": LoraConfig(r=2)})
 
 
 def test_counters_survive_a_resume(folder, tmp_path):
@@ -186,13 +186,13 @@ def test_counters_survive_a_resume(folder, tmp_path):
     assert second.phase_seconds["decode"] > first.phase_seconds["decode"]
 
 
-@pytest.mark.parametrize(("headline", "tag"), [("luck", "val/reward/luck"), ("length", "val/length")])
-def test_the_best_checkpoint_is_that_of_the_best_validation(folder, tmp_path, monkeypatch, headline, tag):
-    class Figures(Callback):
+@pytest.mark.parametrize(("primary_metric", "tag"), [("luck", "val/reward/luck"), ("length", "val/length")])
+def test_the_best_checkpoint_is_that_of_the_best_validation(folder, tmp_path, monkeypatch, primary_metric, tag):
+    class Metrics(Callback):
         def on_validation_end(self, trainer, pl_module):
             trainer.callback_metrics[tag].fill_({2: 0.1, 4: 0.9, 6: 0.5}[trainer.global_step])
 
-    monkeypatch.setattr(Lottery, "headline", headline)
-    run(folder, tmp_path, version=0, callbacks=[Figures()])
+    monkeypatch.setattr(Lottery, "primary_metric", primary_metric)
+    run(folder, tmp_path, version=0, callbacks=[Metrics()])
     assert load(last(tmp_path, 0))["global_step"] == 6
     assert load(last(tmp_path, 0).with_name("best.ckpt"))["global_step"] == 4

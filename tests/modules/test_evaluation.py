@@ -1,4 +1,4 @@
-"""What a policy answers greedily, and the figures that validation and test make of it."""
+"""What a policy answers greedily, and the metrics that validation and test make of it."""
 
 from dataclasses import replace
 
@@ -36,48 +36,48 @@ def module(folder):
 @pytest.mark.parametrize("budget", [1, 60, 100, 10_000])
 def test_a_budget_of_tokens_changes_no_answer_and_no_order(module, monkeypatch, budget):
     samples = odd_samples()
-    whole = module.answer(samples)
-    assert [outcome.sample.id for outcome in whole] == [sample.id for sample in samples]
-    assert len({outcome.completion for outcome in whole}) > 1
+    whole = module.score_greedy(samples)
+    assert [scored.sample.id for scored in whole] == [sample.id for sample in samples]
+    assert len({scored.completion for scored in whole}) > 1
     sizes = []
-    real = type(module.policy).roll_out
+    real = type(module.policy).generate
 
-    def roll_out(policy, prompts, **options):
-        sizes.append(len(prompts) * (max(prompts.lengths) + options["max_new_tokens"]))
-        assert len(prompts) == 1 or sizes[-1] <= budget
+    def generate(policy, prompts, **options):
+        sizes.append(len(prompts.lengths) * (int(prompts.lengths.max()) + options["max_new_tokens"]))
+        assert len(prompts.lengths) == 1 or sizes[-1] <= budget
         return real(policy, prompts, **options)
 
-    monkeypatch.setattr(type(module.policy), "roll_out", roll_out)
+    monkeypatch.setattr(type(module.policy), "generate", generate)
     module.eval_batch_tokens = budget
-    assert module.answer(samples) == whole
+    assert module.score_greedy(samples) == whole
     assert (len(sizes) == 1) == (budget == 10_000)
 
 
 def test_nothing_to_answer_is_no_work(module):
-    assert module.answer([]) == []
+    assert module.score_greedy([]) == []
 
 
 def test_validation_takes_all_sources_together(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    monkeypatch.setattr(PolicyModule, "score_greedy", answer_by_lot)
     files = write_sources(tmp_path, "grounding", {"one": 5, "two": 4})
     data = GroundingData(val={name: JsonLines(file) for name, file in files.items()}, eval_batch_size=2)
     module = make_module(folder, task=data.task)
     trainer = make_trainer(tmp_path, limit_val_batches=1.0)
     trainer.validate(module, data, verbose=False)
-    outcomes = answer_by_lot(module, list(data.samples("val")))
-    assert len(outcomes) == 9
-    expected = torch.tensor([outcome.score.reward for outcome in outcomes], dtype=torch.float64).mean()
+    scored_completions = answer_by_lot(module, list(data.samples("val")))
+    assert len(scored_completions) == 9
+    expected = torch.tensor([scored.score.reward for scored in scored_completions], dtype=torch.float64).mean()
     assert float(trainer.callback_metrics["val/reward"]) == pytest.approx(float(expected), rel=1e-6)
     assert not any("one" in name for name in trainer.callback_metrics)
 
 
 def test_figures_before_and_after_take_all_sources_together(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(PolicyModule, "answer", answer_by_lot)
+    monkeypatch.setattr(PolicyModule, "score_greedy", answer_by_lot)
     files = write_sources(tmp_path, "grounding", {"one": 5, "two": 4})
     data = GroundingData(test={name: JsonLines(file) for name, file in files.items()}, eval_batch_size=2)
     data.setup("test")
     module = make_module(folder, task=data.task)
     module.policy = Policy.load(module.policy_config)
-    figures = module.evaluate(batch.samples for batch in data.test_dataloader())
-    rewards = [outcome.score.reward for outcome in answer_by_lot(module, list(data.samples("test")))]
-    assert figures["reward"] == pytest.approx(sum(rewards) / 9)
+    metrics = module.evaluate(batch.samples for batch in data.test_dataloader())
+    rewards = [scored.score.reward for scored in answer_by_lot(module, list(data.samples("test")))]
+    assert metrics["reward"] == pytest.approx(sum(rewards) / 9)

@@ -16,7 +16,7 @@ def planned(first: int, final: int, num_steps: int) -> list[int]:
     """The size of each step of a run."""
     return [
         GRPO.planned_group_size(
-            SimpleNamespace(first_group_size=first, final_group_size=final, num_steps=num_steps, global_step=step)
+            SimpleNamespace(initial_group_size=first, final_group_size=final, num_steps=num_steps, global_step=step)
         )
         for step in range(num_steps)
     ]
@@ -69,11 +69,11 @@ def test_the_size_is_fixed_within_a_step_of_several_updates(folder, tmp_path, mo
         return real(module, experience)
 
     monkeypatch.setattr(GRPO, "update", update)
-    run(folder, tmp_path, 0, updates_per_rollout=2)
+    run(folder, tmp_path, 0, num_iterations=2)
     # two prompts; the planned size changes after the second and the fourth update
     assert seen == [(0, 2, 4), (1, 2, 4), (2, 3, 6), (3, 3, 6), (4, 4, 8), (5, 4, 8)]
     seen.clear()
-    run(folder, tmp_path, 1, updates_per_rollout=3)
+    run(folder, tmp_path, 1, num_iterations=3)
     assert seen == [(0, 2, 4), (1, 2, 4), (2, 2, 4), (3, 3, 6), (4, 3, 6), (5, 3, 6)]
 
 

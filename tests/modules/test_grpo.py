@@ -43,9 +43,11 @@ def spoil_loss(monkeypatch, steps, value=float("nan")):
 
     def update(self, experience):
         def spoilt(*args, **kwargs):
-            parts = grpo_loss(*args, **kwargs)
+            micro_batches = grpo_loss(*args, **kwargs)
             factor = value if self.global_step in steps else 1.0
-            return type(parts)(loss=parts.loss * factor, kl_sum=parts.kl_sum, clipped_sum=parts.clipped_sum)
+            return type(micro_batches)(
+                loss=micro_batches.loss * factor, kl_sum=micro_batches.kl_sum, num_clipped=micro_batches.num_clipped
+            )
 
         monkeypatch.setattr(grpo_module, "grpo_loss", spoilt)
         return plain(self, experience)
@@ -57,8 +59,8 @@ def spoil_loss(monkeypatch, steps, value=float("nan")):
 def test_a_step_logs_reward_terms_and_what_completions_look_like(folder, tmp_path):
     log = Log()
     fit(folder, tmp_path, callbacks=[log])
-    wanted = {"reward", "reward/luck", "reward_std", "zero_variance_groups", "loss", "kl", "clipped_share", "grad_norm"}
-    wanted |= {"lr", "entropy", "completion_length", "truncated_share", "length", "skipped_steps"}
+    wanted = {"reward", "reward/luck", "reward_std", "frac_reward_zero_std", "loss", "kl", "clip_fraction", "grad_norm"}
+    wanted |= {"lr", "entropy", "completion_length", "truncation_rate", "length", "skipped_steps"}
     for step in (1, 2):
         assert {f"train/{name}" for name in wanted} <= set(log.steps[step])
         assert 0 < log.steps[step]["train/reward"] < 1
@@ -106,7 +108,7 @@ def test_with_one_update_per_rollout_the_ratio_is_exactly_one(folder, tmp_path, 
     fit(folder, tmp_path, make_module(folder))
     assert ratios == [0.0, 0.0]
     ratios.clear()
-    _, trainer = fit(folder, tmp_path, make_module(folder, updates_per_rollout=2), max_steps=4)
+    _, trainer = fit(folder, tmp_path, make_module(folder, num_iterations=2), max_steps=4)
     assert [ratio == 0 for ratio in ratios] == [True, False, True, False]
     assert trainer.global_step == 4
 
@@ -114,13 +116,13 @@ def test_with_one_update_per_rollout_the_ratio_is_exactly_one(folder, tmp_path, 
 def test_the_first_gradient_is_that_of_a_loop_over_completions(folder, tmp_path, monkeypatch):
     """The whole step, rebuilt from rollout and rewards with plain arithmetic."""
     seen = {}
-    plain = GRPO.remember
+    plain = GRPO.make_experience
 
-    def remember(self, prompts, rollout, advantages):
+    def make_experience(self, prompts, rollout, advantages):
         seen.update(prompts=prompts, rollout=rollout)
         return plain(self, prompts, rollout, advantages)
 
-    monkeypatch.setattr(GRPO, "remember", remember)
+    monkeypatch.setattr(GRPO, "make_experience", make_experience)
     gradients, task = Gradients(), Lottery()
     module = make_module(folder, max_grad_norm=1e9)
     fit(folder, tmp_path, module, [gradients], max_steps=1)
@@ -145,7 +147,7 @@ def test_micro_batches_change_no_gradient(folder, tmp_path, monkeypatch, kl_coef
     """Whole groups apart, or groups split over their completions."""
     num_parts = []
     plain = GRPO.update
-    spy = lambda self, experience: num_parts.append(len(experience.parts)) or plain(self, experience)  # noqa: E731
+    spy = lambda self, experience: num_parts.append(len(experience.micro_batches)) or plain(self, experience)  # noqa: E731
     monkeypatch.setattr(GRPO, "update", spy)
 
     def first(budget):
@@ -174,7 +176,7 @@ def test_mixed_precision_reaches_every_weight(folder, tmp_path):
     assert all(float(gradient.abs().max()) > 0 for gradient in mixed.values())
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
 def test_without_kl_penalty_no_reference_is_loaded(folder, tmp_path, monkeypatch, lora):
     loads = []
     plain = Policy.load.__func__
@@ -186,7 +188,7 @@ def test_without_kl_penalty_no_reference_is_loaded(folder, tmp_path, monkeypatch
 
 def test_an_adapter_is_its_own_reference(folder, tmp_path):
     log = Log()
-    module, _ = fit(folder, tmp_path, make_module(folder, policy={"lora": LoraConfig(rank=2)}), [log], max_steps=4)
+    module, _ = fit(folder, tmp_path, make_module(folder, policy={"lora": LoraConfig(r=2)}), [log], max_steps=4)
     assert module.reference is None
     assert log.steps[1]["train/kl"] == 0.0
     assert log.steps[4]["train/kl"] > 0.0
@@ -210,7 +212,7 @@ def test_groups_of_equal_rewards_move_nothing_and_are_counted(folder, tmp_path):
     module = make_module(folder, task=Lottery(spread=0.0), kl_coef=0.0)
     module.optimizer_factory = torch.optim.SGD
     fit(folder, tmp_path, module, [log])
-    assert log.steps[2]["train/zero_variance_groups"] == 1.0
+    assert log.steps[2]["train/frac_reward_zero_std"] == 1.0
     assert log.steps[2]["train/grad_norm"] == 0.0
     assert same(trained_weights(module), dict(Policy.load(module.policy_config).named_parameters()))
 
@@ -272,11 +274,11 @@ def test_trainer_settings_without_effect_are_refused(folder, tmp_path, options, 
         ({"temperature": 0.0}, r"temperature is 0\.0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0"),
-        ({"updates_per_rollout": 0}, "updates_per_rollout"),
+        ({"num_iterations": 0}, "num_iterations"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
         ({"kl_coef": -0.1}, "kl_coef"),
-        ({"clip_low": 1.0}, "clip_low"),
-        ({"clip_high": -0.1}, "clip_high"),
+        ({"clip_eps_low": 1.0}, "clip_eps_low"),
+        ({"clip_eps_high": -0.1}, "clip_eps_high"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -291,9 +293,9 @@ def test_validation_is_greedy_and_counts_every_sample_once(folder, tmp_path):
     )
     data = make_data()
     data.setup("validate")
-    outcomes = [module.answer([sample]) for sample in data.samples("val")]
-    assert len(outcomes) == 4
-    luck = [outcome.score.terms["luck"] for group in outcomes for outcome in group]
+    scored_completions = [module.score_greedy([sample]) for sample in data.samples("val")]
+    assert len(scored_completions) == 4
+    luck = [scored.score.components["luck"] for group in scored_completions for scored in group]
     assert float(trainer.callback_metrics["val/reward/luck"]) == pytest.approx(sum(luck) / 4)
 
 
@@ -310,11 +312,11 @@ class Towers(Callback):
                 getattr(pl_module, name).model.model.visual.register_forward_pre_hook(spy, with_kwargs=True)
 
 
-@pytest.mark.parametrize("policy", [{"freeze_vision": True}, {"lora": LoraConfig(rank=2)}], ids=["frozen", "adapter"])
+@pytest.mark.parametrize("policy", [{"freeze_vision": True}, {"lora": LoraConfig(r=2)}], ids=["frozen", "adapter"])
 @pytest.mark.parametrize("budget", [None, 1])
 def test_a_vision_tower_that_is_not_trained_sees_each_picture_once_in_a_step(folder, tmp_path, policy, budget):
     towers, log = Towers(), Log()
-    module = make_module(folder, policy=policy, micro_batch_tokens=budget, updates_per_rollout=2)
+    module = make_module(folder, policy=policy, micro_batch_tokens=budget, num_iterations=2)
     fit(folder, tmp_path, module, [towers, log], max_steps=4)
     assert towers.seen == {"policy": [2, 2], "reference": []}
     assert log.steps[4]["train/kl"] > 0
@@ -323,7 +325,7 @@ def test_a_vision_tower_that_is_not_trained_sees_each_picture_once_in_a_step(fol
 @pytest.mark.parametrize(("budget", "of_parts"), [(None, [2]), (1, [1] * 8)])
 def test_a_vision_tower_that_is_trained_runs_in_rollout_reference_and_every_update(folder, tmp_path, budget, of_parts):
     towers = Towers()
-    module = make_module(folder, micro_batch_tokens=budget, updates_per_rollout=2)
+    module = make_module(folder, micro_batch_tokens=budget, num_iterations=2)
     fit(folder, tmp_path, module, [towers])
     assert towers.seen == {"policy": [2, *of_parts, *of_parts], "reference": of_parts}
 
@@ -339,13 +341,13 @@ def test_a_vision_tower_that_is_trained_runs_in_rollout_reference_and_every_upda
     ids=["whole", "split", "one group", "nothing to learn"],
 )
 def test_a_step_logs_what_sharing_prompts_saves(folder, tmp_path, monkeypatch, options, pulled, prompts_packed):
-    def remember(self, prompts, rollout, advantages):
+    def make_experience(self, prompts, rollout, advantages):
         seen.update(prompts=prompts, completions=rollout.completions)
         has_pull = torch.tensor([prompt in pulled for prompt in range(2)])
         return plain(self, prompts, rollout, advantages * has_pull.repeat_interleave(4))
 
-    plain, seen = GRPO.remember, {}
-    monkeypatch.setattr(GRPO, "remember", remember)
+    plain, seen = GRPO.make_experience, {}
+    monkeypatch.setattr(GRPO, "make_experience", make_experience)
     _, trainer = fit(folder, tmp_path, make_module(folder, **options), max_steps=1)
     lengths, completions = seen["prompts"].attention_mask.sum(1).tolist(), seen["completions"]
     assert lengths[0] != lengths[1]
@@ -380,27 +382,27 @@ def test_the_sampling_gap_is_the_mean_distance_between_sampler_and_first_update(
         turns = [shift * (-1) ** row for row in range(len(rollout.logprobs))]
         return replace(rollout, logprobs=[row + turn for row, turn in zip(rollout.logprobs, turns, strict=True)])
 
-    plain, log = GRPO.sample, Log()
-    monkeypatch.setattr(GRPO, "sample", sample)
-    fit(folder, tmp_path, make_module(folder, micro_batch_tokens=budget, updates_per_rollout=2), [log])
-    assert log.steps[2]["train/sampling_gap"] == pytest.approx(shift, abs=1e-5)
+    plain, log = GRPO.generate, Log()
+    monkeypatch.setattr(GRPO, "generate", sample)
+    fit(folder, tmp_path, make_module(folder, micro_batch_tokens=budget, num_iterations=2), [log])
+    assert log.steps[2]["train/logprob_mismatch"] == pytest.approx(shift, abs=1e-5)
 
 
 def test_in_mixed_precision_the_sampling_gap_stays_small(folder, tmp_path):
     log = Log()
     fit(folder, tmp_path, callbacks=[log], precision="bf16-mixed")
-    assert 1e-5 < log.steps[1]["train/sampling_gap"] < 0.05
+    assert 1e-5 < log.steps[1]["train/logprob_mismatch"] < 0.05
 
 
 def test_mixed_precision_points_every_gradient_where_full_precision_does(folder, tmp_path, monkeypatch):
     """After a rollout in the same autocast context, whose casts of the weights know nothing of gradients."""
-    plain, rollouts = GRPO.sample, []
+    plain, rollouts = GRPO.generate, []
 
     def sample(self, prompts):
         rollouts.append(plain(self, prompts))
         return rollouts[0]
 
-    monkeypatch.setattr(GRPO, "sample", sample)
+    monkeypatch.setattr(GRPO, "generate", sample)
 
     def first(precision):
         gradients = Gradients()

@@ -40,10 +40,10 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_tokens_alone(folder, tmp_p
     samples = first_batch(make_data(Grounding()))
     start, plain = Policy.load(module.policy_config), oracle.plain_model(folder, torch.float32)
     losses = []
-    for sample, answer in zip(samples, answers_of(module, samples), strict=True):
+    for sample, score_greedy in zip(samples, answers_of(module, samples), strict=True):
         prompt = start.encode(Grounding(), [sample])
         with torch.no_grad():
-            losses.append(-oracle.logprobs(plain, prompt, answer, start.banned, 1.0))
+            losses.append(-oracle.logprobs(plain, prompt, score_greedy, start.suppress_tokens, 1.0))
     assert log.steps[1]["train/loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
     assert log.steps[1]["train/answer_length"] == len(torch.cat(losses)) / len(samples)
 
@@ -61,8 +61,8 @@ def test_micro_batches_change_no_gradient(folder, tmp_path):
         fit(folder, tmp_path, module, [gradients], max_steps=1, precision="64-true", data=data)
         return gradients.first
 
-    whole, parts = first(None), first(120)
-    for name, gradient in parts.items():
+    whole, micro_batches = first(None), first(120)
+    for name, gradient in micro_batches.items():
         scale = max(float(whole[name].abs().max()), 1e-9)
         torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6 * scale, msg=name)
 
@@ -73,7 +73,7 @@ def test_the_policy_learns_in_training_mode(folder, tmp_path, monkeypatch):
     spy = lambda self, *a, **k: modes.append(self.model.training) or plain(self, *a, **k)  # noqa: E731
     monkeypatch.setattr(Policy, "forward", spy)
     options = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
-    fit(folder, tmp_path, make_sft(folder, policy={"lora": LoraConfig(dropout=0.1)}), **options)
+    fit(folder, tmp_path, make_sft(folder, policy={"lora": LoraConfig(lora_dropout=0.1)}), **options)
     assert modes == [True, True]
 
 

@@ -53,7 +53,7 @@ def test_two_processes_learn_the_same_from_different_samples(runs, kind):
     for one, other in zip(*tensors(runs / kind), strict=True):
         assert one.keys() == other.keys() != set()
         assert all(torch.equal(one[name], other[name]) for name in one)
-    seen = [sample for part in (first, second) for step in part["ids"] for sample in step]
+    seen = [sample for micro_batch in (first, second) for step in micro_batch["ids"] for sample in step]
     assert len(seen) == len(set(seen)) == 8
     assert first["steps"] == second["steps"]
     assert first["validated"] == second["validated"]

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from perception_r1.callbacks.checkpoints import Checkpoints
 from perception_r1.modules import GRPO
-from perception_r1.modules.base import ScheduleConfig
+from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.records import Score
 from perception_r1.tasks.grounding import Grounding, GroundingData
@@ -26,21 +26,21 @@ class Lottery(Grounding):
     spread: float = 1.0
 
     name = "lottery"
-    term_names = ("luck",)
-    figure_names = ("length",)
-    headline = "luck"
+    component_names = ("luck",)
+    metric_names = ("length",)
+    primary_metric = "luck"
 
-    def read(self, text: str, codec: Any, frame: Any) -> Any:
+    def parse_answer(self, text: str, codec: Any, image_size: Any) -> Any:
         return text
 
     def score(self, prediction: Any, target: Any) -> Score:
         luck = zlib.crc32(prediction.encode()) % 1000 / 999
-        return Score(reward=self.spread * luck, terms={"luck": luck}, figures={"length": float(len(prediction))})
+        return Score(reward=self.spread * luck, components={"luck": luck}, metrics={"length": float(len(prediction))})
 
-    def marks(self, answer: Any) -> Sequence[Any]:
+    def overlays(self, score_greedy: Any) -> Sequence[Any]:
         return []
 
-    def describe(self, prediction: Any, frame: Any) -> Any:
+    def serialize_prediction(self, prediction: Any, image_size: Any) -> Any:
         return prediction
 
 
@@ -65,7 +65,7 @@ def make_module(
         task or Lottery(),
         policy=PolicyConfig(name=str(folder), **(policy or {})),
         optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
-        schedule=ScheduleConfig(warmup_steps=2, decay=decay),
+        lr_scheduler=LRSchedulerConfig(warmup_steps=2, type=decay),
         **(defaults | options),
     )
 

@@ -32,7 +32,7 @@ def plain(grouped_folders: dict[str, Path], family: str) -> Any:
 @pytest.fixture
 def adapted(grouped_folders: dict[str, Path], family: str) -> Policy:
     """The same policy inside an adapter that changes what it says."""
-    policy = Policy.load(PolicyConfig(name=str(grouped_folders[family]), lora=LoraConfig(rank=2))).double().eval()
+    policy = Policy.load(PolicyConfig(name=str(grouped_folders[family]), lora=LoraConfig(r=2))).double().eval()
     oracle.shake(policy.network)
     return policy
 

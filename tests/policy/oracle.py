@@ -64,7 +64,9 @@ def adapt(plain: Any, network: Any) -> Any:
     return adapted.to(plain.dtype).eval()
 
 
-def distributions(model: Any, prompt: PromptBatch, completion: Tensor, banned: Tensor, temperature: float) -> Tensor:
+def distributions(
+    model: Any, prompt: PromptBatch, completion: Tensor, suppress_tokens: Tensor, temperature: float
+) -> Tensor:
     """[T, V] log-probabilities of every possible token at each place of a completion of a single prompt."""
     ids = torch.cat([prompt.input_ids, completion[None]], 1)
     logits = model(
@@ -74,13 +76,15 @@ def distributions(model: Any, prompt: PromptBatch, completion: Tensor, banned: T
         pixel_values=prompt.pixel_values,
         image_grid_thw=prompt.image_grid_thw,
     ).logits[0, prompt.input_ids.shape[1] - 1 : -1]
-    logits = logits.to(torch.promote_types(torch.float32, logits.dtype)).index_fill(-1, banned, float("-inf"))
+    logits = logits.to(torch.promote_types(torch.float32, logits.dtype)).index_fill(-1, suppress_tokens, float("-inf"))
     return (logits / temperature).log_softmax(-1)
 
 
-def logprobs(model: Any, prompt: PromptBatch, completion: Tensor, banned: Tensor, temperature: float) -> Tensor:
+def logprobs(
+    model: Any, prompt: PromptBatch, completion: Tensor, suppress_tokens: Tensor, temperature: float
+) -> Tensor:
     """[T] log-probabilities of a completion of a single prompt."""
-    return distributions(model, prompt, completion, banned, temperature).gather(-1, completion[:, None])[:, 0]
+    return distributions(model, prompt, completion, suppress_tokens, temperature).gather(-1, completion[:, None])[:, 0]
 
 
 def random_completions(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:

@@ -15,7 +15,7 @@ def assert_same(one, other):
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert one.num_images == other.num_images
-    assert one.frames == other.frames
+    assert one.image_sizes == other.image_sizes
 
 
 def test_a_selection_is_what_encoding_only_those_prompts_gives(folder):
@@ -39,11 +39,11 @@ def test_the_lengths_leave_padding_out(folder):
 
 def test_moving_moves_every_tensor(folder):
     plain = encode(processor_of(folder))
-    batch = replace(plain, features=tuple(torch.full((1, 2, 3), float(image)) for image in range(4)))
+    batch = replace(plain, image_features=tuple(torch.full((1, 2, 3), float(image)) for image in range(4)))
     moved = batch.to("meta")
-    values = [getattr(moved, name) for name in moved.__dataclass_fields__ if name not in ("num_images", "frames")]
+    values = [getattr(moved, name) for name in moved.__dataclass_fields__ if name not in ("num_images", "image_sizes")]
     tensors = [tensor for value in values for tensor in (value if isinstance(value, tuple) else [value])]
     assert len(tensors) == 5 + 4
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert (moved.num_images, moved.frames) == (batch.num_images, batch.frames)
+    assert (moved.num_images, moved.image_sizes) == (batch.num_images, batch.image_sizes)
     assert_same(batch.to("cpu"), batch)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from perception_r1.policy import decoder as decoder_module
-from perception_r1.policy.cache import JoinedCache, SharedCache
+from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -20,11 +20,11 @@ def distributions(decoder, policy, num_rows=2):
     """[R, 4, V] log-probabilities of every token at four places of some completions of each prompt, step by step."""
     prompts = policy.prefill(oracle.encode(policy.processor, PLACES))
     tokens = torch.stack(completions_of(num_rows))
-    rotation = decoder.rotation(prompts, tokens.shape[1])
+    position_embeddings = decoder.position_embeddings(prompts, tokens.shape[1])
     if num_rows == 1:
-        cache = JoinedCache(prompts, rotation, dtype=decoder.dtype)
+        cache = ContiguousCache(prompts, position_embeddings, dtype=decoder.dtype)
     else:
-        cache = SharedCache(prompts, rotation, num_rows=num_rows, dtype=decoder.dtype)
+        cache = SharedPromptCache(prompts, position_embeddings, num_rows=num_rows, dtype=decoder.dtype)
     logits = [decoder.first_logits(prompts).repeat_interleave(num_rows, 0)]
     logits += [decoder(column, cache) for column in tokens[:, :-1].T]
     return torch.stack(logits, 1).log_softmax(-1)
@@ -52,7 +52,7 @@ def change(network):
 @pytest.fixture(params=[False, True], ids=["copied", "in place"])
 def is_in_place(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(decoder_module, "_LARGEST_COPY", 0)
+        monkeypatch.setattr(decoder_module, "_MAX_COPIED_WEIGHTS", 0)
     return request.param
 
 
@@ -79,7 +79,7 @@ def test_a_refresh_takes_over_changed_weights(policy, adapted, is_in_place):
         fresh = distributions(Decoder(changing.model), changing)
         assert float((before - fresh).abs().max()) > 0.01
         assert torch.equal(distributions(decoder, changing), fresh) == is_in_place
-        decoder.refresh()
+        decoder.sync_weights()
         assert torch.equal(distributions(decoder, changing), fresh)
 
 
@@ -90,7 +90,7 @@ def test_a_refresh_takes_over_changed_weights_in_mixed_precision(policy):
         change(policy.network)
         fresh = distributions(Decoder(policy.model), policy)
         assert not torch.equal(distributions(decoder, policy), fresh)
-        decoder.refresh()
+        decoder.sync_weights()
         assert torch.equal(distributions(decoder, policy), fresh)
 
 
@@ -98,9 +98,9 @@ def test_an_adapter_is_switched_off_and_on_by_a_refresh(adapted, plain, exact_la
     decoder = Decoder(adapted.model)
     with_adapter = distributions(decoder, adapted)
     with adapted.without_adapter():
-        decoder.refresh()
+        decoder.sync_weights()
         assert_same(distributions(decoder, adapted), expected(plain, adapted))
-    decoder.refresh()
+    decoder.sync_weights()
     assert torch.equal(distributions(decoder, adapted), with_adapter)
 
 
@@ -109,27 +109,27 @@ def test_reading_and_refreshing_change_no_weight_of_the_model(adapted, is_in_pla
     decoder = Decoder(adapted.model)
     distributions(decoder, adapted)
     with adapted.without_adapter():
-        decoder.refresh()
-    decoder.refresh()
+        decoder.sync_weights()
+    decoder.sync_weights()
     assert all(torch.equal(value, before[name]) for name, value in adapted.network.state_dict().items())
 
 
 def test_it_fits_its_model_as_long_as_the_type_stays_the_same(folder):
     one, other = (Policy.load(PolicyConfig(name=str(folder))) for _ in range(2))
     decoder = Decoder(one.model)
-    assert decoder.fits(one.model)
-    assert not decoder.fits(other.model)
+    assert decoder.is_compatible(one.model)
+    assert not decoder.is_compatible(other.model)
     change(one.network)
-    assert decoder.fits(one.model)
+    assert decoder.is_compatible(one.model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not decoder.fits(one.model)
+        assert not decoder.is_compatible(one.model)
         mixed = Decoder(one.model)
-        assert mixed.fits(one.model)
+        assert mixed.is_compatible(one.model)
         assert mixed.dtype == torch.bfloat16
-    assert not mixed.fits(one.model)
+    assert not mixed.is_compatible(one.model)
     one.double()
-    assert not decoder.fits(one.model)
-    assert Decoder(one.model).fits(one.model)
+    assert not decoder.is_compatible(one.model)
+    assert Decoder(one.model).is_compatible(one.model)
 
 
 def test_mixed_precision_computes_nearly_the_same(policy):
@@ -146,5 +146,5 @@ def test_switching_an_adapter_on_changes_no_base_weight(adapted):
     before = {name: value.clone() for name, value in adapted.network.state_dict().items()}
     with adapted.without_adapter():
         decoder = Decoder(adapted.model)
-    decoder.refresh()
+    decoder.sync_weights()
     assert all(torch.equal(value, before[name]) for name, value in adapted.network.state_dict().items())

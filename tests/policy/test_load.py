@@ -87,7 +87,7 @@ def test_weights_of_another_size_are_an_error(copy_folder):
         load(folder)
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(targets="no_such_layer"), LoraConfig(rank=0)])
+@pytest.mark.parametrize("lora", [LoraConfig(target_modules="no_such_layer"), LoraConfig(r=0)])
 def test_an_adapter_that_fits_nothing_is_refused(folder, lora):
     with pytest.raises(UserError, match=r"model\.policy\.lora"):
         load(folder, lora=lora)
@@ -123,9 +123,7 @@ def test_weights_have_the_type_asked_for(folder):
 def test_only_adapters_of_the_language_model_are_trained(model_folders):
     for folder in model_folders.values():
         trained = [
-            name
-            for name, parameter in load(folder, lora=LoraConfig(rank=2)).named_parameters()
-            if parameter.requires_grad
+            name for name, parameter in load(folder, lora=LoraConfig(r=2)).named_parameters() if parameter.requires_grad
         ]
         assert len(trained) == 2 * 7 * 3  # two matrices for each of seven linear layers in each of three blocks
         assert all("lora_" in name and "language_model" in name for name in trained)
@@ -138,18 +136,18 @@ def test_a_saved_policy_is_the_same_policy(folder, tmp_path):
     policy.save(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), again.parameters(), strict=True))
-    assert again.end_token_ids.tolist() == policy.end_token_ids.tolist()
+    assert again.eos_token_ids.tolist() == policy.eos_token_ids.tolist()
 
 
 def test_end_tokens_are_those_of_model_and_tokenizer_the_chat_s_own_first(copy_folder):
     folder = copy_folder()
     policy = load(folder)
     ids = policy.processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert policy.end_token_ids.tolist() == ids
+    assert policy.eos_token_ids.tolist() == ids
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[1], 7]}))
-    assert load(folder).end_token_ids.tolist() == [ids[0], ids[1], 7]
+    assert load(folder).eos_token_ids.tolist() == [ids[0], ids[1], 7]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[1]}))
-    assert load(folder).end_token_ids.tolist() == ids
+    assert load(folder).eos_token_ids.tolist() == ids
     shutil.rmtree(folder)
 
 

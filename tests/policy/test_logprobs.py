@@ -6,9 +6,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from perception_r1.policy import attention
-from perception_r1.policy.forward import pack_prompts
+from perception_r1.policy.forward import embed_prompts
 from perception_r1.policy.load import LoraConfig, PolicyConfig
-from perception_r1.policy.packing import lay_out, plan_parts
+from perception_r1.policy.packing import pack, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
@@ -22,7 +22,7 @@ def naive_logprobs(plain, policy, completions, temperature, places=(0, 1, 2)):
     rows = []
     for index, completion in enumerate(completions):
         prompt = oracle.encode(policy.processor, [places[index // group_size]])
-        rows.append(oracle.logprobs(plain, prompt, completion, policy.banned, temperature))
+        rows.append(oracle.logprobs(plain, prompt, completion, policy.suppress_tokens, temperature))
     return rows
 
 
@@ -105,15 +105,15 @@ def test_probabilities_of_all_tokens_that_may_be_written_add_up_to_one(policy):
     with torch.no_grad():
         logprobs = policy(prompt, [torch.tensor([token]) for token in range(size)], 0.9)[:, 0]
     assert float(logprobs.exp().sum()) == pytest.approx(1.0)
-    assert (logprobs == float("-inf")).nonzero()[:, 0].tolist() == policy.banned.tolist()
+    assert (logprobs == float("-inf")).nonzero()[:, 0].tolist() == policy.suppress_tokens.tolist()
 
 
 def test_the_comparison_would_notice_positions_that_are_off_by_one(policy, plain, exact_layers, monkeypatch):
     def shifted(model, prompts):
-        embedded = pack_prompts(model, prompts)
+        embedded = embed_prompts(model, prompts)
         return replace(embedded, next_position=embedded.next_position + 1)
 
-    monkeypatch.setattr("perception_r1.policy.logprobs.pack_prompts", shifted)
+    monkeypatch.setattr("perception_r1.policy.logprobs.embed_prompts", shifted)
     completion = oracle.random_completions([5])
     with torch.no_grad():
         logprobs = policy(oracle.encode(policy.processor, [0]), completion)[0]
@@ -134,7 +134,7 @@ def test_completions_must_fit_the_prompts(policy):
         policy(oracle.encode(policy.processor), oracle.random_completions([1, 2, 3, 4]))
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
 def test_gradient_checkpointing_changes_no_gradient(grouped_folders, family, lora):
     def gradients(is_checkpointed):
         torch.manual_seed(0)
@@ -184,12 +184,12 @@ def test_prompts_of_equal_length_are_computed_together_wherever_they_stand(polic
     rows = []
 
     def spy(*args):
-        packing = lay_out(*args)
-        rows.append([(tile.num_prompts, tile.length) for tile in packing.tiles])
+        packing = pack(*args)
+        rows.append([(bucket.num_prompts, bucket.length) for bucket in packing.buckets])
         return packing
 
     for name in ("logprobs", "prefill"):
-        monkeypatch.setattr(f"perception_r1.policy.{name}.lay_out", spy)
+        monkeypatch.setattr(f"perception_r1.policy.{name}.pack", spy)
     prompts = oracle.encode(policy.processor, MIXED)
     policy(prompts, oracle.random_completions(MIXED_LENGTHS))
     policy.prefill(prompts)
@@ -234,7 +234,7 @@ def test_gradients_of_the_parts_add_up_to_those_of_the_whole(policy, plain, exac
     naive = naive_logprobs(plain, policy, completions, 1.0, places=MIXED)
     weights = torch.linspace(-1, 1, len(completions))
     sum(weight * row.sum() for weight, row in zip(weights, naive, strict=True)).backward()
-    parts = plan_parts(prompts.lengths, MIXED_LENGTHS, range(len(MIXED)), budget)
+    parts = plan_micro_batches(prompts.lengths, MIXED_LENGTHS, range(len(MIXED)), budget)
     assert [len(part.rows) for part in parts] == num_rows
     for part in parts:
         logprobs = policy(prompts.select(part.prompts), [completions[row] for row in part.rows])
@@ -246,7 +246,7 @@ def test_prompts_that_were_looked_at_give_the_same_without_the_vision_tower(poli
     prompts, completions = oracle.encode(policy.processor, MIXED), oracle.random_completions(MIXED_LENGTHS)
     expected = policy(prompts, completions).detach()
     calls = count_calls(policy.model.model.visual)
-    seen = policy.look(prompts)
+    seen = policy.encode_images(prompts)
     assert len(calls) == 1
     logprobs = policy(seen, completions)
     one = policy(seen.select([2, 0]), completions[4:6] + completions[:2]).detach()
@@ -290,11 +290,11 @@ def test_the_comparison_would_notice_completions_that_start_at_the_prompt_s_leng
     policy, plain, exact_layers, monkeypatch
 ):
     def shifted(model, prompts):
-        packed = pack_prompts(model, prompts)
+        packed = embed_prompts(model, prompts)
         assert packed.next_position.tolist() != prompts.lengths
         return replace(packed, next_position=torch.tensor(prompts.lengths))
 
-    monkeypatch.setattr("perception_r1.policy.logprobs.pack_prompts", shifted)
+    monkeypatch.setattr("perception_r1.policy.logprobs.embed_prompts", shifted)
     differences, _ = compare(policy, plain, [0], oracle.random_completions([5, 4]))
     assert min(float(row[1:].min()) for row in differences) > 1e-6
 

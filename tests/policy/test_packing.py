@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perception_r1.policy.attention import shared_prompt_attention
-from perception_r1.policy.packing import lay_out, plan_batches, plan_parts
+from perception_r1.policy.packing import pack, plan_eval_batches, plan_micro_batches
 
 CPU = torch.device("cpu")
 
@@ -54,10 +54,10 @@ def runs_of(prompts):
 def test_steps_and_owners_are_those_of_the_inputs_in_the_row(batch):
     prompts, completions = batch
     group_size = len(completions) // len(prompts)
-    packing = lay_out(prompts, completions, CPU)
+    packing = pack(prompts, completions, CPU)
     inputs = row_of(prompts, completions)[sum(prompts) :]
     assert packing.steps.tolist() == [token for _, _, token in inputs]
-    assert packing.owners.tolist() == [row // group_size for _, row, _ in inputs]
+    assert packing.prompt_indices.tolist() == [row // group_size for _, row, _ in inputs]
 
 
 @given(batches())
@@ -71,7 +71,7 @@ def test_each_token_is_predicted_where_the_one_before_it_stands(batch):
         before = [("prompt", prompt, prompts[prompt] - 1)]
         before += [("completion", number, token) for token in range(length - 1)]
         expected += [row.index(place) for place in before]
-    assert lay_out(prompts, completions, CPU).predictors.tolist() == expected
+    assert pack(prompts, completions, CPU).predictor_indices.tolist() == expected
 
 
 @given(batches())
@@ -79,26 +79,29 @@ def test_tiles_are_runs_of_prompts_of_equal_length_with_their_completions(batch)
     prompts, completions = batch
     group_size = len(completions) // len(prompts)
     row = row_of(prompts, completions)
-    tiles, runs = lay_out(prompts, completions, CPU).tiles, runs_of(prompts)
-    assert len(tiles) == len(runs)
-    for tile, run in zip(tiles, runs, strict=True):
-        assert row[tile.start] == ("prompt", run[0], 0)
-        assert (tile.num_prompts, tile.length, tile.group_size) == (len(run), prompts[run[0]], group_size)
+    buckets, runs = pack(prompts, completions, CPU).buckets, runs_of(prompts)
+    assert len(buckets) == len(runs)
+    for bucket, run in zip(buckets, runs, strict=True):
+        assert row[bucket.start] == ("prompt", run[0], 0)
+        assert (bucket.num_prompts, bucket.length, bucket.group_size) == (len(run), prompts[run[0]], group_size)
         members = range(run[0] * group_size, (run[-1] + 1) * group_size)
         longest = max((completions[number] - 1 for number in members), default=0)
         slots = [(number, token) for number in members for token in range(longest)]
         real = [slot for slot, (number, token) in enumerate(slots) if token < completions[number] - 1]
-        assert len(tile.rows) == len(slots)
-        assert [row[tile.rows[slot]] for slot in real] == [("completion", *slots[slot]) for slot in real]
-        assert all(0 <= place < len(row) for place in tile.rows.tolist())
-        assert (list(range(len(slots))) if tile.inputs is None else tile.inputs.tolist()) == real
-        assert (tile.inputs is None) == (len(real) == len(slots))
+        assert len(bucket.rows) == len(slots)
+        assert [row[bucket.rows[slot]] for slot in real] == [("completion", *slots[slot]) for slot in real]
+        assert all(0 <= place < len(row) for place in bucket.rows.tolist())
+        assert (list(range(len(slots))) if bucket.inputs is None else bucket.inputs.tolist()) == real
+        assert (bucket.inputs is None) == (len(real) == len(slots))
 
 
 def test_a_row_without_completions_is_its_prompts_alone():
-    packing = lay_out([2, 2, 3], [], CPU)
-    assert [(tile.start, tile.num_prompts, len(tile.rows)) for tile in packing.tiles] == [(0, 2, 0), (4, 1, 0)]
-    assert [len(values) for values in (packing.steps, packing.owners, packing.predictors)] == [0, 0, 0]
+    packing = pack([2, 2, 3], [], CPU)
+    assert [(bucket.start, bucket.num_prompts, len(bucket.rows)) for bucket in packing.buckets] == [
+        (0, 2, 0),
+        (4, 1, 0),
+    ]
+    assert [len(values) for values in (packing.steps, packing.prompt_indices, packing.predictor_indices)] == [0, 0, 0]
 
 
 def sees(row, group_size, place, other):
@@ -123,13 +126,13 @@ def test_attention_over_a_row_is_dense_attention_with_a_mask_written_by_hand(bat
     scores = query @ key.repeat_interleave(times, 1).mT * 0.3
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     expected = (weights @ value.repeat_interleave(times, 1)).transpose(1, 2)
-    packing = lay_out(prompts, completions, CPU)
+    packing = pack(prompts, completions, CPU)
     attended, _ = shared_prompt_attention(torch.nn.Module(), query, key, value, None, scaling=0.3, packing=packing)
     torch.testing.assert_close(attended, expected, rtol=0, atol=1e-12)
 
 
-def size_of(part, prompts, completions):
-    return sum(prompts[prompt] for prompt in part.prompts) + sum(completions[row] for row in part.rows)
+def size_of(micro_batch, prompts, completions):
+    return sum(prompts[prompt] for prompt in micro_batch.prompts) + sum(completions[row] for row in micro_batch.rows)
 
 
 @given(choices())
@@ -137,8 +140,8 @@ def test_every_chosen_completion_is_in_one_part_and_in_order(choice):
     prompts, completions, chosen, budget = choice
     group_size = len(completions) // len(prompts)
     expected = [prompt * group_size + member for prompt in chosen for member in range(group_size)]
-    parts = plan_parts(prompts, completions, chosen, budget)
-    assert [row for part in parts for row in part.rows] == expected
+    micro_batches = plan_micro_batches(prompts, completions, chosen, budget)
+    assert [row for micro_batch in micro_batches for row in micro_batch.rows] == expected
 
 
 @given(choices())
@@ -146,29 +149,31 @@ def test_every_chosen_completion_is_in_one_part_and_in_order(choice):
 def test_a_part_has_the_same_number_of_completions_for_each_of_its_prompts(choice):
     prompts, completions, chosen, budget = choice
     group_size = len(completions) // len(prompts)
-    for part in plan_parts(prompts, completions, chosen, budget):
-        count = len(part.rows) // len(part.prompts)
+    for micro_batch in plan_micro_batches(prompts, completions, chosen, budget):
+        count = len(micro_batch.rows) // len(micro_batch.prompts)
         assert count > 0
-        assert [row // group_size for row in part.rows] == [prompt for prompt in part.prompts for _ in range(count)]
+        assert [row // group_size for row in micro_batch.rows] == [
+            prompt for prompt in micro_batch.prompts for _ in range(count)
+        ]
 
 
 @given(choices())
 def test_no_part_exceeds_the_budget_but_a_completion_alone_with_its_prompt(choice):
     prompts, completions, chosen, budget = choice
-    for part in plan_parts(prompts, completions, chosen, budget):
-        assert size_of(part, prompts, completions) <= budget or len(part.rows) == 1
+    for micro_batch in plan_micro_batches(prompts, completions, chosen, budget):
+        assert size_of(micro_batch, prompts, completions) <= budget or len(micro_batch.rows) == 1
 
 
 @given(choices())
 def test_a_group_that_fits_is_never_split_and_one_that_is_split_stays_alone(choice):
     prompts, completions, chosen, budget = choice
     group_size = len(completions) // len(prompts)
-    parts = plan_parts(prompts, completions, chosen, budget)
+    micro_batches = plan_micro_batches(prompts, completions, chosen, budget)
     for prompt in chosen:
         rows = list(range(prompt * group_size, (prompt + 1) * group_size))
-        homes = [part for part in parts if prompt in part.prompts]
-        fits = prompts[prompt] + sum(completions[row] for row in rows) <= budget
-        assert (len(homes) == 1) if fits else all(home.prompts == [prompt] for home in homes)
+        homes = [micro_batch for micro_batch in micro_batches if prompt in micro_batch.prompts]
+        is_compatible = prompts[prompt] + sum(completions[row] for row in rows) <= budget
+        assert (len(homes) == 1) if is_compatible else all(home.prompts == [prompt] for home in homes)
 
 
 @given(choices())
@@ -178,22 +183,22 @@ def test_parts_are_as_full_as_the_budget_allows(choice):
     groups = {
         prompt: prompts[prompt] + sum(completions[prompt * group_size : (prompt + 1) * group_size]) for prompt in chosen
     }
-    for part, following in pairwise(plan_parts(prompts, completions, chosen, budget)):
-        size, prompt = size_of(part, prompts, completions), following.prompts[0]
-        if part.prompts == [prompt]:
+    for micro_batch, following in pairwise(plan_micro_batches(prompts, completions, chosen, budget)):
+        size, prompt = size_of(micro_batch, prompts, completions), following.prompts[0]
+        if micro_batch.prompts == [prompt]:
             assert size + completions[following.rows[0]] > budget
-        elif groups[part.prompts[-1]] <= budget and groups[prompt] <= budget:
+        elif groups[micro_batch.prompts[-1]] <= budget and groups[prompt] <= budget:
             assert size + groups[prompt] > budget
 
 
 def test_without_a_budget_everything_is_one_part():
-    (part,) = plan_parts([10, 1000, 10], [5, 5, 5, 5000, 5, 40], [0, 2], None)
-    assert (part.prompts, part.rows) == ([0, 2], [0, 1, 4, 5])
+    (micro_batch,) = plan_micro_batches([10, 1000, 10], [5, 5, 5, 5000, 5, 40], [0, 2], None)
+    assert (micro_batch.prompts, micro_batch.rows) == ([0, 2], [0, 1, 4, 5])
 
 
 @pytest.mark.parametrize("budget", [None, 1, 10_000])
 def test_without_a_choice_there_are_no_parts(budget):
-    assert plan_parts([3, 4], [1, 2, 3, 4], [], budget) == []
+    assert plan_micro_batches([3, 4], [1, 2, 3, 4], [], budget) == []
 
 
 lengths = st.lists(st.integers(1, 30), max_size=12)
@@ -201,7 +206,7 @@ lengths = st.lists(st.integers(1, 30), max_size=12)
 
 @given(lengths, st.integers(1, 20), st.none() | st.integers(1, 150))
 def test_every_prompt_is_in_one_batch_longest_first(prompts, max_new_tokens, budget):
-    batches = plan_batches(prompts, max_new_tokens, budget)
+    batches = plan_eval_batches(prompts, max_new_tokens, budget)
     places = [place for batch in batches for place in batch]
     assert sorted(places) == list(range(len(prompts)))
     assert [prompts[place] for place in places] == sorted(prompts, reverse=True)
@@ -210,7 +215,7 @@ def test_every_prompt_is_in_one_batch_longest_first(prompts, max_new_tokens, bud
 
 @given(lengths, st.integers(1, 20), st.integers(1, 150))
 def test_a_batch_keeps_the_budget_with_its_filling_unless_it_is_one_prompt(prompts, max_new_tokens, budget):
-    batches = plan_batches(prompts, max_new_tokens, budget)
+    batches = plan_eval_batches(prompts, max_new_tokens, budget)
     for batch in batches:
         assert len(batch) == 1 or len(batch) * (max(prompts[place] for place in batch) + max_new_tokens) <= budget
     for batch, after in pairwise(batches):  # and it is as full as the budget allows
@@ -220,4 +225,4 @@ def test_a_batch_keeps_the_budget_with_its_filling_unless_it_is_one_prompt(promp
 
 @given(lengths.filter(bool), st.integers(1, 20))
 def test_without_a_budget_all_prompts_are_one_batch(prompts, max_new_tokens):
-    assert len(plan_batches(prompts, max_new_tokens, None)) == 1
+    assert len(plan_eval_batches(prompts, max_new_tokens, None)) == 1

@@ -19,7 +19,7 @@ def test_a_fresh_adapter_changes_nothing_and_switched_off_never_does(folder):
     prompts = oracle.encode(Policy.load(PolicyConfig(name=str(folder))).processor, [0, 1])
     completions = oracle.random_completions([4, 3, 5, 2])
     base = Policy.load(PolicyConfig(name=str(folder))).eval()
-    adapted = Policy.load(PolicyConfig(name=str(folder), lora=LoraConfig(rank=2))).eval()
+    adapted = Policy.load(PolicyConfig(name=str(folder), lora=LoraConfig(r=2))).eval()
     with torch.no_grad():
         expected = base(prompts, completions)
         assert torch.equal(adapted(prompts, completions), expected)
@@ -37,15 +37,15 @@ def test_an_answer_is_encoded_as_the_task_writes_it_closed_by_the_end_token(mode
         policy = Policy.load(PolicyConfig(name=str(folder)))
         task, samples = Grounding(), [sample(), sample("blue thing")]
         prompts = policy.encode(task, samples)
-        answers = policy.encode_answers(task, samples, prompts)
+        answers = policy.encode_targets(task, samples, prompts)
         texts = policy.processor.decode(answers)
         assert texts == [
-            task.answer(sample, policy.codec, frame) + "<|im_end|>"
-            for sample, frame in zip(samples, prompts.frames, strict=True)
+            task.target_text(sample, policy.codec, image_size) + "<|im_end|>"
+            for sample, image_size in zip(samples, prompts.image_sizes, strict=True)
         ]
         assert [
-            task.score(task.parse(t, policy.codec, f), s.target).terms["format"]
-            for t, f, s in zip(texts, prompts.frames, samples, strict=True)
+            task.score(task.parse_completion(t, policy.codec, f), s.target).components["format"]
+            for t, f, s in zip(texts, prompts.image_sizes, samples, strict=True)
         ] == [1, 1]
 
 
@@ -54,19 +54,19 @@ def test_an_answer_that_spells_out_an_end_or_vision_token_is_refused(folder, tok
     policy = Policy.load(PolicyConfig(name=str(folder)))
     bad = Sample(id="7", image=oracle.noise(28, 28), width=28, height=28, query="", target=OcrTarget(text=f"a{token}b"))
     with pytest.raises(UserError, match="Sample 7: its answer spells out a token"):
-        policy.encode_answers(Ocr(), [bad], policy.encode(Ocr(), [bad]))
+        policy.encode_targets(Ocr(), [bad], policy.encode(Ocr(), [bad]))
 
 
 def test_the_prompt_limit_is_that_of_the_configuration(folder):
-    policy = Policy.load(PolicyConfig(name=str(folder), max_prompt_tokens=20))
-    with pytest.raises(UserError, match="max_prompt_tokens is 20"):
+    policy = Policy.load(PolicyConfig(name=str(folder), max_prompt_length=20))
+    with pytest.raises(UserError, match="max_prompt_length is 20"):
         policy.encode(Grounding(), [sample()])
 
 
 def test_vision_tokens_are_banned(folder):
     policy = Policy.load(PolicyConfig(name=str(folder)))
     names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    assert policy.banned.tolist() == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))
+    assert policy.suppress_tokens.tolist() == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_vision_tokens_are_banned(folder):
     [
         ({}, False),
         ({"freeze_vision": True}, True),
-        ({"lora": LoraConfig(rank=2)}, True),
-        ({"lora": LoraConfig(rank=2, targets=r".*visual.*qkv")}, False),
-        ({"lora": LoraConfig(rank=2, targets=r".*visual.*qkv"), "freeze_vision": True}, False),
+        ({"lora": LoraConfig(r=2)}, True),
+        ({"lora": LoraConfig(r=2, target_modules=r".*visual.*qkv")}, False),
+        ({"lora": LoraConfig(r=2, target_modules=r".*visual.*qkv"), "freeze_vision": True}, False),
     ],
     ids=["full", "frozen", "adapter", "adapter in the tower", "adapter in the frozen tower"],
 )

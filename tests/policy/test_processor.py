@@ -7,11 +7,11 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from perception_r1.codecs import CODECS
-from perception_r1.data.rows import Row
 from perception_r1.errors import UserError
 from perception_r1.policy.load import CODEC_BY_FAMILY
 from perception_r1.policy.processor import IMAGE_TOKEN, Processor
-from perception_r1.records import Frame, Sample
+from perception_r1.records import ImageSize, Sample
+from perception_r1.rows import Row
 from perception_r1.tasks.detection import Detection
 from tests.policy.oracle import chat, encode, noise
 
@@ -26,15 +26,17 @@ def test_the_frame_is_that_of_smart_resize(model_folders, family, size):
     batch = processor.encode([chat("Look.")], [[noise(width, height)]], max_tokens=None)
     factor = 32 if family == "qwen3_vl" else 28
     rows, columns = smart_resize(height, width, factor=factor, min_pixels=factor**2, max_pixels=100_000)
-    assert batch.frames == (Frame(width=width, height=height, seen_width=columns, seen_height=rows),)
+    assert batch.image_sizes == (ImageSize(width=width, height=height, resized_width=columns, resized_height=rows),)
     assert batch.mm_token_type_ids.sum() == rows * columns // factor**2
     assert len(batch.pixel_values) == batch.image_grid_thw.prod()
 
 
 def test_pixel_bounds_change_what_the_model_sees(folder):
     def seen(**bounds):
-        frame = Processor.load(folder, **bounds).encode([chat("")], [[noise(300, 300)]], max_tokens=None).frames[0]
-        return frame.seen_width * frame.seen_height
+        image_size = (
+            Processor.load(folder, **bounds).encode([chat("")], [[noise(300, 300)]], max_tokens=None).image_sizes[0]
+        )
+        return image_size.resized_width * image_size.resized_height
 
     assert seen(max_pixels=28 * 28 * 9) <= 28 * 28 * 9 < seen() < 500_000 <= seen(min_pixels=500_000)
 
@@ -63,7 +65,7 @@ def test_a_prompt_that_is_too_long_is_an_error(folder):
         if is_accepted:
             processor.encode(*args, max_tokens=limit)
             continue
-        with pytest.raises(UserError, match=f"{length} tokens but max_prompt_tokens is {limit}"):
+        with pytest.raises(UserError, match=f"{length} tokens but max_prompt_length is {limit}"):
             processor.encode(*args, max_tokens=limit)
 
 
@@ -93,7 +95,7 @@ def test_a_tokenizer_without_chat_template_is_refused(folder):
 def test_special_tokens_survive_encoding_and_decoding(folder):
     processor = Processor.load(folder)
     text = "<|object_ref_start|>a cup , ok<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
-    row = processor.encode_answers([text], processor.tokenizer.eos_token_id)[0]
+    row = processor.encode_targets([text], processor.tokenizer.eos_token_id)[0]
     assert row[0] == processor.tokenizer.convert_tokens_to_ids("<|object_ref_start|>")
     assert processor.decode([row]) == [text + "<|im_end|>"]
     assert processor.decode([row[:0]]) == [""]
@@ -125,11 +127,11 @@ ROUNDING = 0.006
 def test_a_box_at_known_pixels_survives_the_way_through_text(model_folders, family, bounds, size):
     """Row in pixels, fractions, the family's units in text, and back to pixels: off by one unit at most."""
     processor, (width, height) = Processor.load(model_folders[family], **bounds), size
-    frame = processor.frame(width, height)
+    image_size = processor.image_size(width, height)
     # what the image processor itself makes of such a picture
     shape = processor.image_processor(images=Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0].tolist()
     patch = processor.image_processor.patch_size
-    assert (frame.seen_height, frame.seen_width) == (shape[1] * patch, shape[2] * patch)
+    assert (image_size.resized_height, image_size.resized_width) == (shape[1] * patch, shape[2] * patch)
     codec, task = CODECS[CODEC_BY_FAMILY[family]], Detection(categories=("dog",))
     boxes = [
         (0, 0, width, height),
@@ -140,9 +142,11 @@ def test_a_box_at_known_pixels_survives_the_way_through_text(model_folders, fami
     row = Row({"objects": [{"box": list(box), "label": "dog"} for box in boxes]}, width=width, height=height)
     query, target = task.read_row(row)
     sample = Sample(id="", image=Path("a.png"), width=width, height=height, query=query, target=target)
-    text = task.answer(sample, codec, frame)
-    found = task.describe(task.parse(text + "<|im_end|>", codec, frame), frame)["objects"]
-    columns, rows = (frame.seen_width, frame.seen_height) if family == "qwen2_5_vl" else (1000, 1000)
+    text = task.target_text(sample, codec, image_size)
+    found = task.serialize_prediction(task.parse_completion(text + "<|im_end|>", codec, image_size), image_size)[
+        "objects"
+    ]
+    columns, rows = (image_size.resized_width, image_size.resized_height) if family == "qwen2_5_vl" else (1000, 1000)
     assert len(found) == len(boxes)
     for item, box in zip(found, boxes, strict=True):
         assert item["box"][0::2] == pytest.approx(box[0::2], abs=width / columns + ROUNDING)

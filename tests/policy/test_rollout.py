@@ -7,26 +7,28 @@ from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.prefill import prefill
-from perception_r1.policy.rollout import Sampling, write
+from perception_r1.policy.rollout import SamplingParams, generate
 from tests.policy import oracle
 
 ENDS = torch.tensor([271, 272])
 """The two end tokens of the tiny tokenizer."""
 
 
-def roll_out(model, prompts, **options):
-    return write(Decoder(model), prefill(model, prompts), **options)
+def rollout_of(model, prompts, **options):
+    return generate(Decoder(model), prefill(model, prompts), **options)
 
 
-def sampling_of(policy, *, end_token_ids=None, **options):
-    ends = policy.end_token_ids if end_token_ids is None else torch.tensor(end_token_ids)
-    return Sampling(**({"max_new_tokens": 8} | options), end_token_ids=ends, banned=policy.banned)
+def sampling_of(policy, *, eos_token_ids=None, **options):
+    ends = policy.eos_token_ids if eos_token_ids is None else torch.tensor(eos_token_ids)
+    return SamplingParams(
+        **({"max_new_tokens": 8} | options), eos_token_ids=ends, suppress_tokens=policy.suppress_tokens
+    )
 
 
 def greedy(policy, places, **options):
     prompts = oracle.encode(policy.processor, places)
-    sampling = sampling_of(policy, is_greedy=True, **options)
-    return roll_out(policy.model, prompts, group_size=1, sampling=sampling, seeds=[0] * len(prompts))
+    params = sampling_of(policy, is_greedy=True, **options)
+    return rollout_of(policy.model, prompts, group_size=1, params=params, seeds=[0] * len(prompts))
 
 
 def rows(rollout):
@@ -50,7 +52,7 @@ def test_greedy_answers_equal_those_of_transformers(policy, plain):
             image_grid_thw=prompt.image_grid_thw,
             do_sample=False,
             max_new_tokens=12,
-            suppress_tokens=policy.banned.tolist(),
+            suppress_tokens=policy.suppress_tokens.tolist(),
         )
         expected.append(until_end(generated[0, prompt.input_ids.shape[1] :].tolist(), ENDS.tolist()))
     assert rows(greedy(policy, [0, 1, 2], max_new_tokens=12)) == expected
@@ -58,32 +60,32 @@ def test_greedy_answers_equal_those_of_transformers(policy, plain):
 
 def sampled(policy, **options):
     prompts = oracle.encode(policy.processor)
-    return roll_out(policy.model, prompts, group_size=1, sampling=sampling_of(policy, **options), seeds=[1, 2, 3])
+    return rollout_of(policy.model, prompts, group_size=1, params=sampling_of(policy, **options), seeds=[1, 2, 3])
 
 
 def test_any_end_token_stops_a_row_and_is_kept(policy):
-    free = rows(sampled(policy, end_token_ids=[287]))
+    free = rows(sampled(policy, eos_token_ids=[287]))
     ends = [free[0][0], free[1][3], free[2][6]]
-    rollout = sampled(policy, end_token_ids=ends)
+    rollout = sampled(policy, eos_token_ids=ends)
     assert rows(rollout) == [until_end(row, ends) for row in free]
     assert rollout.is_truncated == [not set(row) & set(ends) for row in free]
     assert len({len(row) for row in rows(rollout)}) > 1
 
 
 def test_an_end_token_at_the_limit_is_no_truncation(policy):
-    free = rows(sampled(policy, end_token_ids=[287]))
-    rollout = sampled(policy, end_token_ids=[free[0][-1]])
+    free = rows(sampled(policy, eos_token_ids=[287]))
+    rollout = sampled(policy, eos_token_ids=[free[0][-1]])
     assert free[0].index(free[0][-1]) == 7
     assert (rows(rollout)[0], rollout.is_truncated[0]) == (free[0], False)
-    assert sampled(policy, end_token_ids=[287]).is_truncated == [True] * 3
+    assert sampled(policy, eos_token_ids=[287]).is_truncated == [True] * 3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_every_token_is_drawn_from_the_exact_softmax_of_the_plain_model(policy, plain, temperature):
     seeds, group_size, length = [11, 22, 33], 3, 6
-    sampling = sampling_of(policy, max_new_tokens=length, temperature=temperature)
+    params = sampling_of(policy, max_new_tokens=length, temperature=temperature)
     prompts = oracle.encode(policy.processor)
-    rollout = roll_out(policy.model, prompts, group_size=group_size, sampling=sampling, seeds=seeds)
+    rollout = rollout_of(policy.model, prompts, group_size=group_size, params=params, seeds=seeds)
     entropies = []
     for index, completion in enumerate(rollout.completions):
         prompt, member = index // group_size, index % group_size
@@ -91,7 +93,7 @@ def test_every_token_is_drawn_from_the_exact_softmax_of_the_plain_model(policy, 
         uniforms = torch.rand(group_size, length, dtype=torch.float64, generator=generator)[member]
         single = oracle.encode(policy.processor, [prompt])
         with torch.no_grad():
-            probs = oracle.distributions(plain, single, completion, policy.banned, temperature).exp()
+            probs = oracle.distributions(plain, single, completion, policy.suppress_tokens, temperature).exp()
         for token, row, uniform in zip(completion.tolist(), probs, uniforms.tolist(), strict=False):
             before = float(row[:token].sum())
             assert before - 1e-9 <= uniform < before + float(row[token]) + 1e-9
@@ -103,15 +105,15 @@ def test_every_token_is_drawn_from_the_exact_softmax_of_the_plain_model(policy, 
 def test_the_frequencies_of_first_tokens_are_their_probabilities(folder, temperature):
     policy, plain = Policy.load(PolicyConfig(name=str(folder))), oracle.plain_model(folder)
     prompt = oracle.encode(policy.processor, [0])
-    sampling = sampling_of(policy, max_new_tokens=1, temperature=temperature)
+    params = sampling_of(policy, max_new_tokens=1, temperature=temperature)
     counts = torch.zeros(288, dtype=torch.float64)
     num_draws = 0
     for seed in range(6):
-        rollout = roll_out(policy.model, prompt, group_size=1000, sampling=sampling, seeds=[seed])
+        rollout = rollout_of(policy.model, prompt, group_size=1000, params=params, seeds=[seed])
         counts += torch.cat(rollout.completions).bincount(minlength=288)
         num_draws += 1000
     with torch.no_grad():
-        probs = oracle.distributions(plain, prompt, torch.tensor([0]), policy.banned, temperature)[0].exp()
+        probs = oracle.distributions(plain, prompt, torch.tensor([0]), policy.suppress_tokens, temperature)[0].exp()
     expected = probs * num_draws
     is_common = expected >= 5
     observed = torch.cat([counts[is_common], counts[~is_common].sum()[None]])
@@ -120,26 +122,26 @@ def test_the_frequencies_of_first_tokens_are_their_probabilities(folder, tempera
     freedom = len(wanted) - 1
     assert freedom > 20
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
-    assert counts[policy.banned].sum() == 0
+    assert counts[policy.suppress_tokens].sum() == 0
 
 
 def test_banned_tokens_are_never_written_however_probable(folder):
     policy = Policy.load(PolicyConfig(name=str(folder)))
     with torch.no_grad():  # the tied head makes them the most probable tokens by far
-        policy.model.lm_head.weight[policy.banned] = 100 * policy.model.lm_head.weight[97]
-        policy.model.lm_head.weight[policy.banned[1:]] *= -1
+        policy.model.lm_head.weight[policy.suppress_tokens] = 100 * policy.model.lm_head.weight[97]
+        policy.model.lm_head.weight[policy.suppress_tokens[1:]] *= -1
     prompts = oracle.encode(policy.processor)
     for is_greedy in (True, False):
-        sampling = sampling_of(policy, is_greedy=is_greedy)
-        rollout = roll_out(policy.model, prompts, group_size=4, sampling=sampling, seeds=[1, 2, 3])
-        assert not torch.isin(torch.cat(rollout.completions), policy.banned).any()
+        params = sampling_of(policy, is_greedy=is_greedy)
+        rollout = rollout_of(policy.model, prompts, group_size=4, params=params, seeds=[1, 2, 3])
+        assert not torch.isin(torch.cat(rollout.completions), policy.suppress_tokens).any()
 
 
 def test_a_completion_depends_on_its_prompt_and_seed_alone(policy):
     def sample(places, seeds, group_size=4):
         prompts = oracle.encode(policy.processor, places)
-        sampling = sampling_of(policy, end_token_ids=list(range(0, 270, 9)), max_new_tokens=10)
-        rollout = roll_out(policy.model, prompts, group_size=group_size, sampling=sampling, seeds=seeds)
+        params = sampling_of(policy, eos_token_ids=list(range(0, 270, 9)), max_new_tokens=10)
+        rollout = rollout_of(policy.model, prompts, group_size=group_size, params=params, seeds=seeds)
         return list(zip(rows(rollout), rollout.is_truncated, strict=True))
 
     together = sample([0, 1, 2], [5, 6, 7])
@@ -155,18 +157,18 @@ def test_sampling_touches_no_global_random_state(folder):
     policy = Policy.load(PolicyConfig(name=str(folder)))
     before = torch.get_rng_state()
     prompts = oracle.encode(policy.processor, [0])
-    roll_out(policy.model, prompts, group_size=2, sampling=sampling_of(policy), seeds=[1])
+    rollout_of(policy.model, prompts, group_size=2, params=sampling_of(policy), seeds=[1])
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_sampled_completions_have_the_log_probabilities_of_the_sampler(policy, plain):
     prompts = oracle.encode(policy.processor)
-    rollout = policy.roll_out(prompts, group_size=2, max_new_tokens=6, seeds=[1, 2, 3], temperature=0.7)
+    rollout = policy.generate(policy.prefill(prompts), group_size=2, max_new_tokens=6, seeds=[1, 2, 3], temperature=0.7)
     with torch.no_grad():
         logprobs = policy(prompts, rollout.completions, 0.7)
         for index, completion in enumerate(rollout.completions):
             single = oracle.encode(policy.processor, [index // 2])
-            expected = oracle.logprobs(plain, single, completion, policy.banned, 0.7)
+            expected = oracle.logprobs(plain, single, completion, policy.suppress_tokens, 0.7)
             torch.testing.assert_close(logprobs[index, : len(completion)], expected, rtol=0, atol=1e-6)
 
 
@@ -179,15 +181,21 @@ def test_the_checkpoint_s_own_sampling_settings_do_not_leak_in(folder, copy_fold
     def sample(source):
         policy = Policy.load(PolicyConfig(name=str(source)))
         prompts = oracle.encode(policy.processor)
-        answers = policy.roll_out(prompts, group_size=1, max_new_tokens=8, seeds=[0] * 3, is_greedy=True)
-        return rows(policy.roll_out(prompts, group_size=3, max_new_tokens=8, seeds=[1, 2, 3])) + rows(answers)
+        answers = policy.generate(
+            policy.prefill(prompts), group_size=1, max_new_tokens=8, seeds=[0] * 3, is_greedy=True
+        )
+        return rows(policy.generate(policy.prefill(prompts), group_size=3, max_new_tokens=8, seeds=[1, 2, 3])) + rows(
+            answers
+        )
 
     assert sample(other) == sample(folder)
 
 
 def test_the_text_s_length_limit_holds_for_every_row(folder):
     policy = Policy.load(PolicyConfig(name=str(folder)))
-    rollout = policy.roll_out(oracle.encode(policy.processor), group_size=2, max_new_tokens=1, seeds=[1, 2, 3])
+    rollout = policy.generate(
+        policy.prefill(oracle.encode(policy.processor)), group_size=2, max_new_tokens=1, seeds=[1, 2, 3]
+    )
     assert [len(completion) for completion in rollout.completions] == [1] * 6
 
 
@@ -198,11 +206,11 @@ def test_a_tall_picture_does_not_confuse_positions(policy, plain):
         [[oracle.noise(28, 400)], [oracle.noise(400, 28)]],
         max_tokens=None,
     )
-    rollout = policy.roll_out(both, group_size=2, max_new_tokens=5, seeds=[1, 2])
+    rollout = policy.generate(policy.prefill(both), group_size=2, max_new_tokens=5, seeds=[1, 2])
     with torch.no_grad():
         logprobs = policy(both, rollout.completions)
         for completion, row in zip(rollout.completions[:2], logprobs, strict=False):
-            expected = oracle.logprobs(plain, prompt, completion, policy.banned, 1.0)
+            expected = oracle.logprobs(plain, prompt, completion, policy.suppress_tokens, 1.0)
             torch.testing.assert_close(row[: len(completion)], expected, rtol=0, atol=1e-6)
 
 
@@ -212,10 +220,10 @@ MANY_ENDS = torch.arange(0, 270, 6)
 
 def ragged(policy, places=(0, 1, 2, 3), **options):
     """Prompts and a rollout in which many rows end long before the limit."""
-    policy.end_token_ids = MANY_ENDS
+    policy.eos_token_ids = MANY_ENDS
     prompts = oracle.encode(policy.processor, places)
     defaults = {"group_size": 4, "max_new_tokens": 16, "seeds": range(len(places)), "temperature": 0.7}
-    return prompts, policy.roll_out(prompts, **(defaults | options))
+    return prompts, policy.generate(policy.prefill(prompts), **(defaults | options))
 
 
 def spy_on_rows(monkeypatch):
@@ -272,7 +280,7 @@ def test_entropy_is_a_mean_over_written_tokens_alone(policy, plain, exact_layers
     for index, completion in enumerate(rollout.completions):
         prompt = oracle.encode(policy.processor, [index // 4])
         with torch.no_grad():
-            probs = oracle.distributions(plain, prompt, completion, policy.banned, 0.7).exp()
+            probs = oracle.distributions(plain, prompt, completion, policy.suppress_tokens, 0.7).exp()
         entropies.append(torch.special.entr(probs).sum(1))
     assert len({len(row) for row in entropies}) > 3
     assert rollout.entropy == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-12)

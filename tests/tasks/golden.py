@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from perception_r1.codecs import CODECS
-from perception_r1.data.rows import Row
-from perception_r1.records import Frame, Score
+from perception_r1.records import ImageSize, Score
+from perception_r1.rows import Row
 from perception_r1.task import Task
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -18,13 +18,13 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def score(task: Task[Any, Any], codec: str, values: Mapping[str, Any]) -> Score:
-    """The score of one vector by way of `read_row` and `parse`, its image not resized."""
+    """The score of one vector by way of `read_row` and `parse_completion`, its image not resized."""
     width, height = values.get("width", 1), values.get("height", 1)
-    frame = Frame(width=width, height=height, seen_width=width, seen_height=height)
+    image_size = ImageSize(width=width, height=height, resized_width=width, resized_height=height)
     _, target = task.read_row(Row(values, width=width, height=height))
-    return task.score(task.parse(values["completion"], CODECS[codec], frame), target)
+    return task.score(task.parse_completion(values["completion"], CODECS[codec], image_size), target)
 
 
 def flat(result: Score) -> dict[str, float]:
-    """Reward, terms and figures in one."""
-    return {"reward": result.reward, **result.terms, **result.figures}
+    """Reward, components and metrics in one."""
+    return {"reward": result.reward, **result.components, **result.metrics}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from perception_r1.codecs import CODECS
 from perception_r1.metrics import task_metrics
-from perception_r1.records import Frame, LabelledBox, Sample, Score
+from perception_r1.records import ImageSize, LabelledBox, Sample, Score
 from perception_r1.task import MAX_TEXT, Task
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.counting import CountingTarget
@@ -22,7 +22,7 @@ from perception_r1.tasks.ocr import OcrTarget
 from tests.hostile import WORST, texts
 
 # sides on which hundredths of the image are whole numbers in every codec's units
-FRAME = Frame(width=400, height=300, seen_width=700, seen_height=1400)
+FRAME = ImageSize(width=400, height=300, resized_width=700, resized_height=1400)
 CUPS = ((0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.0, 1.0))
 PLACES = ((0.25, 0.5), (0.5, 0.25), (0.75, 0.75))
 OBJECTS = (
@@ -56,9 +56,9 @@ def make(name: str, query: str, target: Any) -> Sample[Any]:
 
 
 def check_names(task: Task[Any, Any], score: Score) -> None:
-    assert tuple(score.terms) == task.term_names
-    assert tuple(score.figures) == task.figure_names
-    assert all(isfinite(value) for value in (score.reward, *score.terms.values(), *score.figures.values()))
+    assert tuple(score.components) == task.component_names
+    assert tuple(score.metrics) == task.metric_names
+    assert all(isfinite(value) for value in (score.reward, *score.components.values(), *score.metrics.values()))
 
 
 def test_every_task_has_samples():
@@ -71,21 +71,21 @@ def test_every_task_has_samples():
 def test_the_answer_reads_back_with_full_marks(name, query, target, codec, think):
     task, sample = TASKS[name](think=think), make(name, query, target)
     for end in ("", "<|im_end|>", "<|im_end|><|endoftext|>\n"):
-        prediction = task.parse(task.answer(sample, codec, FRAME) + end, codec, FRAME)
+        prediction = task.parse_completion(task.target_text(sample, codec, FRAME) + end, codec, FRAME)
         score = task.score(prediction, target)
         assert score.reward == pytest.approx(TARGETS[name][0])
         check_names(task, score)
-        json.dumps(task.describe(prediction, FRAME))
-        assert all(len(mark.shape) in (2, 4) for mark in [*task.marks(target), *task.marks(prediction)])
+        json.dumps(task.serialize_prediction(prediction, FRAME))
+        assert all(len(mark.shape) in (2, 4) for mark in [*task.overlays(target), *task.overlays(prediction)])
 
 
 @codecs
 @pytest.mark.parametrize(("name", "query", "target"), CASES)
 def test_an_answer_without_the_tags_asked_for_is_worth_nothing(name, query, target, codec):
     task, sample = TASKS[name](think=True), make(name, query, target)
-    text = TASKS[name]().answer(sample, codec, FRAME)
+    text = TASKS[name]().target_text(sample, codec, FRAME)
     for variant in (text, f"<answer>{text}</answer>", f"<think></think>{text}", f"<think><answer>{text}</answer>"):
-        assert task.parse(variant, codec, FRAME) is None
+        assert task.parse_completion(variant, codec, FRAME) is None
         assert task.score(None, target).reward == 0
 
 
@@ -96,7 +96,7 @@ def test_an_answer_without_the_tags_asked_for_is_worth_nothing(name, query, targ
 def test_garbage_scores_zero(name, codec, think, text):
     task = TASKS[name](think=think)
     target = OcrTarget(text="ßðø") if name == "ocr" else TARGETS[name][1][0][1]
-    score = task.score(task.parse(text, codec, FRAME), target)
+    score = task.score(task.parse_completion(text, codec, FRAME), target)
     assert score.reward == 0
     check_names(task, score)
 
@@ -106,12 +106,12 @@ def test_garbage_scores_zero(name, codec, think, text):
 @given(text=texts, think=st.booleans())
 def test_hostile_text_is_scored_without_a_complaint(name, codec, text, think):
     task = TASKS[name](think=think)
-    prediction = task.parse(text, codec, FRAME)
+    prediction = task.parse_completion(text, codec, FRAME)
     for _, target in TARGETS[name][1]:
         score = task.score(prediction, target)
         check_names(task, score)
         assert 0 <= score.reward <= TARGETS[name][0]
-    json.dumps(task.describe(prediction, FRAME), allow_nan=False)
+    json.dumps(task.serialize_prediction(prediction, FRAME), allow_nan=False)
 
 
 @tasks
@@ -119,7 +119,7 @@ def test_hostile_text_is_scored_without_a_complaint(name, codec, text, think):
 def test_worst_cases_are_scored_without_a_complaint(name, text):
     for codec in CODECS.values():
         task = TASKS[name]()
-        check_names(task, task.score(task.parse(text, codec, FRAME), TARGETS[name][1][0][1]))
+        check_names(task, task.score(task.parse_completion(text, codec, FRAME), TARGETS[name][1][0][1]))
 
 
 @tasks
@@ -128,10 +128,12 @@ def test_names_are_all_different_and_the_headline_is_one_of_them(name):
     assert is_dataclass(task)
     metrics = task_metrics(task)
     target = TARGETS[name][1][0][1]
-    metrics.update(scores=[task.score(None, target)], predictions=[None], targets=[target], frames=[FRAME], ids=["1"])
+    metrics.update(
+        scores=[task.score(None, target)], predictions=[None], targets=[target], image_sizes=[FRAME], ids=["1"]
+    )
     values = metrics.compute()
-    own = ["reward", *task.term_names, *task.figure_names]
+    own = ["reward", *task.component_names, *task.metric_names]
     assert len(set(own)) == len(own)
     assert set(own) <= set(values)
-    assert task.headline in values
+    assert task.primary_metric in values
     assert all(value.ndim == 0 for value in values.values())

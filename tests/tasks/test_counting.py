@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from perception_r1.codecs import CODECS
-from perception_r1.data.rows import Row, RowError
 from perception_r1.geometry import center
 from perception_r1.metrics import task_metrics, update_metrics
-from perception_r1.records import Frame, Mark, Sample
-from perception_r1.scoring import judge
+from perception_r1.records import ImageSize, Overlay, Sample
+from perception_r1.rows import Row, RowError
+from perception_r1.scoring import score_completions
 from perception_r1.tasks.counting import Counting, CountingPrediction, CountingTarget
 from tests.tasks import golden
 
-FRAME = Frame(width=1000, height=500, seen_width=980, seen_height=504)
+FRAME = ImageSize(width=1000, height=500, resized_width=980, resized_height=504)
 REF = "<|object_ref_start|>cup<|object_ref_end|>"
 BOX = "<|box_start|>(0,0),(500,500)<|box_end|>"
 TARGET = CountingTarget(count=2, points=((0.25, 0.25), (0.75, 0.75)))
@@ -41,7 +41,7 @@ def test_reward_agrees_with_all_assignments_tried_out(num_boxes, num_points):
     least = min(sum(map(dist, short, chosen)) for chosen in permutations(long, len(short))) / len(short)
     found = Counting().score(prediction(*centers), CountingTarget(count=num_points, points=points))
     ratio = len(short) / len(long)
-    assert found.terms["closeness"] == pytest.approx(1 - 1000 * least / (1000 * sqrt(2)))
+    assert found.components["closeness"] == pytest.approx(1 - 1000 * least / (1000 * sqrt(2)))
     assert found.reward == pytest.approx(ratio * (1 - least / sqrt(2)))
 
 
@@ -57,11 +57,13 @@ def test_means_are_the_share_of_right_counts_and_the_mean_absolute_error(seed):
         completions.append(("I see " if is_wordy else "") + (REF + BOX * found if found else "none"))
         is_right.append(found == wanted and found > 0 and not is_wordy)
         errors.append(abs(found - wanted))
-    outcomes = judge(Counting(), CODECS["qwen2_vl"], samples=samples, frames=[FRAME] * 200, completions=completions)
+    scored_completions = score_completions(
+        Counting(), CODECS["qwen2_vl"], samples=samples, image_sizes=[FRAME] * 200, completions=completions
+    )
     metrics = task_metrics(Counting())
-    rng.shuffle(outcomes)
+    rng.shuffle(scored_completions)
     for start in range(0, 200, 33):
-        update_metrics(metrics, outcomes[start : start + 33])
+        update_metrics(metrics, scored_completions[start : start + 33])
     values = metrics.compute()
     assert values["count_accuracy"].item() == pytest.approx(sum(is_right) / 200, abs=1e-9, rel=0)
     assert values["absolute_error"].item() == pytest.approx(sum(errors) / 200, abs=1e-9, rel=0)
@@ -78,7 +80,7 @@ def test_a_count_without_points_has_no_place_to_miss():
 
 
 @pytest.mark.parametrize(
-    ("answer", "figures"),
+    ("answer", "metrics"),
     [
         (prediction((0.3, 0.3), (0.7, 0.7)), (1, 0, 2, 0, 0)),
         (prediction((0.3, 0.3), (0.7, 0.7), is_well_formed=False), (0, 0, 2, 0, 0)),
@@ -87,9 +89,9 @@ def test_a_count_without_points_has_no_place_to_miss():
         (None, (0, 2, 0, 0, 2)),
     ],
 )
-def test_figures_worked_by_hand(answer, figures):
-    found = Counting().score(answer, TARGET).figures
-    assert tuple(found[name] for name in Counting.figure_names) == figures
+def test_figures_worked_by_hand(answer, metrics):
+    found = Counting().score(answer, TARGET).metrics
+    assert tuple(found[name] for name in Counting.metric_names) == metrics
 
 
 def test_nothing_to_count_is_worth_nothing():
@@ -109,7 +111,7 @@ def test_nothing_to_count_is_worth_nothing():
     ],
 )
 def test_well_formed_is_one_label_and_its_boxes(text, count, is_well_formed):
-    found = Counting().parse(text, CODECS["qwen2_vl"], FRAME)
+    found = Counting().parse_completion(text, CODECS["qwen2_vl"], FRAME)
     assert found is not None
     assert (found.count, found.is_well_formed) == (count, is_well_formed)
 
@@ -141,7 +143,7 @@ def test_a_point_is_written_as_a_small_square_around_it(tmp_path, point):
         id="1", image=tmp_path, width=1000, height=500, query="cup", target=CountingTarget(count=1, points=(point,))
     )
     codec = CODECS["qwen2_vl"]
-    item = codec.read(Counting().write(sample, codec, FRAME), FRAME).items[0]
+    item = codec.parse_boxes(Counting().format_target(sample, codec, FRAME), FRAME).items[0]
     assert item.box is not None
     assert center(item.box) == pytest.approx(point, abs=0.0015)
     assert max(item.box[2] - item.box[0], item.box[3] - item.box[1]) <= 0.04 + 1e-9
@@ -150,7 +152,7 @@ def test_a_point_is_written_as_a_small_square_around_it(tmp_path, point):
 def test_boxes_are_written_as_they_are_and_a_count_cannot_be(tmp_path):
     def written(target: CountingTarget) -> str:
         sample = Sample(id="1", image=tmp_path, width=1000, height=500, query="cup", target=target)
-        return Counting().write(sample, CODECS["qwen2_vl"], FRAME)
+        return Counting().format_target(sample, CODECS["qwen2_vl"], FRAME)
 
     assert written(CountingTarget(count=1, points=((0.25, 0.25),), boxes=((0.0, 0.0, 0.5, 0.5),))) == REF + BOX
     with pytest.raises(ValueError, match="points or boxes"):
@@ -159,14 +161,14 @@ def test_boxes_are_written_as_they_are_and_a_count_cannot_be(tmp_path):
 
 def test_marks_and_description():
     task = Counting()
-    assert list(task.marks(TARGET)) == [Mark(shape=(0.25, 0.25)), Mark(shape=(0.75, 0.75))]
+    assert list(task.overlays(TARGET)) == [Overlay(shape=(0.25, 0.25)), Overlay(shape=(0.75, 0.75))]
     boxed = CountingTarget(count=1, points=((0.25, 0.25),), boxes=((0.0, 0.0, 0.5, 0.5),))
-    assert list(task.marks(boxed)) == [Mark(shape=(0.0, 0.0, 0.5, 0.5))]
-    assert list(task.marks(CountingTarget(count=3))) == []
-    found = task.parse(REF + BOX, CODECS["qwen2_vl"], FRAME)
+    assert list(task.overlays(boxed)) == [Overlay(shape=(0.0, 0.0, 0.5, 0.5))]
+    assert list(task.overlays(CountingTarget(count=3))) == []
+    found = task.parse_completion(REF + BOX, CODECS["qwen2_vl"], FRAME)
     assert found is not None
-    assert list(task.marks(found)) == [Mark(shape=(0.0, 0.0, 0.5, 0.5), caption="cup")]
-    assert task.describe(found, FRAME) == {"count": 1, "boxes": [[0.0, 0.0, 500.0, 250.0]]}
+    assert list(task.overlays(found)) == [Overlay(shape=(0.0, 0.0, 0.5, 0.5), caption="cup")]
+    assert task.serialize_prediction(found, FRAME) == {"count": 1, "boxes": [[0.0, 0.0, 500.0, 250.0]]}
     assert task.prompt("cups") == "Output all the bounding boxes of the cups"
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from perception_r1.codecs import CODECS
 from perception_r1.data.categories import COCO_NAMES
-from perception_r1.data.rows import Row, RowError
-from perception_r1.records import Box, Frame, LabelledBox, Mark
+from perception_r1.records import Box, ImageSize, LabelledBox, Overlay
+from perception_r1.rows import Row, RowError
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
 from tests.tasks import golden
 
-FRAME = Frame(width=100, height=50, seen_width=84, seen_height=56)
+FRAME = ImageSize(width=100, height=50, resized_width=84, resized_height=56)
 CAT = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))
 DOG = LabelledBox(label="dog", box=(0.5, 0.5, 1.0, 1.0))
 TASK = Detection(categories=("cat", "dog"))
@@ -36,7 +36,7 @@ def test_the_default_categories_are_those_of_coco():
 
 
 def naive_cost(a: LabelledBox, b: LabelledBox) -> tuple[float, float]:
-    """The cost of a pair, term by term, and its IoU."""
+    """The cost of a pair, component by component, and its IoU."""
 
     def cxcywh(box: Box) -> tuple[float, float, float, float]:
         return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]
@@ -78,7 +78,7 @@ def test_score_agrees_with_all_assignments_tried_out(seed):
         "missing": 1 - recall,
     }
     found = TASK.score(prediction(*objects), DetectionTarget(objects=tuple(targets)))
-    assert found.terms == pytest.approx(wanted)
+    assert found.components == pytest.approx(wanted)
     reward = 0.25 + 0.75 * wanted["f1"] + wanted["class"] + wanted["iou"] - 0.5 * wanted["missing"]
     assert found.reward == pytest.approx(max(reward, 0))
 
@@ -86,9 +86,9 @@ def test_score_agrees_with_all_assignments_tried_out(seed):
 def test_the_label_decides_between_equal_boxes():
     twin = LabelledBox(label="dog", box=CAT.box)
     target = DetectionTarget(objects=(CAT, twin))
-    assert TASK.score(prediction(twin, CAT), target).terms["class"] == 1
+    assert TASK.score(prediction(twin, CAT), target).components["class"] == 1
     sequential = Detection(categories=("cat", "dog"), matching="sequential")
-    assert sequential.score(prediction(twin, CAT), target).terms["class"] == 0
+    assert sequential.score(prediction(twin, CAT), target).components["class"] == 0
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_reward_stays_between_nothing_and_full_marks():
 
 
 @pytest.mark.parametrize(
-    ("answer", "objects", "figures"),
+    ("answer", "objects", "metrics"),
     [
         (prediction(CAT, DOG), (CAT,), (0.5, 1, 2, 1, 0)),
         (prediction(CAT), (CAT, DOG), (1, 0.5, 1, 0, 1)),
@@ -124,22 +124,22 @@ def test_the_reward_stays_between_nothing_and_full_marks():
         (None, (CAT,), (0, 0, 0, 0, 1)),
     ],
 )
-def test_figures_worked_by_hand(answer, objects, figures):
-    found = TASK.score(answer, DetectionTarget(objects=objects)).figures
-    assert tuple(found[name] for name in Detection.figure_names) == figures
+def test_figures_worked_by_hand(answer, objects, metrics):
+    found = TASK.score(answer, DetectionTarget(objects=objects)).metrics
+    assert tuple(found[name] for name in Detection.metric_names) == metrics
 
 
 @pytest.mark.parametrize("codec", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("text", ["", "{}", "no objects", "<|im_end|>", "[", "[[]"])
 def test_what_is_no_list_is_no_answer(codec, text):
-    assert TASK.parse(text, CODECS[codec], FRAME) is None
+    assert TASK.parse_completion(text, CODECS[codec], FRAME) is None
 
 
 def test_text_around_a_qwen2_list_costs_the_format_only():
-    text = CODECS["qwen2_vl"].write([CAT, DOG], FRAME)
+    text = CODECS["qwen2_vl"].format_boxes([CAT, DOG], FRAME)
     target = DetectionTarget(objects=(CAT, DOG))
-    found = TASK.score(TASK.parse(f"I see {text}", CODECS["qwen2_vl"], FRAME), target)
-    assert found.terms == pytest.approx({"format": 0, "f1": 1, "class": 1, "iou": 1, "missing": 0})
+    found = TASK.score(TASK.parse_completion(f"I see {text}", CODECS["qwen2_vl"], FRAME), target)
+    assert found.components == pytest.approx({"format": 0, "f1": 1, "class": 1, "iou": 1, "missing": 0})
 
 
 def test_rows_with_unknown_labels_are_refused():
@@ -163,16 +163,18 @@ def test_a_crowd_is_no_target():
     without = DetectionTarget(objects=(CAT, DOG))
     for answer in (prediction(CAT, DOG), prediction(CAT), prediction(), None):
         assert TASK.score(answer, target) == TASK.score(answer, without)
-    assert list(TASK.marks(target)) == list(TASK.marks(without))
+    assert list(TASK.overlays(target)) == list(TASK.overlays(without))
     row = Row({"objects": [{"box": [0, 0, 9, 9], "label": "unicorn"} | crowd]}, width=100, height=50)
     with pytest.raises(RowError, match="'unicorn'"):
         TASK.read_row(row)
 
 
 def test_marks_and_description():
-    assert list(TASK.marks(DetectionTarget(objects=(CAT,)))) == [Mark(shape=CAT.box, caption="cat")]
-    assert TASK.describe(prediction(CAT), FRAME) == {"objects": [{"box": [0.0, 0.0, 50.0, 25.0], "label": "cat"}]}
-    assert TASK.describe(None, FRAME) is None
+    assert list(TASK.overlays(DetectionTarget(objects=(CAT,)))) == [Overlay(shape=CAT.box, caption="cat")]
+    assert TASK.serialize_prediction(prediction(CAT), FRAME) == {
+        "objects": [{"box": [0.0, 0.0, 50.0, 25.0], "label": "cat"}]
+    }
+    assert TASK.serialize_prediction(None, FRAME) is None
 
 
 @pytest.mark.parametrize(

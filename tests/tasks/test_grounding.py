@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 
 from perception_r1.codecs import CODECS
-from perception_r1.data.rows import Row, RowError
 from perception_r1.metrics import task_metrics, update_metrics
-from perception_r1.records import Frame, Mark, Sample
-from perception_r1.scoring import judge
+from perception_r1.records import ImageSize, Overlay, Sample
+from perception_r1.rows import Row, RowError
+from perception_r1.scoring import score_completions
 from perception_r1.tasks.grounding import Grounding, GroundingPrediction, GroundingTarget
 from tests.tasks import golden
 
-FRAME = Frame(width=200, height=100, seen_width=196, seen_height=112)
+FRAME = ImageSize(width=200, height=100, resized_width=196, resized_height=112)
 REF = "<|object_ref_start|>cup<|object_ref_end|>"
 LEFT = "<|box_start|>(0,0),(500,1000)<|box_end|>"
 TARGET = GroundingTarget(box=(0.0, 0.0, 0.5, 1.0))
 
 
 def parse(text: str) -> GroundingPrediction | None:
-    return Grounding().parse(text, CODECS["qwen2_vl"], FRAME)
+    return Grounding().parse_completion(text, CODECS["qwen2_vl"], FRAME)
 
 
 @pytest.mark.parametrize("values", golden.read("grounding"), ids=str)
@@ -57,20 +57,20 @@ def test_well_formed_is_exactly_one_labelled_box(text, num_boxes, is_well_formed
 
 def test_a_json_answer_needs_its_label_too():
     codec, task = CODECS["qwen3_vl"], Grounding()
-    good = task.parse('[{"bbox_2d": [0, 0, 500, 1000], "label": "cup"}]', codec, FRAME)
-    unnamed = task.parse('[{"bbox_2d": [0, 0, 500, 1000]}]', codec, FRAME)
+    good = task.parse_completion('[{"bbox_2d": [0, 0, 500, 1000], "label": "cup"}]', codec, FRAME)
+    unnamed = task.parse_completion('[{"bbox_2d": [0, 0, 500, 1000]}]', codec, FRAME)
     assert task.score(good, TARGET).reward == 2
     assert task.score(unnamed, TARGET).reward == 1
 
 
-def test_weights_scale_the_terms():
+def test_weights_scale_the_components():
     task = Grounding(format_weight=0.5, iou_weight=3.0)
     prediction = GroundingPrediction(boxes=((0.0, 0.0, 0.25, 1.0),), label="cup", is_well_formed=True)
     assert task.score(prediction, TARGET).reward == pytest.approx(0.5 + 3 * 0.5**2)
 
 
 @pytest.mark.parametrize(
-    ("boxes", "figures"),
+    ("boxes", "metrics"),
     [
         # IoU 1, 0.8, 0.5 and 0.4 with the left half; the last has its center in it all the same
         (((0.0, 0.0, 0.5, 1.0),), (1, 1, 1, 1, 1, 0, 0)),
@@ -82,14 +82,14 @@ def test_weights_scale_the_terms():
         ((), (0, 0, 0, 0, 0, 0, 1)),
     ],
 )
-def test_figures_worked_by_hand(boxes, figures):
+def test_figures_worked_by_hand(boxes, metrics):
     prediction = GroundingPrediction(boxes=boxes, label="cup", is_well_formed=len(boxes) == 1)
-    found = Grounding().score(prediction, TARGET).figures
-    assert tuple(found[name] for name in Grounding.figure_names) == figures
+    found = Grounding().score(prediction, TARGET).metrics
+    assert tuple(found[name] for name in Grounding.metric_names) == metrics
 
 
-def naive_figures(box: list[int], target: list[int]) -> dict[str, Fraction]:
-    """The protocol's figures in whole pixels, without any rounding."""
+def naive_metrics(box: list[int], target: list[int]) -> dict[str, Fraction]:
+    """The protocol's metrics in whole pixels, without any rounding."""
     inside = overlap = both = 0
     across, down = (
         [max(box[k], target[k]), min(box[k + 2], target[k + 2]), box[k] + box[k + 2], 2 * target[k], 2 * target[k + 2]]
@@ -113,7 +113,7 @@ def naive_figures(box: list[int], target: list[int]) -> dict[str, Fraction]:
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_are_those_of_whole_pixels_also_on_the_thresholds(seed):
     rng = random.Random(seed)
-    samples, frames, completions, wanted = [], [], [], []
+    samples, image_sizes, completions, wanted = [], [], [], []
     for number in range(400):
         width, height = rng.randrange(60, 900), rng.randrange(60, 900)
         x, y, w, h = rng.randrange(width - 40), rng.randrange(height - 40), 20, rng.randrange(1, 41)
@@ -127,24 +127,29 @@ def test_figures_are_those_of_whole_pixels_also_on_the_thresholds(seed):
             id=str(number), image=Path(), width=width, height=height, query="", target=task.read_row(row)[1]
         )
         samples.append(sample)
-        frames.append(Frame(width=width, height=height, seen_width=width, seen_height=height))
+        image_sizes.append(ImageSize(width=width, height=height, resized_width=width, resized_height=height))
         completions.append(f'[{{"bbox_2d": {box}, "label": "cup"}}]')
-        wanted.append(naive_figures(box, target))
-    outcomes = judge(
-        task, CODECS["qwen2_5_vl"], samples=samples, frames=frames, completions=completions, is_evaluation=True
+        wanted.append(naive_metrics(box, target))
+    scored_completions = score_completions(
+        task,
+        CODECS["qwen2_5_vl"],
+        samples=samples,
+        image_sizes=image_sizes,
+        completions=completions,
+        is_evaluation=True,
     )
-    for outcome, figures in zip(outcomes, wanted, strict=True):
-        found = golden.flat(outcome.score)
-        assert {name: found[name] for name in figures} == pytest.approx(
-            {k: float(v) for k, v in figures.items()}, abs=1e-9
+    for scored, metrics in zip(scored_completions, wanted, strict=True):
+        found = golden.flat(scored.score)
+        assert {name: found[name] for name in metrics} == pytest.approx(
+            {k: float(v) for k, v in metrics.items()}, abs=1e-9
         )
     metrics = task_metrics(task)
-    rng.shuffle(outcomes)
+    rng.shuffle(scored_completions)
     for start in range(0, 400, 33):
-        update_metrics(metrics, outcomes[start : start + 33])
+        update_metrics(metrics, scored_completions[start : start + 33])
     values = metrics.compute()
     for name in wanted[0]:
-        mean = math.fsum(figures[name] for figures in wanted) / 400
+        mean = math.fsum(metrics[name] for metrics in wanted) / 400
         assert values[name].item() == pytest.approx(mean, abs=1e-9, rel=0)
         assert 0 < mean < 1
 
@@ -152,15 +157,15 @@ def test_figures_are_those_of_whole_pixels_also_on_the_thresholds(seed):
 def test_marks_and_description():
     prediction = parse(REF + LEFT)
     assert prediction is not None
-    assert list(Grounding().marks(prediction)) == [Mark(shape=TARGET.box, caption="cup")]
-    assert list(Grounding().marks(TARGET)) == [Mark(shape=TARGET.box)]
-    assert Grounding().describe(prediction, FRAME) == {"boxes": [[0.0, 0.0, 100.0, 100.0]]}
-    assert Grounding().describe(None, FRAME) is None
+    assert list(Grounding().overlays(prediction)) == [Overlay(shape=TARGET.box, caption="cup")]
+    assert list(Grounding().overlays(TARGET)) == [Overlay(shape=TARGET.box)]
+    assert Grounding().serialize_prediction(prediction, FRAME) == {"boxes": [[0.0, 0.0, 100.0, 100.0]]}
+    assert Grounding().serialize_prediction(None, FRAME) is None
 
 
 def test_the_answer_names_the_query(tmp_path):
     sample = Sample(id="1", image=tmp_path, width=200, height=100, query="cup", target=TARGET)
-    assert Grounding().write(sample, CODECS["qwen2_vl"], FRAME) == REF + LEFT
+    assert Grounding().format_target(sample, CODECS["qwen2_vl"], FRAME) == REF + LEFT
 
 
 @pytest.mark.parametrize("options", [{"format_weight": -1.0}, {"iou_weight": float("nan")}])

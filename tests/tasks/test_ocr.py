@@ -3,12 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_r1.codecs import CODECS
-from perception_r1.data.rows import Row, RowError
-from perception_r1.records import Frame
+from perception_r1.records import ImageSize
+from perception_r1.rows import Row, RowError
 from perception_r1.tasks.ocr import Ocr, OcrTarget
 from tests.tasks import golden
 
-FRAME = Frame(width=100, height=50, seen_width=84, seen_height=56)
+FRAME = ImageSize(width=100, height=50, resized_width=84, resized_height=56)
 
 
 def naive_distance(first: str, second: str) -> int:
@@ -32,12 +32,12 @@ def test_golden_vectors(values):
 def test_similarity_agrees_with_a_naive_table(first, second):
     share = naive_distance(first, second) / max(len(first), len(second), 1)
     found = Ocr().score(first, OcrTarget(text=second))
-    assert found.reward == found.terms["similarity"] == pytest.approx(1 - share)
-    assert found.figures == {"edit_distance": pytest.approx(share), "exact_match": float(first == second)}
+    assert found.reward == found.components["similarity"] == pytest.approx(1 - share)
+    assert found.metrics == {"edit_distance": pytest.approx(share), "exact_match": float(first == second)}
 
 
 def test_spaces_at_the_ends_are_characters():
-    prediction = Ocr().parse(" ab<|im_end|>", CODECS["qwen2_vl"], FRAME)
+    prediction = Ocr().parse_completion(" ab<|im_end|>", CODECS["qwen2_vl"], FRAME)
     assert Ocr().score(prediction, OcrTarget(text="ab")).reward == pytest.approx(2 / 3)
 
 
@@ -51,7 +51,7 @@ def test_rows_marks_and_description():
     assert Ocr().read_row(Row({"text": ""}, width=100, height=50)) == ("", OcrTarget(text=""))
     with pytest.raises(RowError, match="text"):
         Ocr().read_row(Row({}, width=100, height=50))
-    assert list(Ocr().marks("a")) == []
-    assert Ocr().describe("a", FRAME) == {"text": "a"}
-    assert Ocr().describe(None, FRAME) is None
+    assert list(Ocr().overlays("a")) == []
+    assert Ocr().serialize_prediction("a", FRAME) == {"text": "a"}
+    assert Ocr().serialize_prediction(None, FRAME) is None
     assert Ocr().prompt("") == "OCR this image."

@@ -1,4 +1,4 @@
-"""What training changed: greedy figures on the test split before and after, as a table, and where to look next."""
+"""What training changed: greedy metrics on the test split before and after, as a table, and where to look next."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class BeforeAfter(Callback):
     """Evaluate the policy on the test split before the first step and after the last one, and show both.
 
-    A resumed run keeps the figures from before its very first step. `trainer.limit_test_batches` holds here too.
+    A resumed run keeps the metrics from before its very first step. `trainer.limit_test_batches` holds here too.
 
     Args:
         enabled: Evaluate; otherwise only the run's files are named at the end.
 
     Attributes:
-        before: Figures before training, by name; empty until they are known.
-        after: Figures after training, by name; empty until they are known.
+        before: Metrics before training, by name; empty until they are known.
+        after: Metrics after training, by name; empty until they are known.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -53,46 +53,46 @@ class BeforeAfter(Callback):
         console = get_console()
         if self.after:
             task = cast("PolicyModule", pl_module).task
-            console.print(before_after_table(self.before, self.after, headline=task.headline))
+            console.print(before_after_table(self.before, self.after, primary_metric=task.primary_metric))
         for name, place in places.items():
             console.print(Text.assemble((f"{name:<13}", "bold"), place), soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures from before training, for a resumed run."""
+        """The metrics from before training, for a resumed run."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the figures from before training up again."""
+        """Take the metrics from before training up again."""
         self.before = dict(state_dict["before"])
 
 
-def before_after_table(before: Mapping[str, float], after: Mapping[str, float], *, headline: str) -> Table:
-    """A row per metric, the headline first and bold; a figure that is not known is shown as "-"."""
+def before_after_table(before: Mapping[str, float], after: Mapping[str, float], *, primary_metric: str) -> Table:
+    """A row per metric, the primary metric first and bold; a metric that is not known is shown as "-"."""
     table = Table(title="Greedy answers on the test split", title_justify="left")
     table.add_column("metric")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
-    for metric in sorted(after, key=lambda name: name != headline):
+    for metric in sorted(after, key=lambda name: name != primary_metric):
         change = after[metric] - before[metric] if metric in before else None
         row = (
             Text(metric),
-            _figure(before.get(metric)),
-            _figure(after[metric]),
+            _metric(before.get(metric)),
+            _metric(after[metric]),
             Text("-") if change is None else Text(f"{change:+.4f}"),
         )
-        is_headline = metric == headline
-        if is_headline and change:
+        is_primary = metric == primary_metric
+        if is_primary and change:
             row[3].stylize("green" if change > 0 else "red")
-        table.add_row(*row, style="bold" if is_headline else "", end_section=is_headline)
+        table.add_row(*row, style="bold" if is_primary else "", end_section=is_primary)
     return table
 
 
-def _figure(value: float | None) -> Text:
+def _metric(value: float | None) -> Text:
     return Text("-" if value is None else f"{value:.4f}")
 
 
 def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[str, float]:
-    """Greedy figures on the test split; nothing when the data has none."""
+    """Greedy metrics on the test split; nothing when the data has none."""
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None or not is_overridden("test_dataloader", datamodule):
         return {}
@@ -131,5 +131,5 @@ def _places(trainer: Trainer) -> dict[str, str]:
     folder = run_folder(trainer)
     if folder is None:
         return {}
-    found = {name: str(folder / name) for name in ("checkpoints", "pictures", "run.json") if (folder / name).exists()}
+    found = {name: str(folder / name) for name in ("checkpoints", "samples", "run.json") if (folder / name).exists()}
     return {"TensorBoard": f"tensorboard --logdir {folder}"} | found

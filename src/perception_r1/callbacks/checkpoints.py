@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from perception_r1.modules.base import PolicyModule, tag_figures
+from perception_r1.modules.base import PolicyModule, tag_metrics
 
 FOLDER = "checkpoints"
 """Folder of a run in which its checkpoints lie."""
@@ -44,11 +44,11 @@ class Checkpoints(Checkpoint):
         self._is_inside_step = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save `best.ckpt` when the task's headline figure has improved, and `last.ckpt` in any case."""
+        """Save `best.ckpt` when the task's primary metric has improved, and `last.ckpt` in any case."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         task = cast(PolicyModule, pl_module).task
-        (tag,) = tag_figures("val", {task.headline: None}, task)
+        (tag,) = tag_metrics("val", {task.primary_metric: None}, task)
         value = trainer.callback_metrics.get(tag)
         if isinstance(value, Tensor) and float(value) > self.best_value:
             self.best_value = float(value)
@@ -68,11 +68,11 @@ class Checkpoints(Checkpoint):
         self._save(trainer, "last.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
-        """The best figure so far survives a resume."""
+        """The best metric so far survives a resume."""
         return {"best_value": self.best_value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best figure so far."""
+        """Take up the best metric so far."""
         self.best_value = state_dict["best_value"]
 
     def _save(self, trainer: Trainer, name: str) -> None:

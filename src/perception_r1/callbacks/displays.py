@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 _SPEED_SECONDS = 3600
-"""Time left is judged by the pace of the last hour: single steps differ, and validations belong to the run."""
+"""Time left is estimated from the pace of the last hour: single steps differ, and validations belong to the run."""
 _LINE_SHARE = 0.1
 """A plain line comes whenever such a share of the whole is done ..."""
 _LINE_SECONDS = 1.0
@@ -24,8 +24,8 @@ class Display(Protocol):
     def start(self, name: str, done: int, total: int | None) -> None:
         """Begin a work of which `done` of `total` steps are done; the total of an endless one is None."""
 
-    def advance(self, name: str, done: int, figures: Mapping[str, float]) -> None:
-        """Show that `done` steps are done, and the figures of the last one."""
+    def advance(self, name: str, done: int, metrics: Mapping[str, float]) -> None:
+        """Show that `done` steps are done, and the metrics of the last one."""
 
     def finish(self, name: str) -> None:
         """End one work."""
@@ -40,7 +40,7 @@ def open_display(console: Console, line_seconds: float) -> Display:
 
 
 class Bars:
-    """A bar per work and the figures on a line below.
+    """A bar per work and the metrics on a line below.
 
     Args:
         console: The terminal.
@@ -66,12 +66,12 @@ class Bars:
         self.finish(name)
         self._works[name] = self._progress.add_task(name, total=total, completed=done)
 
-    def advance(self, name: str, done: int, figures: Mapping[str, float]) -> None:
-        """Move a bar; figures replace those shown before, no figures leave them."""
+    def advance(self, name: str, done: int, metrics: Mapping[str, float]) -> None:
+        """Move a bar; metrics replace those shown before, no metrics leave them."""
         self._progress.update(self._works[name], completed=done)
-        if figures:
-            self._progress.figures = Text.assemble(
-                *(part for label, value in figures.items() for part in ((f"{label} ", "dim"), f"{value:.4g}   "))
+        if metrics:
+            self._progress.metrics = Text.assemble(
+                *(part for label, value in metrics.items() for part in ((f"{label} ", "dim"), f"{value:.4g}   "))
             )
 
     def finish(self, name: str) -> None:
@@ -87,12 +87,12 @@ class Bars:
 class _FiguredProgress(progress.Progress):
     """Rich's progress bars with one more line."""
 
-    figures = Text()
+    metrics = Text()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        if self.figures:
-            yield self.figures
+        if self.metrics:
+            yield self.metrics
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ class Lines:
         share = done / total if total else 0.0
         self._works[name] = _Work(done, total, started=now, last_time=now, last_share=share)
 
-    def advance(self, name: str, done: int, figures: Mapping[str, float]) -> None:
+    def advance(self, name: str, done: int, metrics: Mapping[str, float]) -> None:
         """Write a line when one is due."""
         work, now = self._works[name], self._clock()
         share = done / work.total if work.total else 0.0
@@ -140,7 +140,7 @@ class Lines:
         if work.total and done > work.done_at_start:
             pace = (now - work.started) / (done - work.done_at_start)
             parts.append(f"{_clock_time(pace * (work.total - done))} left")
-        parts += [f"{label} {value:.4g}" for label, value in figures.items()]
+        parts += [f"{label} {value:.4g}" for label, value in metrics.items()]
         self._console.print(", ".join(parts), soft_wrap=True, highlight=False, markup=False)
 
     def finish(self, name: str) -> None:

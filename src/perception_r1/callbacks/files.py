@@ -32,8 +32,8 @@ def write_json(path: Path, data: Json) -> None:
 def finite(data: Json) -> Json:
     """The same data with null for what JSON has no word for.
 
-    >>> finite({"reward": float("nan"), "terms": (1.0, float("inf"))})
-    {'reward': None, 'terms': [1.0, None]}
+    >>> finite({"reward": float("nan"), "components": (1.0, float("inf"))})
+    {'reward': None, 'components': [1.0, None]}
     """
     if isinstance(data, float):
         return data if math.isfinite(data) else None

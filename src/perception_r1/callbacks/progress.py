@@ -15,12 +15,12 @@ DEFAULT_METRICS = ("train/reward", "train/kl", "train/completion_length", "train
 
 
 class Progress(ProgressBar):
-    """Show steps, time gone, time left and figures of the whole fit, and each validation on a bar of its own.
+    """Show steps, time gone, time left and metrics of the whole fit, and each validation on a bar of its own.
 
     Steps are those of the optimiser where `trainer.max_steps` is set, else batches of all epochs.
 
     Args:
-        metrics: Tags of the figures to show, those that are logged.
+        metrics: Tags of the metrics to show, those that are logged.
         plain_seconds: Without a terminal: the longest time between two lines while there is progress.
     """
 
@@ -52,11 +52,11 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show the step and its figures."""
+        """Show the step and its metrics."""
         if self._is_enabled and self._display is not None:
             logged = trainer.callback_metrics
-            figures = {short_name(tag): float(logged[tag]) for tag in self.metrics if tag in logged}
-            self._display.advance("training", fit_progress(trainer)[0], figures)
+            metrics = {short_name(tag): float(logged[tag]) for tag in self.metrics if tag in logged}
+            self._display.advance("training", fit_progress(trainer)[0], metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the terminal to those who report after training."""

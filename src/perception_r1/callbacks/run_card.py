@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from perception_r1.callbacks.before_after import BeforeAfter
-from perception_r1.callbacks.facts import git_state, hardware, versions
+from perception_r1.callbacks.environment import git_state, hardware, versions
 from perception_r1.callbacks.files import run_folder, write_json
 from perception_r1.task import Task
 
@@ -115,13 +115,13 @@ def _described(task: Task[Any, Any] | None) -> dict[str, Any] | None:
 def _results(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """What came of it; the seconds of the phases and the skipped steps include those before a resume."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it
-    figures = next((callback for callback in callbacks if isinstance(callback, BeforeAfter)), None)
+    metrics = next((callback for callback in callbacks if isinstance(callback, BeforeAfter)), None)
     return {
         "steps": trainer.global_step,
         "num_skipped_steps": getattr(pl_module, "num_skipped_steps", None),
         "phase_seconds": {name: round(value, 3) for name, value in getattr(pl_module, "phase_seconds", {}).items()},
-        "before": dict(figures.before) if figures else {},
-        "after": dict(figures.after) if figures else {},
+        "before": dict(metrics.before) if metrics else {},
+        "after": dict(metrics.after) if metrics else {},
     }
 
 

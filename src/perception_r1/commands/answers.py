@@ -1,6 +1,6 @@
 """Pictures to answers: the road of evaluation up to the parse, for pictures that nobody has annotated.
 
-Picture -> sample without target -> policy (greedy) -> completion -> task.parse -> task.describe, in pixels.
+Picture -> sample without target -> policy (greedy) -> completion -> `parse_completion` -> `serialize_prediction`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ class Answer:
     description: Any
 
 
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path]) -> list[Path]:
     """Files as they are given; of a folder all pictures directly in it, sorted by name.
 
     Raises:
@@ -45,20 +45,20 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        pictures = sorted(file for file in path.iterdir() if _is_picture(file)) if path.is_dir() else [path]
+        pictures = sorted(file for file in path.iterdir() if _is_image(file)) if path.is_dir() else [path]
         if not pictures:
             raise UserError(f"there is no picture in the folder {path}")
         found += pictures
     return found
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     """Whether the name is that of a picture which could be read."""
     form = Image.registered_extensions().get(path.suffix.lower())
     return form in Image.OPEN and path.is_file() and not path.name.startswith(".")
 
 
-def answer_pictures(
+def predict_images(
     policy: Policy, task: Task[Any, Any], paths: Sequence[Path], *, query: str, max_new_tokens: int
 ) -> Iterator[list[Answer | UserError]]:
     """Greedy answers in batches, in the order of the pictures; an error stands for a picture without one.
@@ -97,13 +97,13 @@ def _answer(
         if len(samples) == 1:
             return [UserError(f"{samples[0].id}: {error}")]
         return [answer for sample in samples for answer in _answer(policy, task, [sample], max_new_tokens)]
-    rollout = policy.roll_out(
-        prompts, group_size=1, max_new_tokens=max_new_tokens, seeds=[0] * len(samples), is_greedy=True
+    rollout = policy.generate(
+        policy.prefill(prompts), group_size=1, max_new_tokens=max_new_tokens, seeds=[0] * len(samples), is_greedy=True
     )
     answers: list[Answer | UserError] = []
     completions = policy.processor.decode(rollout.completions)
-    for sample, frame, completion in zip(samples, prompts.frames, completions, strict=True):
-        prediction = task.parse(completion, policy.codec, frame)
-        description = task.describe(prediction, frame)
+    for sample, image_size, completion in zip(samples, prompts.image_sizes, completions, strict=True):
+        prediction = task.parse_completion(completion, policy.codec, image_size)
+        description = task.serialize_prediction(prediction, image_size)
         answers.append(Answer(sample=sample, completion=completion, prediction=prediction, description=description))
     return answers

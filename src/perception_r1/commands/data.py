@@ -20,15 +20,21 @@ from rich import get_console
 from rich.table import Table
 
 from perception_r1.codecs import CODECS, Codec
-from perception_r1.commands.survey import Survey, log10_mean_factorial, share_over, spread, survey
+from perception_r1.commands.statistics import (
+    DatasetStatistics,
+    collect_statistics,
+    log10_mean_factorial,
+    share_over,
+    spread,
+)
 from perception_r1.commands.training import EMBEDDED, PerceptionCLI
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
-from perception_r1.data.loading import with_picture
+from perception_r1.data.loading import load_sample_image
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import check, load
-from perception_r1.data.scenes import Split
 from perception_r1.data.sources import PixMoCount, Source
+from perception_r1.data.synthetic.scenes import Split
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.embedded.warmup import build_unwarmed
 from perception_r1.errors import UserError
@@ -75,10 +81,10 @@ class _DataCLI(PerceptionCLI):
         """Sources of the split by name.
 
         Raises:
-            UserError: The configuration has made scenes.
+            UserError: The configuration has synthetic scenes.
         """
         if not self.data.sources:
-            raise UserError("made scenes need no check and no conversion; give DATA, or --data.train_file")
+            raise UserError("synthetic scenes need no check and no conversion; give DATA, or --data.train_file")
         found = self.data.sources.get(self.split) or self.data.sources.get("train")
         if found is None:
             known = " or ".join(f"--split {split}" for split in self.data.sources)
@@ -93,7 +99,7 @@ class _DataCLI(PerceptionCLI):
             name, seed = config.name, int(self.config.seed_everything or 0)
             if name == EMBEDDED:
                 name = folder
-                build_unwarmed(Path(folder), self.config_init.embedded, self.data.made(batch_size=1), seed=seed)
+                build_unwarmed(Path(folder), self.config_init.embedded, self.data.synthetic(batch_size=1), seed=seed)
             processor = Processor.load(name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
             yield CODECS[CODEC_BY_FAMILY[model_family(name)]], processor
 
@@ -115,7 +121,7 @@ def _check(cli: _DataCLI) -> int:
     num_rows = num_bad = 0
     shown: list[Sample[Any]] = []
     for source in cli.sources().values():
-        for checked in check(source, cli.data.task, cli.data.picture_check):
+        for checked in check(source, cli.data.task, cli.data.image_check):
             num_rows += 1
             if checked.sample is None:
                 num_bad += 1
@@ -134,20 +140,20 @@ def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
     with cli.reader() as (codec, processor):
         for sample in samples:
             try:
-                frame = processor.frame(sample.width, sample.height)
-                answer = task.answer(sample, codec, frame)
+                image_size = processor.image_size(sample.width, sample.height)
+                answer = task.target_text(sample, codec, image_size)
             except UserError as error:
                 sys.stdout.write(f"{sample.id}: has no answer to learn from ({error})\n")
                 continue
             sys.stdout.write(f"{sample.id}: {answer}\n")
-            prediction = task.parse(answer, codec, frame)
+            prediction = task.parse_completion(answer, codec, image_size)
             cards.append(
                 draw_card(
-                    cast(Image.Image, with_picture(sample).image),
+                    cast(Image.Image, load_sample_image(sample).image),
                     title=sample.id,
                     fields={"prompt": task.prompt(sample.query), "answer": answer},
-                    target_marks=task.marks(sample.target),
-                    predicted_marks=[] if prediction is None else task.marks(prediction),
+                    target_overlays=task.overlays(sample.target),
+                    predicted_overlays=[] if prediction is None else task.overlays(prediction),
                 )
             )
     if cards:
@@ -167,21 +173,21 @@ def _stats(cli: _DataCLI) -> int:
             }
         else:
             data.setup()
-            groups = {"made scenes": iter(data.samples(cli.split))}
+            groups = {"synthetic scenes": iter(data.samples(cli.split))}
         for name, samples in groups.items():
             module = cast(PolicyModule, cli.model)
             get_console().print(
                 _table(
                     name or cli.split,
-                    survey(samples, data.task, codec, processor),
-                    max_prompt_tokens=module.policy_config.max_prompt_tokens,
+                    collect_statistics(samples, data.task, codec, processor),
+                    max_prompt_length=module.policy_config.max_prompt_length,
                     max_new_tokens=module.max_new_tokens,
                 )
             )
     return 0
 
 
-def _table(title: str, found: Survey, *, max_prompt_tokens: int | None, max_new_tokens: int) -> Table:
+def _table(title: str, found: DatasetStatistics, *, max_prompt_length: int | None, max_new_tokens: int) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
 
     def limited(values: Sequence[int], limit: int | None) -> str:
@@ -194,7 +200,7 @@ def _table(title: str, found: Survey, *, max_prompt_tokens: int | None, max_new_
         "image width (least, median, most)": spread(found.widths),
         "image height": spread(found.heights),
         "images the model cannot take": str(found.num_unseen),
-        "prompt tokens": limited(found.prompt_tokens, max_prompt_tokens),
+        "prompt tokens": limited(found.prompt_tokens, max_prompt_length),
         "answer tokens": limited(found.answer_tokens, max_new_tokens),
         "samples without an answer to learn from": str(found.num_unwritable),
         "objects": spread(found.num_objects),
@@ -211,7 +217,7 @@ def _convert(cli: _DataCLI) -> int:
         raise UserError("convert needs --to FOLDER")
     for name, source in cli.sources().items():
         folder = cli.config.to / name
-        samples = load(source, cli.data.task, on_bad_row=cli.data.on_bad_row, picture_check=cli.data.picture_check)
+        samples = load(source, cli.data.task, on_bad_row=cli.data.on_bad_row, image_check=cli.data.image_check)
         num_rows = convert(samples, folder)
         sys.stdout.write(f"{num_rows} rows in {folder / ROWS}\n")
     return 0

@@ -39,7 +39,7 @@ def model_card(run: Run, *, checkpoint: Path, step: int, is_adapter: bool) -> st
         f"# {base} on {run.task.name}",
         f"Post-trained on visual perception with perception-r1 ({run.training}).",
         "\n".join(["| fact | value |", "|---|---|", *rows]),
-        *_figures(run.card, step),
+        *_metrics(run.card, step),
         "## Again",
         f"```bash\n{_command(run.card['command'])}\n```",
         f"## License\n\nThe license of this model is that of its base model, {base}.",
@@ -59,16 +59,16 @@ def _metadata(base: str, is_local: bool, *, is_adapter: bool) -> str:
     return "\n".join([*lines, "tags:", "- perception-r1", "- visual-perception", "---"])
 
 
-def _figures(card: Mapping[str, Any], step: int) -> list[str]:
-    """Greedy figures on the test split before and after, with a word on what "after" means."""
+def _metrics(card: Mapping[str, Any], step: int) -> list[str]:
+    """Greedy metrics on the test split before and after, with a word on what "after" means."""
     before, after = card.get("before", {}), card.get("after", {})
     if not after:
         return []
     rows = [f"| {name} | {_number(before.get(name))} | {_number(value)} |" for name, value in after.items()]
-    head = [f"| figure | before | after {card['steps']} steps |", "|---|---|---|"]
+    head = [f"| metric | before | after {card['steps']} steps |", "|---|---|---|"]
     note = "" if card["steps"] == step else f" This folder holds the weights of step {step}."
     said = f"Greedy answers on the run's test split, at its start and at its end.{note}"
-    return ["## Figures", said, "\n".join([*head, *rows])]
+    return ["## Metrics", said, "\n".join([*head, *rows])]
 
 
 def _number(value: float | None) -> str:

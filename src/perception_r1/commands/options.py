@@ -41,7 +41,7 @@ def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequen
 
 
 def new_parser(name: str, description: str, epilog: str | None = None) -> jsonargparse.ArgumentParser:
-    """A parser for `parse`."""
+    """A parser for `parse_completion`."""
     return jsonargparse.ArgumentParser(
         prog=f"perception-r1 {name}", description=description, epilog=epilog, exit_on_error=False
     )

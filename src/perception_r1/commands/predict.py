@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from perception_r1.callbacks.displays import Lines, open_display
-from perception_r1.commands.answers import Answer, answer_pictures, find_pictures
+from perception_r1.commands.answers import Answer, find_images, predict_images
 from perception_r1.commands.options import (
     check_unused,
     first_positional,
@@ -59,11 +59,11 @@ def _predict(argv: Sequence[str]) -> int:
         raise UserError(f"--task is needed where no run tells it: one of {', '.join(TASKS)}")
     task = make_task(task_class, task_values(task_class, options))
     query = _query(task, options.query)
-    paths = find_pictures(options.pictures)
+    paths = find_images(options.pictures)
     if options.out is not None:
         check_unused("--out", options.out)
     policy, max_new_tokens = _load(run, options)
-    answers = answer_pictures(policy, task, paths, query=query, max_new_tokens=max_new_tokens)
+    answers = predict_images(policy, task, paths, query=query, max_new_tokens=max_new_tokens)
     num_failed = _write(answers, task, len(paths), options.out)
     if num_failed:
         sys.stderr.write(f"{num_failed} of {len(paths)} pictures could not be answered.\n")
@@ -184,14 +184,14 @@ def _write_one(answer: Answer, task: Task[Any, Any], files: Sequence[IO[str]], o
 
 
 def draw(answer: Answer, task: Task[Any, Any]) -> Image.Image:
-    """The picture with what was predicted on it; of a task that marks no places a card with the words."""
+    """The picture with what was predicted on it; of a task without overlays a card with the words."""
     image = answer.sample.image
     if not isinstance(image, Image.Image):
         raise TypeError(f"The image of {answer.sample.id} is still a path; load it before it is drawn.")
-    if type(task).marks is Task.marks:
+    if type(task).overlays is Task.overlays:
         fields = {"prompt": task.prompt(answer.sample.query), "completion": answer.completion}
         return draw_card(image, title=Path(answer.sample.id).name, fields=fields)
-    return annotate(image, [], [] if answer.prediction is None else task.marks(answer.prediction))
+    return annotate(image, [], [] if answer.prediction is None else task.overlays(answer.prediction))
 
 
 def _free_name(folder: Path, stem: str) -> Path:

@@ -1,8 +1,8 @@
-"""`perception-r1 score`: reward, terms and figures of completions that came from anywhere, without a model.
+"""`perception-r1 score`: reward, components and metrics of completions that came from anywhere, without a model.
 
-The file has rows of the data format (see `data/rows.py`), each with a "completion". The road is that of training and
-validation from the completion on (`scoring.judge`), so the numbers are the same. Everything is read and checked before
-the first line is written.
+The file has rows of the data format (see `rows.py`), each with a "completion". The road is that of training and
+validation from the completion on (`scoring.py`), so the numbers are the same. Everything is read and checked before the first
+line is written.
 """
 
 import json
@@ -19,11 +19,11 @@ from perception_r1.codecs import CODECS, Codec, Qwen25VLCodec
 from perception_r1.commands.options import known, make_task, new_parser, option_value, parse, run_command, task_values
 from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.images import ImageError, check_image
-from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
 from perception_r1.metrics import SourceMetrics
-from perception_r1.records import Frame, Sample
-from perception_r1.scoring import Outcome, judge
+from perception_r1.records import ImageSize, Sample
+from perception_r1.rows import Row, RowError
+from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.detection import Detection
@@ -52,16 +52,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _score(argv: Sequence[str]) -> int:
-    """Read and check everything, then judge and write."""
+    """Read and check everything, then score and write."""
     options = _parse(argv)
     lines = _read_lines(options.file)
     task, codec = _make_task(options, lines), CODECS[options.codec]
     rows = [_read_row(line, task, codec, options) for line in lines]
-    samples, frames, completions = zip(*rows, strict=True)
-    outcomes = judge(task, codec, samples=samples, frames=frames, completions=completions, is_evaluation=True)
-    for line, outcome in zip(lines, outcomes, strict=True):
-        sys.stdout.write(json.dumps(_described(line, outcome, task), allow_nan=False) + "\n")
-    sys.stderr.write(_summary(task, outcomes))
+    samples, image_sizes, completions = zip(*rows, strict=True)
+    scored_completions = score_completions(
+        task, codec, samples=samples, image_sizes=image_sizes, completions=completions, is_evaluation=True
+    )
+    for line, scored in zip(lines, scored_completions, strict=True):
+        sys.stdout.write(json.dumps(_described(line, scored, task), allow_nan=False) + "\n")
+    sys.stderr.write(_summary(task, scored_completions))
     return 0
 
 
@@ -143,29 +145,29 @@ def _read_line(path: Path, number: int, text: str) -> _Line:
 
 def _read_row(
     line: _Line, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace
-) -> tuple[Sample[Any], Frame, str]:
-    """Sample, frame and completion of one line.
+) -> tuple[Sample[Any], ImageSize, str]:
+    """Sample, image size and completion of one line.
 
     Raises:
         UserError: A key is missing or wrong; names file, line and key.
     """
     try:
         completion = _completion(line)
-        frame = _frame(line, task, codec, options)
-        row = Row(line.values, width=frame.width, height=frame.height)
+        image_size = _image_size(line, task, codec, options)
+        row = Row(line.values, width=image_size.width, height=image_size.height)
         query, target = task.read_row(row)
     except (RowError, ImageError) as error:
         raise UserError(f"{options.file}:{line.number}: {error}") from error
     sample = Sample(
         id=str(line.values.get("id", line.number)),
         image=options.file.parent / str(line.values.get("image", "")),  # never opened: the size is known
-        width=frame.width,
-        height=frame.height,
+        width=image_size.width,
+        height=image_size.height,
         query=query,
         target=target,
         source=str(line.values.get("source") or ""),
     )
-    return sample, frame, completion
+    return sample, image_size, completion
 
 
 def _completion(line: _Line) -> str:
@@ -177,7 +179,7 @@ def _completion(line: _Line) -> str:
     return completion
 
 
-def _frame(line: _Line, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace) -> Frame:
+def _image_size(line: _Line, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace) -> ImageSize:
     """Sizes of the image: from "width" and "height", else from the file of "image"."""
     row = Row(line.values, width=1, height=1)
     if "width" in row or "height" in row:
@@ -188,46 +190,49 @@ def _frame(line: _Line, task: Task[Any, Any], codec: Codec, options: jsonargpars
         width, height = check_image(options.file.parent / row.text("image"))
     else:
         raise RowError("width: is missing, the row needs width and height, or an image to take them from")
-    if "seen_width" in row or "seen_height" in row:  # written by an evaluation, which knows
-        seen_width, seen_height = row.integer("seen_width", minimum=1), row.integer("seen_height", minimum=1)
-        return Frame(width=width, height=height, seen_width=seen_width, seen_height=seen_height)
-    seen_width, seen_height = width, height
+    if "resized_width" in row or "resized_height" in row:  # written by an evaluation, which knows
+        resized_width, resized_height = (
+            row.integer("resized_width", minimum=1),
+            row.integer("resized_height", minimum=1),
+        )
+        return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
+    resized_width, resized_height = width, height
     if isinstance(codec, Qwen25VLCodec) and not set(task.row_keys) <= _TEXT_ONLY:
-        seen_width, seen_height = _seen_size(width, height, options)
-    return Frame(width=width, height=height, seen_width=seen_width, seen_height=seen_height)
+        resized_width, resized_height = _resized_size(width, height, options)
+    return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
 
 
-def _seen_size(width: int, height: int, options: jsonargparse.Namespace) -> tuple[int, int]:
+def _resized_size(width: int, height: int, options: jsonargparse.Namespace) -> tuple[int, int]:
     """The size of an image after Qwen2.5-VL's smart-resize."""
     # imported here, as it takes seconds that the other codecs need not wait
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     try:
-        seen_height, seen_width = smart_resize(
+        resized_height, resized_width = smart_resize(
             height, width, min_pixels=options.min_pixels, max_pixels=options.max_pixels
         )
     except ValueError as error:
         raise RowError(f"width: does not go with this height ({error})") from error
-    return seen_width, seen_height
+    return resized_width, resized_height
 
 
-def _described(line: _Line, outcome: Outcome, task: Task[Any, Any]) -> dict[str, object]:
+def _described(line: _Line, scored: ScoredCompletion, task: Task[Any, Any]) -> dict[str, object]:
     """One line of the output."""
     return {
         **({"id": line.values["id"]} if "id" in line.values else {}),
-        "reward": outcome.score.reward,
-        "terms": dict(outcome.score.terms),
-        "figures": dict(outcome.score.figures),
-        "prediction": task.describe(outcome.prediction, outcome.frame),
+        "reward": scored.score.reward,
+        "components": dict(scored.score.components),
+        "metrics": dict(scored.score.metrics),
+        "prediction": task.serialize_prediction(scored.prediction, scored.image_size),
     }
 
 
-def _summary(task: Task[Any, Any], outcomes: Sequence[Outcome]) -> str:
+def _summary(task: Task[Any, Any], scored_completions: Sequence[ScoredCompletion]) -> str:
     """Means and metrics of each source of the file, one a line."""
-    counts = Counter(outcome.sample.source for outcome in outcomes)
+    counts = Counter(scored.sample.source for scored in scored_completions)
     metrics = SourceMetrics(task, list(counts))
-    metrics.update(outcomes)
-    names = ("reward", *task.term_names, *task.figure_names, *task.evaluation_figure_names)
+    metrics.update(scored_completions)
+    names = ("reward", *task.component_names, *task.metric_names, *task.eval_metric_names)
     text = ""
     for source, values in metrics.compute().items():
         own = {name: values[name] for name in names}  # first, in their order

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints
-from perception_r1.callbacks.pictures import Pictures
+from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
 from perception_r1.data.module import TaskDataModule
@@ -31,7 +31,7 @@ _DESCRIPTION = "Post-train and evaluate vision-language models on visual percept
 _EPILOG = (
     "Besides these: `perception-r1 data --help`, data before a run; `perception-r1 predict --help`, answers to "
     "pictures; `perception-r1 export --help`, a checkpoint as a model folder; `perception-r1 score --help`, reward and "
-    "terms of completions that came from anywhere."
+    "components of completions that came from anywhere."
 )
 
 
@@ -67,7 +67,7 @@ class PerceptionCLI(LightningCLI):
         for callback, group in (
             (Progress, "progress"),
             (Checkpoints, "checkpoints"),
-            (Pictures, "pictures"),
+            (LogSamples, "log_samples"),
             (RunCard, "run_card"),
             (BeforeAfter, "before_after"),
             (Evaluation, "evaluation"),

@@ -1,1 +1,1 @@
-"""Where samples come from: made scenes, the project's own JSON lines, and the data module that serves both."""
+"""Where samples come from: synthetic scenes, the project's own JSON lines, and the data module that serves both."""

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from perception_r1.errors import UserError
-from perception_r1.records import Blob, Sample
+from perception_r1.records import ImageBytes, Sample
 
 ROWS = "data.jsonl"
 _PICTURES = "pictures"
@@ -40,7 +40,7 @@ def convert(samples: Iterable[Sample[Any]], folder: Path) -> int:
     num_rows = 0
     with draft.open("w", encoding="utf-8") as lines:
         for sample in samples:
-            if isinstance(sample.image, Blob):
+            if isinstance(sample.image, ImageBytes):
                 if sample.image.name not in written:
                     written[sample.image.name] = _save(sample.image, folder, len(written))
                 image = written[sample.image.name]
@@ -54,7 +54,7 @@ def convert(samples: Iterable[Sample[Any]], folder: Path) -> int:
     return num_rows
 
 
-def _save(blob: Blob, folder: Path, number: int) -> str:
+def _save(blob: ImageBytes, folder: Path, number: int) -> str:
     """Write the bytes of a picture as they are; its path from the folder."""
     data = blob.read()
     with Image.open(io.BytesIO(data)) as image:

@@ -104,9 +104,9 @@ def fetch(
         with _progress() as progress:
             bar = progress.add_task("Fetching", total=len(futures), told=str(_report(counts)))
             for future in as_completed(futures):
-                outcome, reason = future.result()
-                counts[outcome] += 1
-                if outcome == "failed":
+                scored, reason = future.result()
+                counts[scored] += 1
+                if scored == "failed":
                     reasons[futures[future]] = reason
                 progress.update(bar, advance=1, told=str(_report(counts)))
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from perception_r1.errors import UserError
-from perception_r1.records import Picture
+from perception_r1.records import ImageSource
 
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
@@ -21,7 +21,7 @@ class ImageError(UserError):
     """A file that is not a whole, readable picture."""
 
 
-def load_image(picture: Picture) -> Image.Image:
+def load_image(picture: ImageSource) -> Image.Image:
     """The picture in RGB, turned upright by its EXIF orientation; of an animation the first frame.
 
     Raises:
@@ -34,7 +34,7 @@ def load_image(picture: Picture) -> Image.Image:
         raise _explained(picture, error) from error
 
 
-def check_image(picture: Picture, *, is_decoded: bool = True) -> tuple[int, int]:
+def check_image(picture: ImageSource, *, is_decoded: bool = True) -> tuple[int, int]:
     """Width and height of the picture that `load_image` returns, after a check that all of it can be decoded.
 
     A header says nothing about a file that was cut off, so the pixels are decoded as well. A JPEG is decoded at an
@@ -64,14 +64,14 @@ def check_image(picture: Picture, *, is_decoded: bool = True) -> tuple[int, int]
     return (height, width) if is_sideways else (width, height)
 
 
-def _open(picture: Picture) -> Image.Image:
+def _open(picture: ImageSource) -> Image.Image:
     """The picture, not decoded yet."""
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     return Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture.read()), formats=formats)
 
 
-def _explained(picture: Picture, error: Exception) -> ImageError:
+def _explained(picture: ImageSource, error: Exception) -> ImageError:
     """Decoders raise errors of many kinds on damaged files: OSError, SyntaxError, ValueError, struct.error and more."""
     if isinstance(error, FileNotFoundError):
         return ImageError(f"no such file: {picture}")

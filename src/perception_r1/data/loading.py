@@ -54,10 +54,10 @@ class BatchDataset(Dataset[Batch]):
         return len(self.samples)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        return Batch([with_picture(self.samples[index]) for index in indices])
+        return Batch([load_sample_image(self.samples[index]) for index in indices])
 
 
-class TrainBatches(DistributedSampler[Any]):
+class TrainBatchSampler(DistributedSampler[Any]):
     """Full batches in an order that depends on nothing but (seed, epoch); the rest of an epoch is left out.
 
     Without `shuffle` the order is that of the samples, or the one that is given.
@@ -111,7 +111,7 @@ class TrainBatches(DistributedSampler[Any]):
         return torch.randperm(self.size, generator=generator).tolist()
 
 
-class EvalBatches(DistributedSampler[Any]):
+class EvalBatchSampler(DistributedSampler[Any]):
     """Every sample once, in order, in batches whose sizes differ by at most one.
 
     Every device gets the same number of batches, at least one; where there are fewer samples than that, some are empty.
@@ -131,20 +131,20 @@ class EvalBatches(DistributedSampler[Any]):
             yield list(range(share * self.size // num_shares, (share + 1) * self.size // num_shares))
 
 
-def eval_loader(dataset: BatchDataset, sampler: EvalBatches, num_workers: int = 0) -> DataLoader[Batch]:
+def eval_loader(dataset: BatchDataset, sampler: EvalBatchSampler, num_workers: int = 0) -> DataLoader[Batch]:
     """A loader that never touches torch's global random state; a plain one, as Lightning rebuilds it for prediction."""
     return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator())
 
 
-class TrainLoader(DataLoader[Batch]):
-    """Batches of a `TrainBatches` sampler; its state lets a resumed run go on with exactly the next batch.
+class ResumableLoader(DataLoader[Batch]):
+    """Batches of a `TrainBatchSampler` sampler; its state lets a resumed run go on with exactly the next batch.
 
     Lightning makes the iterator before it calls `set_epoch`, and on resuming it loads the state before both. So an
     iteration decides where it starts when its first batch is asked for: after the batches of the loaded state when that
     tells of the current epoch, else at the beginning. It never touches torch's global random state.
     """
 
-    def __init__(self, dataset: BatchDataset, sampler: TrainBatches, num_workers: int = 0) -> None:
+    def __init__(self, dataset: BatchDataset, sampler: TrainBatchSampler, num_workers: int = 0) -> None:
         super().__init__(
             dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator()
         )
@@ -198,6 +198,6 @@ class _Sized(Dataset[None]):
         return self.size
 
 
-def with_picture(sample: Sample[Any]) -> Sample[Any]:
+def load_sample_image(sample: Sample[Any]) -> Sample[Any]:
     """The sample with its picture loaded."""
     return sample if isinstance(sample.image, Image.Image) else replace(sample, image=load_image(sample.image))

@@ -1,4 +1,4 @@
-"""Base of the tasks' data modules: made scenes or sources in, checked splits and batches of samples out."""
+"""Base of the tasks' data modules: synthetic scenes or sources in, checked splits and batches of samples out."""
 
 import hashlib
 from collections.abc import Set
@@ -10,16 +10,23 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from perception_r1.data.curriculum import easy_to_hard
-from perception_r1.data.loading import Batch, BatchDataset, EvalBatches, TrainBatches, TrainLoader, eval_loader
-from perception_r1.data.rows import Row
-from perception_r1.data.samples import Joined, OnBadRow, PictureCheck, Subset, load
-from perception_r1.data.scenes import SceneSource, Split, scene_fingerprint
+from perception_r1.data.loading import (
+    Batch,
+    BatchDataset,
+    EvalBatchSampler,
+    ResumableLoader,
+    TrainBatchSampler,
+    eval_loader,
+)
+from perception_r1.data.samples import ConcatSamples, ImageCheck, OnBadRow, Subset, load
 from perception_r1.data.sources import DataError, Source
 from perception_r1.data.sources.base import taken
 from perception_r1.data.splits import Samples, divide, sources_by_split
-from perception_r1.data.worlds import World
+from perception_r1.data.synthetic.scenes import Split, SyntheticScenes, scene_fingerprint
+from perception_r1.data.synthetic.worlds import World
 from perception_r1.errors import UserError
 from perception_r1.records import Sample
+from perception_r1.rows import Row
 from perception_r1.task import Task
 
 _STAGES: dict[str | None, tuple[Split, ...]] = {
@@ -31,34 +38,34 @@ _STAGES: dict[str | None, tuple[Split, ...]] = {
 
 
 class TaskDataModule(LightningDataModule):
-    """Samples of one task: made scenes, or with sources the rows of those.
+    """Samples of one task: synthetic scenes, or with sources the rows of those.
 
     Every batch that reaches a module is a `list[Sample]` with pictures in RGB. Training batches come in an order that
     depends on seed and epoch alone and is resumed exactly. Evaluation shows every sample once, on all devices together.
 
     Args:
         task: The task that reads the rows; public, so that the command line can hand it to the module.
-        world: The world of the made scenes.
-        train_file: JSON lines of the project's own form to train on instead of made scenes.
+        world: The world of the synthetic scenes.
+        train_file: JSON lines of the project's own form to train on instead of synthetic scenes.
         val_file: JSON lines to validate on; without them a share of the training rows is held out.
         test_file: JSON lines to test on; without them a share of the training rows is held out.
         train: Sources to train on by name, in place of train_file (see `data/sources`).
         val: Sources to validate on by name, in place of val_file.
-        test: Sources to test on by name, in place of test_file; each gets figures of its own.
+        test: Sources to test on by name, in place of test_file; each gets metrics of its own.
         train_take: Which of the training rows of all sources together: "all", "first:N", "last:N" or "random:N", N a
             number or a percentage; what is held out is held out before.
-        num_train: Made scenes per training epoch.
-        num_val: Made scenes for validation.
-        num_test: Made scenes for testing.
+        num_train: Synthetic scenes per training epoch.
+        num_val: Synthetic scenes for validation.
+        num_test: Synthetic scenes for testing.
         held_out_share: Share of the training images for each split that has no source of its own. All rows of an
             image are in the same split.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and reports them.
-        picture_check: "decode" decodes every picture once before training, "header" only looks at its size: then a
+        image_check: "decode" decodes every picture once before training, "header" only looks at its size: then a
             picture that was cut off stops the run when its turn comes.
         batch_size: Prompts per training step and device.
         eval_batch_size: Most samples in an evaluation batch.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
-        seed: Seed of the made scenes and of the training order.
+        seed: Seed of the synthetic scenes and of the training order.
         shuffle: Show the training samples in a new random order in every epoch.
         eval_split: The split that `test` evaluates; with "train" it makes the file for `curriculum`.
         curriculum: `predictions.jsonl` of an evaluation on the training rows: they are shown from high reward to low,
@@ -85,7 +92,7 @@ class TaskDataModule(LightningDataModule):
         num_test: int = 400,
         held_out_share: float = 0.1,
         on_bad_row: OnBadRow = "error",
-        picture_check: PictureCheck = "decode",
+        image_check: ImageCheck = "decode",
         batch_size: int = 8,
         eval_batch_size: int = 100,
         num_workers: int = 0,
@@ -104,7 +111,7 @@ class TaskDataModule(LightningDataModule):
         self.train_take = train_take
         self.held_out_share = held_out_share
         self.on_bad_row = on_bad_row
-        self.picture_check = picture_check
+        self.image_check = image_check
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -146,11 +153,11 @@ class TaskDataModule(LightningDataModule):
         """Do not test these samples, given by source and id: an evaluation that goes on has their answers already."""
         self._answered = answered
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Full training batches for this device, resumable."""
         samples = self.samples("train")
         rank, world_size = self._place()
-        batches = TrainBatches(
+        batches = TrainBatchSampler(
             len(samples),
             batch_size=self.batch_size,
             shuffle=self.shuffle,
@@ -159,7 +166,7 @@ class TaskDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        return TrainLoader(BatchDataset(samples), batches, self.num_workers)
+        return ResumableLoader(BatchDataset(samples), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""
@@ -177,8 +184,8 @@ class TaskDataModule(LightningDataModule):
         """Unwrap the samples; pictures stay on the CPU until the policy encodes them."""
         return batch.samples
 
-    def made(self, batch_size: int) -> "TaskDataModule":
-        """The made scenes of the same task and seed, whatever the sources: what the embedded policy starts from."""
+    def synthetic(self, batch_size: int) -> "TaskDataModule":
+        """Synthetic scenes of the same task and seed, whatever the sources: what the embedded policy starts from."""
         return type(self)(self.task, self.world, seed=self.seed, batch_size=batch_size)
 
     def fingerprint(self) -> str:
@@ -210,7 +217,7 @@ class TaskDataModule(LightningDataModule):
         """The samples of a split, and of those that come from the same sources."""
         if not self.sources:
             size = self.num_scenes[split]
-            return {split: _SceneSamples(self.task, SceneSource(self.world, split, self.seed, size))}
+            return {split: _SyntheticSamples(self.task, SyntheticScenes(self.world, split, self.seed, size))}
         if not self._has_source(split):
             raise DataError(f"the {split} samples have no source: give {split}_file or train_file")
         if split != "train" and split in self.sources:
@@ -220,14 +227,14 @@ class TaskDataModule(LightningDataModule):
 
     def _read(self, split: Split) -> Samples:
         parts: list[Samples] = [
-            load(source, self.task, name=name, on_bad_row=self.on_bad_row, picture_check=self.picture_check)
+            load(source, self.task, name=name, on_bad_row=self.on_bad_row, image_check=self.image_check)
             for name, source in self.sources[split].items()
         ]
-        return parts[0] if len(parts) == 1 else Joined(parts)
+        return parts[0] if len(parts) == 1 else ConcatSamples(parts)
 
     def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
         rank, world_size = self._place()
-        batches = EvalBatches(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
+        batches = EvalBatchSampler(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
         return eval_loader(BatchDataset(samples), batches, self.num_workers)
 
     def _place(self) -> tuple[int, int]:
@@ -241,10 +248,10 @@ class TaskDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
-class _SceneSamples(Samples):
+class _SyntheticSamples(Samples):
     """The scenes of a source as samples, drawn when they are asked for."""
 
-    def __init__(self, task: Task[Any, Any], source: SceneSource) -> None:
+    def __init__(self, task: Task[Any, Any], source: SyntheticScenes) -> None:
         self.task = task
         self.source = source
 

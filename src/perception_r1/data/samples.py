@@ -20,14 +20,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
 from perception_r1.data.images import ImageError, check_image
-from perception_r1.data.rows import Row, RowError, show
 from perception_r1.data.sources import DataError, Source, SourceRow
 from perception_r1.errors import UserError
-from perception_r1.records import Picture, Sample, TargetT
+from perception_r1.records import ImageSource, Sample, TargetT
+from perception_r1.rows import Row, RowError, show
 from perception_r1.task import Task
 
 OnBadRow = Literal["error", "skip"]
-PictureCheck = Literal["decode", "header"]
+ImageCheck = Literal["decode", "header"]
 Size: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
 ItemT = TypeVar("ItemT")
@@ -42,7 +42,7 @@ _WINDOW = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checked(Generic[TargetT]):
+class CheckedRow(Generic[TargetT]):
     """A row after its check.
 
     Attributes:
@@ -82,7 +82,7 @@ class SourceSamples(Sequence[Sample[TargetT]]):
         return replace(sample, source=self._name)
 
 
-class Joined(Sequence[ItemT]):
+class ConcatSamples(Sequence[ItemT]):
     """Several sequences, one after another."""
 
     def __init__(self, parts: Sequence[Sequence[ItemT]]) -> None:
@@ -121,7 +121,7 @@ def load(
     *,
     name: str = "",
     on_bad_row: OnBadRow = "error",
-    picture_check: PictureCheck = "decode",
+    image_check: ImageCheck = "decode",
 ) -> SourceSamples[TargetT]:
     """Check the rows of a source.
 
@@ -130,7 +130,7 @@ def load(
         task: The task that reads them.
         name: Of the source, for the samples.
         on_bad_row: Stop at the first bad row, or leave bad rows out and report them.
-        picture_check: Decode every picture, or only look at its header, which takes a hundredth of the time.
+        image_check: Decode every picture, or only look at its header, which takes a hundredth of the time.
 
     Returns:
         One sample per good row, in order.
@@ -141,7 +141,7 @@ def load(
     if on_bad_row not in get_args(OnBadRow):
         raise UserError(f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, got {on_bad_row!r}")
     samples, problems = SourceSamples(source, task, name), []
-    for number, checked in enumerate(check(source, task, picture_check)):
+    for number, checked in enumerate(check(source, task, image_check)):
         if checked.sample is not None:
             samples.add(number, checked.sample)
         elif checked.problem is not None:
@@ -157,15 +157,15 @@ def load(
 
 
 def check(
-    source: Source, task: Task[TargetT, Any], picture_check: PictureCheck = "decode"
-) -> Iterator[Checked[TargetT]]:
+    source: Source, task: Task[TargetT, Any], image_check: ImageCheck = "decode"
+) -> Iterator[CheckedRow[TargetT]]:
     """The rows of a source with their samples or what is wrong with them, in order.
 
     Raises:
         DataError: The source cannot be read or is empty.
     """
-    if picture_check not in get_args(PictureCheck):
-        raise UserError(f"picture_check must be one of {', '.join(get_args(PictureCheck))}, got {picture_check!r}")
+    if image_check not in get_args(ImageCheck):
+        raise UserError(f"image_check must be one of {', '.join(get_args(ImageCheck))}, got {image_check!r}")
     if not len(source):
         raise DataError(f"{source}: is empty, it needs at least one row")
     sizes: dict[str, Size | ImageError] = {}
@@ -176,18 +176,18 @@ def check(
     try:
         while window := list(islice(rows, _WINDOW)):
             new = {str(row.image): row.image for row in window if row.image is not None and str(row.image) not in sizes}
-            look = partial(_size, is_decoded=picture_check == "decode")
+            look = partial(_size, is_decoded=image_check == "decode")
             sizes |= zip(new, pool.map(look, new.values()), strict=True)
             for row in window:
                 try:
-                    yield Checked(row=row, sample=_checked_sample(row, task, sizes, ids))
+                    yield CheckedRow(row=row, sample=_checked_sample(row, task, sizes, ids))
                 except RowError as error:
-                    yield Checked(row=row, problem=" ".join(f"{row.place}: {error}".splitlines()))
+                    yield CheckedRow(row=row, problem=" ".join(f"{row.place}: {error}".splitlines()))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _size(picture: Picture, *, is_decoded: bool) -> Size | ImageError:
+def _size(picture: ImageSource, *, is_decoded: bool) -> Size | ImageError:
     try:
         return check_image(picture, is_decoded=is_decoded)
     except ImageError as error:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from perception_r1.data.samples import Subset
-from perception_r1.data.scenes import Split
 from perception_r1.data.sources import DataError, JsonLines, Source
+from perception_r1.data.synthetic.scenes import Split
 from perception_r1.errors import UserError
-from perception_r1.records import Blob, Sample
+from perception_r1.records import ImageBytes, Sample
 
 Samples = Sequence[Sample[Any]]
 
@@ -69,7 +69,7 @@ def _image_key(sample: Sample[Any], sources: Sequence[Source]) -> str:
 
     A table may hold a picture several times, under different names; there its content counts.
     """
-    if isinstance(sample.image, Blob):
+    if isinstance(sample.image, ImageBytes):
         return _digest(sample.image.read()).hex()
     folder = next((source.images for source in sources if source.images is not None), None)
     is_file = folder is not None and isinstance(sample.image, Path)

@@ -1,4 +1,4 @@
-"""The warm start of the embedded policy: plain SFT on made scenes, stopped early, kept for later runs.
+"""The warm start of the embedded policy: plain SFT on synthetic scenes, stopped early, kept for later runs.
 
 GRPO can only sharpen what a policy already does now and then, so the random model first learns the task roughly. The
 result is cached under a fingerprint of everything that shapes it: settings, seed, scenes, code and library versions.
@@ -24,13 +24,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 import perception_r1
 from perception_r1.data.module import TaskDataModule
 from perception_r1.embedded.model import Family, build_model_folder
-from perception_r1.modules.base import ScheduleConfig
+from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.modules.sft import SFT
 from perception_r1.policy.load import PolicyConfig
 
 _SHAPING_CODE = (
     *("embedded", "policy", "modules/base.py", "modules/sft.py"),
-    *("task.py", "records.py", "codecs.py", "data/scenes.py", "data/brush.py"),
+    *("task.py", "records.py", "codecs.py", "data/synthetic/scenes.py", "data/synthetic/render.py"),
 )
 """Files of the package that decide what the warm start is, besides the task's own."""
 _LOSS_MEMORY = 0.95
@@ -77,12 +77,12 @@ def warm_policy(
 
     Args:
         config: The embedded policy and its warm start.
-        data: The data module of the run; only its made scenes are used.
+        data: The data module of the run; only its synthetic scenes are used.
         seed: Of weights and scenes.
         max_new_tokens: Longest answer.
         callbacks: Makes the callbacks of the warm start's trainer (a progress display).
     """
-    scenes = data.made(batch_size=config.batch_size)
+    scenes = data.synthetic(batch_size=config.batch_size)
     folder = Path(config.cache_dir) / f"{data.task.name}-{_fingerprint(config, scenes, seed)}"
     if folder.is_dir():
         return folder
@@ -105,7 +105,7 @@ def build_unwarmed(folder: Path, config: EmbeddedConfig, scenes: TaskDataModule,
     Args:
         folder: Where it goes.
         config: The embedded policy.
-        scenes: Made scenes of its task; their prompts make the vocabulary.
+        scenes: Synthetic scenes of its task; their prompts make the vocabulary.
         seed: Of the weights.
     """
     scenes.setup("fit")
@@ -164,7 +164,7 @@ def _build(
         scenes.task,
         policy=PolicyConfig(name=str(folder)),
         optimizer=partial(torch.optim.AdamW, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0),
-        schedule=ScheduleConfig(warmup_steps=config.warmup_steps, decay="constant"),
+        lr_scheduler=LRSchedulerConfig(warmup_steps=config.warmup_steps, type="constant"),
         max_new_tokens=max_new_tokens,
         seed=seed,
     )

@@ -1,7 +1,7 @@
 """What an evaluation leaves behind, and how one that was killed goes on.
 
 Each device appends its rows to a part of its own while it works. Whoever starts the same evaluation again, on however
-many devices, finds these parts in its folder: finished samples are judged again from their completions and not answered
+many devices, finds these parts in its folder: finished samples are scored again from their completions and not answered
 again. At the end the parts become `predictions.jsonl`, in the order of the data, with `metrics.json` and the report.
 
 Only a folder that has the name of its evaluation is known to hold the answers to the same question. In any other, and
@@ -17,26 +17,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from perception_r1.callbacks.files import run_folder, write_json
 from perception_r1.data.module import TaskDataModule
 from perception_r1.evaluation.key import EVALUATION
-from perception_r1.evaluation.predictions import Key, judge_again, outcome_row, read_rows, row_key, row_line, write_rows
+from perception_r1.evaluation.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.evaluation.report import write_report
-from perception_r1.scoring import Outcome
+from perception_r1.scoring import ScoredCompletion
 
 if TYPE_CHECKING:
     from perception_r1.modules.base import PolicyModule
 
 _DIGITS = 12
-"""Significant digits of a figure in metrics.json: more than that depends on the order of addition."""
+"""Significant digits of a metric in metrics.json: more than that depends on the order of addition."""
 
 
 class Evaluation(Callback):
-    """Keep the rows of `test`, go on from those that are there, and write figures and report at the end.
+    """Keep the rows of `test`, go on from those that are there, and write metrics and report at the end.
 
     Args:
-        num_pictures: Worst and best samples that are drawn in the report.
+        num_samples: Worst and best samples that are drawn in the report.
     """
 
-    def __init__(self, num_pictures: int = 8) -> None:
-        self.num_pictures = num_pictures
+    def __init__(self, num_samples: int = 8) -> None:
+        self.num_samples = num_samples
         self._folder: Path | None = None
         self._part: TextIO | None = None
 
@@ -72,7 +72,7 @@ class Evaluation(Callback):
             for sample in datamodule.samples(datamodule.eval_split) if rows else ():
                 row = rows.get((sample.source, sample.id))
                 if row is not None:
-                    module.test_metrics.update([judge_again(module.task, module.policy.codec, sample, row)])
+                    module.test_metrics.update([rescore(module.task, module.policy.codec, sample, row)])
         self._part = (self._folder / f"answers.rank{trainer.global_rank}.jsonl").open("w", encoding="utf-8")
 
     def on_test_batch_end(
@@ -84,14 +84,14 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the outcomes of one batch to the disk."""
+        """Write the completions of one batch to the disk."""
         if self._part is not None:
             task = cast("PolicyModule", pl_module).task
-            self._part.writelines(row_line(outcome_row(task, outcome)) for outcome in outputs)
+            self._part.writelines(row_line(prediction_row(task, scored)) for scored in outputs)
             self._part.flush()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the parts; write figures and report."""
+        """Join the parts; write metrics and report."""
         if self._folder is None:
             return
         self._close(trainer)
@@ -101,19 +101,19 @@ class Evaluation(Callback):
         module, datamodule = cast("PolicyModule", pl_module), _data(trainer)
         answered = self._collect(datamodule)
         write_rows(self._folder / "predictions.jsonl", answered.values())
-        figures = {
-            name or "test": {figure: _rounded(value) for figure, value in values.items()}
-            for name, values in module.figures_by_source.items()
+        metrics = {
+            name or "test": {metric: _rounded(value) for metric, value in values.items()}
+            for name, values in module.metrics_by_source.items()
         }
-        write_json(self._folder / "metrics.json", figures)
+        write_json(self._folder / "metrics.json", metrics)
         write_report(
             self._folder,
             module.task,
-            figures,
+            metrics,
             split=datamodule.eval_split,
-            outcomes=_Outcomes(module, datamodule, answered),
+            scored_completions=_Rescored(module, datamodule, answered),
             rewards=[row["reward"] for row in answered.values()],
-            num_pictures=self.num_pictures,
+            num_samples=self.num_samples,
             checkpoint=str(trainer.ckpt_path) if trainer.ckpt_path else None,
         )
         for part in [self._answers, *self._parts()]:
@@ -148,8 +148,8 @@ class Evaluation(Callback):
             _data(trainer).leave_out(frozenset())
 
 
-class _Outcomes(Sequence[Outcome]):
-    """The outcomes of all rows, judged when they are asked for."""
+class _Rescored(Sequence[ScoredCompletion]):
+    """The scored completions of all rows, scored when they are asked for."""
 
     def __init__(
         self, module: "PolicyModule", datamodule: TaskDataModule, rows: Mapping[Key, Mapping[str, Any]]
@@ -164,7 +164,7 @@ class _Outcomes(Sequence[Outcome]):
 
     def __getitem__(self, index: Any) -> Any:
         sample = self._samples[self._places[index]]
-        return judge_again(self._module.task, self._module.policy.codec, sample, self._rows[index])
+        return rescore(self._module.task, self._module.policy.codec, sample, self._rows[index])
 
 
 def _data(trainer: Trainer) -> TaskDataModule:

@@ -1,4 +1,4 @@
-"""`predictions.jsonl`: an outcome as a row of JSON, and back to an outcome by judging its completion again.
+"""`predictions.jsonl`: a scored completion as a row of JSON, and back by scoring it again.
 
 A row is the data row that was answered, in its own form, with the completion and everything that is known about it. So
 `perception-r1 score` reads it, and an evaluation that was killed goes on from it.
@@ -12,33 +12,33 @@ from typing import Any
 from perception_r1.callbacks.files import finite
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
-from perception_r1.records import Frame, Sample
-from perception_r1.scoring import Outcome, judge
+from perception_r1.records import ImageSize, Sample
+from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 
 Key = tuple[str, str]
 """Source and id of a sample."""
 
 
-def outcome_row(task: Task[Any, Any], outcome: Outcome) -> dict[str, Any]:
-    """One outcome, ready for JSON."""
-    sample, frame = outcome.sample, outcome.frame
+def prediction_row(task: Task[Any, Any], scored: ScoredCompletion) -> dict[str, Any]:
+    """One scored completion, ready for JSON."""
+    sample, image_size = scored.sample, scored.image_size
     return {
         **{key: value for key, value in sample.row.items() if value is not None},
         "id": sample.id,
         "source": sample.source,
-        "width": frame.width,
-        "height": frame.height,
-        "seen_width": frame.seen_width,
-        "seen_height": frame.seen_height,
+        "width": image_size.width,
+        "height": image_size.height,
+        "resized_width": image_size.resized_width,
+        "resized_height": image_size.resized_height,
         "query": sample.query,
-        "completion": outcome.completion,
-        "prediction": task.describe(outcome.prediction, frame),
-        "reward": outcome.score.reward,
-        "terms": dict(outcome.score.terms),
-        "figures": dict(outcome.score.figures),
-        "num_tokens": outcome.num_tokens,
-        "is_truncated": outcome.is_truncated,
+        "completion": scored.completion,
+        "prediction": task.serialize_prediction(scored.prediction, image_size),
+        "reward": scored.score.reward,
+        "components": dict(scored.score.components),
+        "metrics": dict(scored.score.metrics),
+        "num_tokens": scored.num_tokens,
+        "is_truncated": scored.is_truncated,
     }
 
 
@@ -75,17 +75,17 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} cannot be read as predictions ({error}); remove it to answer again.") from error
 
 
-def judge_again(task: Task[Any, Any], codec: Codec, sample: Sample[Any], row: Mapping[str, Any]) -> Outcome:
-    """The outcome of a row, from its completion."""
-    sizes = {name: row[name] for name in ("width", "height", "seen_width", "seen_height")}
-    (outcome,) = judge(
+def rescore(task: Task[Any, Any], codec: Codec, sample: Sample[Any], row: Mapping[str, Any]) -> ScoredCompletion:
+    """The scored completion of a row."""
+    sizes = {name: row[name] for name in ("width", "height", "resized_width", "resized_height")}
+    (scored,) = score_completions(
         task,
         codec,
         samples=[sample],
-        frames=[Frame(**sizes)],
+        image_sizes=[ImageSize(**sizes)],
         completions=[row["completion"]],
         lengths=[row["num_tokens"]],
         truncated=[row["is_truncated"]],
         is_evaluation=True,
     )
-    return outcome
+    return scored

@@ -1,4 +1,4 @@
-"""The report of an evaluation: its figures beside published ones, and the worst and best pictures."""
+"""The report of an evaluation: its metrics beside published ones, and the worst and best pictures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,29 +10,29 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from perception_r1.callbacks.pictures import outcome_card
-from perception_r1.data.loading import with_picture
-from perception_r1.data.scenes import Split
+from perception_r1.callbacks.log_samples import sample_card
+from perception_r1.data.loading import load_sample_image
+from perception_r1.data.synthetic.scenes import Split
 from perception_r1.drawing import contact_sheet
-from perception_r1.evaluation.paper import PAPER
-from perception_r1.scoring import Outcome
+from perception_r1.evaluation.published import PUBLISHED
+from perception_r1.scoring import ScoredCompletion
 from perception_r1.task import Task
 
-Figures = Mapping[str, Mapping[str, float]]
-"""Source -> figure -> value."""
+Metrics = Mapping[str, Mapping[str, float]]
+"""Source -> metric -> value."""
 _Row = tuple[str, str, float, tuple[float, float] | None]
-"""Source, figure, value, and what the paper has."""
+"""Source, metric, value, and what the paper has."""
 
 
 def write_report(
     folder: Path,
     task: Task[Any, Any],
-    figures: Figures,
+    metrics: Metrics,
     *,
     split: Split,
-    outcomes: Sequence[Outcome],
+    scored_completions: Sequence[ScoredCompletion],
     rewards: Sequence[float],
-    num_pictures: int,
+    num_samples: int,
     checkpoint: str | None,
 ) -> None:
     """Write `report.md` with its pictures, and show the table.
@@ -40,55 +40,55 @@ def write_report(
     Args:
         folder: Where they go.
         task: The task.
-        figures: Of every source.
+        metrics: Of every source.
         split: What was evaluated.
-        outcomes: Of every sample, pictures not loaded.
+        scored_completions: Of every sample, pictures not loaded.
         rewards: Of every sample.
-        num_pictures: How many of the worst and of the best are drawn.
+        num_samples: How many of the worst and of the best are drawn.
         checkpoint: What was evaluated; None: the model before training.
     """
     ranked = sorted(range(len(rewards)), key=rewards.__getitem__)
     lines = [f"# Evaluation of {task.name}", "", f"Checkpoint: {checkpoint or 'none, the model as it is'}. "]
     lines += [f"{len(rewards)} samples of the {split} split, greedy decoding.", ""]
-    rows = _rows(figures, task.headline)
+    rows = _rows(metrics, task.primary_metric)
     lines += [*_markdown(rows), ""]
-    for title, places in (("worst", ranked[:num_pictures]), ("best", ranked[::-1][:num_pictures])):
+    for title, places in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
         if places:
-            cards = [outcome_card(task, _loaded(outcomes[place]), step=None) for place in places]
+            cards = [sample_card(task, _loaded(scored_completions[place]), step=None) for place in places]
             contact_sheet(cards).save(folder / f"{title}.png")
             lines += [f"## {title.capitalize()} answers", "", f"![{title} answers]({title}.png)", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     console = get_console()
-    console.print(_table(rows, task.headline))
+    console.print(_table(rows, task.primary_metric))
     console.print(Text.assemble(("report       ", "bold"), str(folder / "report.md")), soft_wrap=True)
 
 
-def _rows(figures: Figures, headline: str) -> list[_Row]:
-    """The headline of each source first, then what the paper has."""
+def _rows(metrics: Metrics, primary_metric: str) -> list[_Row]:
+    """The primary metric of each source first, then what the paper has."""
     rows: list[_Row] = []
-    for source, values in figures.items():
-        paper = PAPER.get(source, {})
-        names = sorted(values, key=lambda name, paper=paper: (name != headline, name not in paper))  # type: ignore[misc]
+    for source, values in metrics.items():
+        paper = PUBLISHED.get(source, {})
+        names = sorted(values, key=lambda name, paper=paper: (name != primary_metric, name not in paper))  # type: ignore[misc]
         rows += [(source, name, values[name], paper.get(name)) for name in names]
     return rows
 
 
 def _markdown(rows: Sequence[_Row]) -> list[str]:
-    lines = ["| data | figure | here | paper: before | paper: Perception-R1 |", "|---|---|---|---|---|"]
+    lines = ["| data | metric | here | paper: before | paper: Perception-R1 |", "|---|---|---|---|---|"]
     for source, name, value, paper in rows:
         lines.append(f"| {' | '.join([source, name, _shown(value), *_both(paper)])} |")
     return lines
 
 
-def _table(rows: Sequence[_Row], headline: str) -> Table:
+def _table(rows: Sequence[_Row], primary_metric: str) -> Table:
     table = Table(title="Greedy answers", title_justify="left")
-    for heading in ("data", "figure"):
+    for heading in ("data", "metric"):
         table.add_column(heading)
     for heading in ("here", "paper: before", "paper: Perception-R1"):
         table.add_column(heading, justify="right")
     for source, name, value, paper in rows:
         cells = [source, name, _shown(value), *_both(paper)]
-        table.add_row(*map(Text, cells), style="bold" if name == headline else "")
+        table.add_row(*map(Text, cells), style="bold" if name == primary_metric else "")
     return table
 
 
@@ -100,5 +100,5 @@ def _shown(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
 
 
-def _loaded(outcome: Outcome) -> Outcome:
-    return replace(outcome, sample=with_picture(outcome.sample))
+def _loaded(scored: ScoredCompletion) -> ScoredCompletion:
+    return replace(scored, sample=load_sample_image(scored.sample))

@@ -21,10 +21,10 @@ from perception_r1.errors import UserError
 from perception_r1.metrics import SourceMetrics, score_means, task_metrics, update_metrics
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.policy.load import PolicyConfig
-from perception_r1.policy.packing import plan_batches
+from perception_r1.policy.packing import plan_eval_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Sample
-from perception_r1.scoring import Outcome, judge
+from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -32,33 +32,33 @@ MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclass(kw_only=True)
-class ScheduleConfig:
-    """Learning rate over the optimiser steps: linear warm-up, then decay.
+class LRSchedulerConfig:
+    """Learning rate over the optimiser steps: linear warm-up, then a decay.
 
     Attributes:
         warmup_steps: Steps of linear growth to the optimiser's learning rate.
-        decay: Shape of the way down after the warm-up, over all steps of the run.
-        final_ratio: Learning rate at the end, as a share of the optimiser's.
+        type: Shape of the way down after the warm-up, over all steps of the run.
+        min_lr_rate: Learning rate at the end, as a share of the optimiser's.
     """
 
     warmup_steps: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "linear"
-    final_ratio: float = 0.05
+    type: Literal["constant", "linear", "cosine"] = "linear"
+    min_lr_rate: float = 0.05
 
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of one step as a share of the optimiser's.
 
-        >>> schedule = ScheduleConfig(warmup_steps=2, decay="linear", final_ratio=0.0)
+        >>> schedule = LRSchedulerConfig(warmup_steps=2, type="linear", min_lr_rate=0.0)
         >>> [schedule.factor(step, 6) for step in range(6)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        if self.decay == "constant":
+        if self.type == "constant":
             return 1.0
         done = min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
-        left = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.final_ratio + (1 - self.final_ratio) * left
+        left = 1 - done if self.type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.min_lr_rate + (1 - self.min_lr_rate) * left
 
 
 class PolicyModule(LightningModule):
@@ -68,7 +68,7 @@ class PolicyModule(LightningModule):
         task: The task of the data module; the command line hands it over.
         policy: Which model is trained, and what of it.
         optimizer: Optimiser of the trainable weights.
-        schedule: Learning rate over the steps.
+        lr_scheduler: Learning rate over the steps.
         max_new_tokens: Longest completion, end token included.
         max_grad_norm: Gradients are scaled down to this norm.
         micro_batch_tokens: Tokens computed at once; None: the whole batch.
@@ -85,7 +85,7 @@ class PolicyModule(LightningModule):
         *,
         policy: PolicyConfig,
         optimizer: OptimizerCallable,
-        schedule: ScheduleConfig,
+        lr_scheduler: LRSchedulerConfig,
         max_new_tokens: int,
         max_grad_norm: float,
         micro_batch_tokens: int | None,
@@ -104,7 +104,7 @@ class PolicyModule(LightningModule):
         self.task = task
         self.policy_config = policy
         self.optimizer_factory = optimizer
-        self.schedule = schedule
+        self.lr_scheduler = lr_scheduler
         self.max_new_tokens = max_new_tokens
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
@@ -113,7 +113,7 @@ class PolicyModule(LightningModule):
         self.train_scores = score_means(task)
         self.eval_metrics = task_metrics(task)
         self.phase_seconds: dict[str, float] = {}
-        self.figures_by_source: dict[str, dict[str, float]] = {}  # of the last test
+        self.metrics_by_source: dict[str, dict[str, float]] = {}  # of the last test
         self.num_skipped_steps = 0
         self.num_steps = 0  # of the whole run, known once it starts
         self._skipped_in_a_row = 0
@@ -130,7 +130,7 @@ class PolicyModule(LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = self.optimizer_factory(trained)
         self.num_steps = self.num_planned_steps()
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.num_steps))
+        scheduler = LambdaLR(optimizer, lambda step: self.lr_scheduler.factor(step, self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def num_planned_steps(self) -> int:
@@ -221,71 +221,75 @@ class PolicyModule(LightningModule):
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def answer(self, samples: Sequence[Sample[Any]]) -> list[Outcome]:
-        """Greedy completions of loaded samples, in their order, scored with the figures of evaluation."""
+    def score_greedy(self, samples: Sequence[Sample[Any]]) -> list[ScoredCompletion]:
+        """Greedy completions of loaded samples, in their order, scored with the metrics of evaluation."""
         if not samples:
             return []
         prompts = self.policy.encode(self.task, samples)
-        outcomes: dict[int, Outcome] = {}
-        for places in plan_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
-            part = prompts.select(places)
-            rollout = self.policy.roll_out(
-                part, group_size=1, max_new_tokens=self.max_new_tokens, seeds=[0] * len(places), is_greedy=True
+        scored_completions: dict[int, ScoredCompletion] = {}
+        for places in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
+            micro_batch = prompts.select(places)
+            rollout = self.policy.generate(
+                self.policy.prefill(micro_batch),
+                group_size=1,
+                max_new_tokens=self.max_new_tokens,
+                seeds=[0] * len(places),
+                is_greedy=True,
             )
-            judged = judge(
+            scored = score_completions(
                 self.task,
                 self.policy.codec,
                 samples=[samples[place] for place in places],
-                frames=part.frames,
+                image_sizes=micro_batch.image_sizes,
                 completions=self.policy.processor.decode(rollout.completions),
                 lengths=[len(completion) for completion in rollout.completions],
                 truncated=rollout.is_truncated,
                 is_evaluation=True,
             )
-            outcomes |= zip(places, judged, strict=True)
-        return [outcomes[place] for place in range(len(samples))]
+            scored_completions |= zip(places, scored, strict=True)
+        return [scored_completions[place] for place in range(len(samples))]
 
     def evaluate(self, batches: Iterable[list[Sample[Any]]]) -> dict[str, float]:
-        """Greedy figures over a whole data set, outside of any loop of the trainer."""
+        """Greedy metrics over a whole data set, outside of any loop of the trainer."""
         metrics = task_metrics(self.task).to(self.policy.device)
         was_training = self.policy.training
         self.policy.eval()
         for batch in batches:
-            update_metrics(metrics, self.answer(batch))
+            update_metrics(metrics, self.score_greedy(batch))
         self.policy.train(was_training)
         return {name: float(value) for name, value in metrics.compute().items()}
 
-    def validation_step(  # type: ignore[override]  # outcomes are for the callbacks, not for Lightning
+    def validation_step(  # type: ignore[override]  # they are for the callbacks, not for Lightning
         self, batch: list[Sample[Any]], batch_idx: int
-    ) -> list[Outcome]:
+    ) -> list[ScoredCompletion]:
         """Answer greedily and accumulate."""
-        outcomes = self.answer(batch)
-        update_metrics(self.eval_metrics, outcomes)
-        return outcomes
+        scored_completions = self.score_greedy(batch)
+        update_metrics(self.eval_metrics, scored_completions)
+        return scored_completions
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures of the whole split."""
-        figures = tag_figures("val", self.eval_metrics.compute(), self.task)
+        """Log the metrics of the whole split."""
+        metrics = tag_metrics("val", self.eval_metrics.compute(), self.task)
         self.eval_metrics.reset()
-        self.log_dict(figures, sync_dist=True, batch_size=1)
+        self.log_dict(metrics, sync_dist=True, batch_size=1)
 
     def on_test_start(self) -> None:
-        """Begin the figures of every source."""
+        """Begin the metrics of every source."""
         names = getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
         self.test_metrics = SourceMetrics(self.task, names, self.device)
 
-    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[Outcome]:  # type: ignore[override]
+    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]
         """As `validation_step`, source by source; a batch may be empty where little is left for many devices."""
-        outcomes = self.answer(batch)
-        self.test_metrics.update(outcomes)
-        return outcomes
+        scored_completions = self.score_greedy(batch)
+        self.test_metrics.update(scored_completions)
+        return scored_completions
 
     def on_test_epoch_end(self) -> None:
-        """Log the figures of every source."""
-        self.figures_by_source = self.test_metrics.compute()
-        for name, figures in self.figures_by_source.items():
-            stage = "test" if len(self.figures_by_source) == 1 else f"test/{name}"
-            self.log_dict(tag_figures(stage, figures, self.task), batch_size=1)
+        """Log the metrics of every source."""
+        self.metrics_by_source = self.test_metrics.compute()
+        for name, metrics in self.metrics_by_source.items():
+            stage = "test" if len(self.metrics_by_source) == 1 else f"test/{name}"
+            self.log_dict(tag_metrics(stage, metrics, self.task), batch_size=1)
 
     # ----------------------------------------------------------------------------------------------- logging
 
@@ -298,9 +302,9 @@ class PolicyModule(LightningModule):
             torch.cuda.synchronize()
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def log_train(self, figures: Mapping[str, float | Tensor]) -> None:
-        """Log figures of this step under `train/`, means over the ranks."""
-        self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=1, sync_dist=True)
+    def log_train(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Log metrics of this step under `train/`, means over the ranks."""
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=True)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -332,7 +336,7 @@ class PolicyModule(LightningModule):
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]
 
 
-def tag_figures(stage: str, figures: Mapping[str, Any], task: Task[Any, Any]) -> dict[str, Any]:
-    """TensorBoard tags: the reward's terms stand below the reward, all else directly below the stage."""
-    prefixes = {name: f"{stage}/reward/" if name in task.term_names else f"{stage}/" for name in figures}
-    return {prefixes[name] + name: value for name, value in figures.items()}
+def tag_metrics(stage: str, metrics: Mapping[str, Any], task: Task[Any, Any]) -> dict[str, Any]:
+    """TensorBoard tags: the reward's components stand below the reward, all else directly below the stage."""
+    prefixes = {name: f"{stage}/reward/" if name in task.component_names else f"{stage}/" for name in metrics}
+    return {prefixes[name] + name: value for name, value in metrics.items()}

@@ -17,15 +17,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from perception_r1.errors import UserError
-from perception_r1.grpo import Aggregation, group_advantages, grpo_loss, is_equal_group, token_weights
-from perception_r1.modules.base import PolicyModule, ScheduleConfig, tag_figures
+from perception_r1.grpo import LossType, group_advantages, grpo_loss, has_zero_std, token_weights
+from perception_r1.modules.base import LRSchedulerConfig, PolicyModule, tag_metrics
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
-from perception_r1.policy.packing import Part, plan_parts
+from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import Sample
-from perception_r1.scoring import Outcome, judge
+from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 
 
@@ -47,7 +47,7 @@ class Experience:
     completions: list[Tensor]
     advantages: Tensor
     weights: Tensor
-    parts: list[Part]
+    micro_batches: list[MicroBatch]
     old_logprobs: list[Tensor] = field(default_factory=list)
     reference_logprobs: list[Tensor] = field(default_factory=list)
 
@@ -59,18 +59,18 @@ class GRPO(PolicyModule):
         task: The task of the data module; the command line hands it over.
         policy: Which model is trained, and what of it.
         optimizer: Optimiser of the trainable weights.
-        schedule: Learning rate over the steps.
+        lr_scheduler: Learning rate over the steps.
         group_size: Completions of each prompt (G), compared with each other.
         final_group_size: The group grows (or shrinks) evenly to this size over the run; null keeps it as it is.
         temperature: Of sampling; log-probabilities use the same.
         max_new_tokens: Longest completion, end token included.
         kl_coef: Weight of the KL penalty towards the policy before training (beta); 0: no reference is loaded or run.
-        clip_low: The probability ratio is clipped below at 1 - clip_low.
-        clip_high: The probability ratio is clipped above at 1 + clip_high.
-        updates_per_rollout: Optimiser steps on each batch of completions (mu).
-        aggregation: How token losses are averaged: per completion and then over completions (grpo), over all tokens
+        clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low.
+        clip_eps_high: The probability ratio is clipped above at 1 + clip_eps_high.
+        num_iterations: Optimiser steps on each batch of completions (mu).
+        loss_type: How token losses are averaged: per completion and then over completions (grpo), over all tokens
             (dapo), or summed over a constant length (dr_grpo).
-        scale_advantages: Divide advantages by the standard deviation of their group.
+        scale_rewards: Divide advantages by the standard deviation of their group.
         max_grad_norm: Gradients are scaled down to this norm.
         micro_batch_tokens: Tokens of prompts and completions computed at once, each prompt counted once; null computes
             the batch in one piece. A group that is larger by itself is split over its completions. It changes memory,
@@ -86,17 +86,17 @@ class GRPO(PolicyModule):
         *,
         policy: PolicyConfig,
         optimizer: OptimizerCallable,
-        schedule: ScheduleConfig,
+        lr_scheduler: LRSchedulerConfig,
         group_size: int = 8,
         final_group_size: int | None = None,
         temperature: float = 1.0,
         max_new_tokens: int = 768,
         kl_coef: float = 0.04,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        updates_per_rollout: int = 1,
-        aggregation: Aggregation = "grpo",
-        scale_advantages: bool = True,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        num_iterations: int = 1,
+        loss_type: LossType = "grpo",
+        scale_rewards: bool = True,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int | None = None,
         eval_batch_tokens: int | None = None,
@@ -106,7 +106,7 @@ class GRPO(PolicyModule):
             task,
             policy=policy,
             optimizer=optimizer,
-            schedule=schedule,
+            lr_scheduler=lr_scheduler,
             max_new_tokens=max_new_tokens,
             max_grad_norm=max_grad_norm,
             micro_batch_tokens=micro_batch_tokens,
@@ -118,26 +118,26 @@ class GRPO(PolicyModule):
                 raise UserError(f"{name} is {size}; a completion is compared with its group, so use 2 or more.")
         if temperature <= 0:
             raise UserError(f"temperature is {temperature}; sampling needs a value above 0 (validation is greedy).")
-        if updates_per_rollout < 1:
-            raise UserError(f"updates_per_rollout is {updates_per_rollout}; it must be 1 or more.")
-        if kl_coef < 0 or not 0 <= clip_low < 1 or clip_high < 0:
-            raise UserError("kl_coef and clip_high must not be negative, and clip_low must lie in [0, 1).")
-        self.first_group_size = group_size
+        if num_iterations < 1:
+            raise UserError(f"num_iterations is {num_iterations}; it must be 1 or more.")
+        if kl_coef < 0 or not 0 <= clip_eps_low < 1 or clip_eps_high < 0:
+            raise UserError("kl_coef and clip_eps_high must not be negative, and clip_eps_low must lie in [0, 1).")
+        self.initial_group_size = group_size
         self.final_group_size = group_size if final_group_size is None else final_group_size
         self.group_size = group_size
         self.temperature = temperature
         self.kl_coef = kl_coef
-        self.clip_low = clip_low
-        self.clip_high = clip_high
-        self.updates_per_rollout = updates_per_rollout
-        self.aggregation: Aggregation = aggregation
-        self.scale_advantages = scale_advantages
+        self.clip_eps_low = clip_eps_low
+        self.clip_eps_high = clip_eps_high
+        self.num_iterations = num_iterations
+        self.loss_type: LossType = loss_type
+        self.scale_rewards = scale_rewards
         self.reference: Policy | None = None
 
     @property
     def updates_per_batch(self) -> int:
         """Optimiser steps per batch of the data module."""
-        return self.updates_per_rollout
+        return self.num_iterations
 
     def configure_model(self) -> None:
         """Load the policy and, where a fit needs it, the frozen reference: with an adapter the policy is its own."""
@@ -155,29 +155,29 @@ class GRPO(PolicyModule):
             prompts = self.policy.encode(self.task, batch)
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
             with self.phase("vision"):
-                prompts = self.policy.look(prompts)
-        rollout = self.sample(prompts)
+                prompts = self.policy.encode_images(prompts)
+        rollout = self.generate(prompts)
         with self.phase("reward"):
-            outcomes = self.score(batch, prompts, rollout)
-        rewards = torch.tensor([outcome.score.reward for outcome in outcomes], device=self.device)
-        advantages = group_advantages(rewards, self.group_size, scale=self.scale_advantages)
-        experience = self.remember(prompts, rollout, advantages)
-        for _ in range(self.updates_per_rollout):
-            figures = self.update(experience)
-        figures |= {"advantage_std": float(advantages.std()), "sampling_gap": sampling_gap(rollout, experience)}
-        self.log_step(rollout, outcomes, rewards, figures)
+            scored_completions = self.score_rollout(batch, prompts, rollout)
+        rewards = torch.tensor([scored.score.reward for scored in scored_completions], device=self.device)
+        advantages = group_advantages(rewards, self.group_size, scale=self.scale_rewards)
+        experience = self.make_experience(prompts, rollout, advantages)
+        for _ in range(self.num_iterations):
+            metrics = self.update(experience)
+        metrics |= {"advantage_std": float(advantages.std()), "logprob_mismatch": logprob_mismatch(rollout, experience)}
+        self.log_step(rollout, scored_completions, rewards, metrics)
         self.log_cost(rollout, experience, seconds_before, time.perf_counter() - started)
 
     def planned_group_size(self) -> int:
         """G of the step that comes next: every size from first to final has the same number of steps."""
-        growth = self.final_group_size - self.first_group_size
+        growth = self.final_group_size - self.initial_group_size
         num_sizes = abs(growth) + 1
         passed = min(num_sizes - 1, num_sizes * self.global_step // max(1, self.num_steps))
-        return self.first_group_size + (passed if growth > 0 else -passed)
+        return self.initial_group_size + (passed if growth > 0 else -passed)
 
-    def sample(self, prompts: PromptBatch) -> Rollout:
+    def generate(self, prompts: PromptBatch) -> Rollout:
         """G completions of each prompt, from seeds that depend on the run's seed and the step alone."""
-        rollout_index = self.global_step // self.updates_per_rollout
+        rollout_index = self.global_step // self.num_iterations
         first = (rollout_index * self.trainer.world_size + self.global_rank) * len(prompts)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
         seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
@@ -186,7 +186,7 @@ class GRPO(PolicyModule):
         with self.phase("prefill"):
             cache = self.policy.prefill(prompts)
         with self.phase("decode"):
-            rollout = self.policy.write(
+            rollout = self.policy.generate(
                 cache,
                 group_size=self.group_size,
                 max_new_tokens=self.max_new_tokens,
@@ -196,20 +196,22 @@ class GRPO(PolicyModule):
         self.policy.train()
         return rollout
 
-    def score(self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout) -> list[Outcome]:
+    def score_rollout(
+        self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout
+    ) -> list[ScoredCompletion]:
         """Judge every completion against its prompt's target."""
         rows = [index for index in range(len(samples)) for _ in range(self.group_size)]
-        return judge(
+        return score_completions(
             self.task,
             self.policy.codec,
             samples=[samples[row] for row in rows],
-            frames=[prompts.frames[row] for row in rows],
+            image_sizes=[prompts.image_sizes[row] for row in rows],
             completions=self.policy.processor.decode(rollout.completions),
             lengths=[len(completion) for completion in rollout.completions],
             truncated=rollout.is_truncated,
         )
 
-    def remember(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
+    def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
         """Bundle what the updates need.
 
         A group without any advantage pulls nowhere; without KL penalty its gradient is exactly zero, so it is left out.
@@ -226,29 +228,31 @@ class GRPO(PolicyModule):
             advantages=advantages,
             weights=token_weights(
                 tokens,
-                aggregation=self.aggregation,
+                loss_type=self.loss_type,
                 max_new_tokens=self.max_new_tokens,
                 num_tokens=self.trainer.strategy.reduce(tokens.sum().float(), reduce_op="mean"),
             ),
-            parts=plan_parts(prompts.lengths, lengths, chosen, self.micro_batch_tokens),
+            micro_batches=plan_micro_batches(prompts.lengths, lengths, chosen, self.micro_batch_tokens),
         )
 
     def update(self, experience: Experience) -> dict[str, float]:
         """One optimiser step on the whole experience, part by part."""
         sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
         num_tokens = 0
-        for index, part in enumerate(experience.parts):
-            with self.accumulation(is_last=index + 1 == len(experience.parts)):
-                num_tokens += self._add_gradients(experience, index, part, sums)
+        for index, micro_batch in enumerate(experience.micro_batches):
+            with self.accumulation(is_last=index + 1 == len(experience.micro_batches)):
+                num_tokens += self._add_gradients(experience, index, micro_batch, sums)
         with self.phase("optimizer"):
-            figures = self.apply_gradients(sums["loss"])
-        per_token = {"kl": sums["kl"] / max(1, num_tokens), "clipped_share": sums["clipped"] / max(1, num_tokens)}
-        return figures | {"loss": sums["loss"]} | per_token
+            metrics = self.apply_gradients(sums["loss"])
+        per_token = {"kl": sums["kl"] / max(1, num_tokens), "clip_fraction": sums["clipped"] / max(1, num_tokens)}
+        return metrics | {"loss": sums["loss"]} | per_token
 
-    def _add_gradients(self, experience: Experience, index: int, part: Part, sums: dict[str, float]) -> int:
+    def _add_gradients(
+        self, experience: Experience, index: int, micro_batch: MicroBatch, sums: dict[str, float]
+    ) -> int:
         """Add the gradients of a part; the first update also fixes old and reference log-probabilities."""
-        prompts = experience.prompts.select(part.prompts)
-        completions = [experience.completions[row] for row in part.rows]
+        prompts = experience.prompts.select(micro_batch.prompts)
+        completions = [experience.completions[row] for row in micro_batch.rows]
         is_first = len(experience.old_logprobs) == index
         if is_first and self.kl_coef > 0:
             with self.phase("reference"):
@@ -258,22 +262,22 @@ class GRPO(PolicyModule):
         if is_first:
             experience.old_logprobs.append(logprobs.detach())
         lengths = torch.tensor([len(completion) for completion in completions], device=self.device)
-        parts = grpo_loss(
+        output = grpo_loss(
             logprobs,
             experience.old_logprobs[index],
             experience.reference_logprobs[index] if self.kl_coef > 0 else None,
-            advantages=experience.advantages[part.rows],
-            weights=experience.weights[part.rows],
+            advantages=experience.advantages[micro_batch.rows],
+            weights=experience.weights[micro_batch.rows],
             is_token=torch.arange(logprobs.shape[1], device=self.device) < lengths[:, None],
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            clip_eps_low=self.clip_eps_low,
+            clip_eps_high=self.clip_eps_high,
             kl_coef=self.kl_coef,
         )
         with self.phase("backward"):
-            self.manual_backward(parts.loss)
-        sums["loss"] += float(parts.loss.detach())
-        sums["kl"] += float(parts.kl_sum)
-        sums["clipped"] += float(parts.clipped_sum)
+            self.manual_backward(output.loss)
+        sums["loss"] += float(output.loss.detach())
+        sums["kl"] += float(output.kl_sum)
+        sums["clipped"] += float(output.num_clipped)
         return int(lengths.sum())
 
     @torch.no_grad()
@@ -284,23 +288,27 @@ class GRPO(PolicyModule):
             return reference(prompts, completions, self.temperature)
 
     def log_step(
-        self, rollout: Rollout, outcomes: Sequence[Outcome], rewards: Tensor, figures: dict[str, float]
+        self,
+        rollout: Rollout,
+        scored_completions: Sequence[ScoredCompletion],
+        rewards: Tensor,
+        metrics: dict[str, float],
     ) -> None:
-        """Reward and its spread, every term and task metric, and how the completions look."""
-        self.train_scores.update(scores=[outcome.score for outcome in outcomes])
-        self.log_dict(tag_figures("train", self.train_scores.compute(), self.task), batch_size=1)
+        """Reward and its spread, every component and task metric, and how the completions look."""
+        self.train_scores.update(scores=[scored.score for scored in scored_completions])
+        self.log_dict(tag_metrics("train", self.train_scores.compute(), self.task), batch_size=1)
         self.train_scores.reset()
         spread = rewards.view(-1, self.group_size).std(1)
         num_tokens = [len(completion) for completion in rollout.completions]
         self.log_train(
-            figures
+            metrics
             | {
                 "group_size": float(self.group_size),
                 "reward_std": spread.mean(),
-                "zero_variance_groups": is_equal_group(rewards, self.group_size).float().mean(),
+                "frac_reward_zero_std": has_zero_std(rewards, self.group_size).float().mean(),
                 "entropy": rollout.entropy,
                 "completion_length": sum(num_tokens) / len(num_tokens),
-                "truncated_share": sum(rollout.is_truncated) / len(num_tokens),
+                "truncation_rate": sum(rollout.is_truncated) / len(num_tokens),
             }
         )
 
@@ -309,9 +317,13 @@ class GRPO(PolicyModule):
         seconds = {name: value - before.get(name, 0.0) for name, value in self.phase_seconds.items()}
         num_tokens = sum(len(completion) for completion in rollout.completions)
         prompts = experience.prompts.lengths
-        packed = sum(prompts[prompt] for part in experience.parts for prompt in part.prompts)
-        repeated = sum(prompts[row // self.group_size] for part in experience.parts for row in part.rows)
-        written = sum(len(rollout.completions[row]) for part in experience.parts for row in part.rows)
+        packed = sum(prompts[prompt] for micro_batch in experience.micro_batches for prompt in micro_batch.prompts)
+        repeated = sum(
+            prompts[row // self.group_size] for micro_batch in experience.micro_batches for row in micro_batch.rows
+        )
+        written = sum(
+            len(rollout.completions[row]) for micro_batch in experience.micro_batches for row in micro_batch.rows
+        )
         self.log_train(
             {f"seconds/{name}": value for name, value in seconds.items()}
             | {"seconds/step": total, "tokens_per_second": num_tokens / total}
@@ -319,15 +331,15 @@ class GRPO(PolicyModule):
         )
 
 
-def sampling_gap(rollout: Rollout, experience: Experience) -> float:
+def logprob_mismatch(rollout: Rollout, experience: Experience) -> float:
     """Mean distance between the log-probabilities of the sampler and those of the first training pass.
 
     Rounding makes it, about 1e-6 in float32 and 1e-2 in bfloat16; more means that the two do not compute the same.
     """
     pairs = [
         (rollout.logprobs[row], logprobs[place])
-        for part, logprobs in zip(experience.parts, experience.old_logprobs, strict=True)
-        for place, row in enumerate(part.rows)
+        for micro_batch, logprobs in zip(experience.micro_batches, experience.old_logprobs, strict=True)
+        for place, row in enumerate(micro_batch.rows)
     ]
     gaps = [(sampled - trained[: len(sampled)]).abs() for sampled, trained in pairs]
     return float(torch.cat(gaps).mean()) if gaps else 0.0

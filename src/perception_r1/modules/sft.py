@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from perception_r1.modules.base import PolicyModule, ScheduleConfig
+from perception_r1.modules.base import LRSchedulerConfig, PolicyModule
 from perception_r1.policy.load import PolicyConfig
-from perception_r1.policy.packing import plan_parts
+from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.records import Sample
 from perception_r1.task import Task
 
@@ -23,7 +23,7 @@ class SFT(PolicyModule):
         task: The task of the data module; the command line hands it over.
         policy: Which model is trained, and what of it.
         optimizer: Optimiser of the trainable weights.
-        schedule: Learning rate over the steps.
+        lr_scheduler: Learning rate over the steps.
         max_new_tokens: Longest completion in validation, end token included.
         max_grad_norm: Gradients are scaled down to this norm.
         micro_batch_tokens: Tokens of prompts and answers computed at once; null: the whole batch. It changes memory,
@@ -39,7 +39,7 @@ class SFT(PolicyModule):
         *,
         policy: PolicyConfig,
         optimizer: OptimizerCallable,
-        schedule: ScheduleConfig,
+        lr_scheduler: LRSchedulerConfig,
         max_new_tokens: int = 768,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int | None = None,
@@ -50,7 +50,7 @@ class SFT(PolicyModule):
             task,
             policy=policy,
             optimizer=optimizer,
-            schedule=schedule,
+            lr_scheduler=lr_scheduler,
             max_new_tokens=max_new_tokens,
             max_grad_norm=max_grad_norm,
             micro_batch_tokens=micro_batch_tokens,
@@ -64,22 +64,24 @@ class SFT(PolicyModule):
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)  # dropout of an adapter, if any
         with self.phase("encode"):
             prompts = self.policy.encode(self.task, batch)
-            answers = self.policy.encode_answers(self.task, batch, prompts)
+            answers = self.policy.encode_targets(self.task, batch, prompts)
         lengths = [len(answer) for answer in answers]
-        parts = plan_parts(prompts.lengths, lengths, range(len(batch)), self.micro_batch_tokens)
+        micro_batches = plan_micro_batches(prompts.lengths, lengths, range(len(batch)), self.micro_batch_tokens)
         total = 0.0
-        for index, part in enumerate(parts):
-            with self.accumulation(is_last=index + 1 == len(parts)):
+        for index, micro_batch in enumerate(micro_batches):
+            with self.accumulation(is_last=index + 1 == len(micro_batches)):
                 with self.phase("policy_forward"):
-                    logprobs = self.policy(prompts.select(part.prompts), [answers[row] for row in part.rows])
+                    logprobs = self.policy(
+                        prompts.select(micro_batch.prompts), [answers[row] for row in micro_batch.rows]
+                    )
                     loss = -logprobs.sum() / sum(lengths)
                 with self.phase("backward"):
                     self.manual_backward(loss)
             total += float(loss.detach())
         with self.phase("optimizer"):
-            figures = self.apply_gradients(total)
+            metrics = self.apply_gradients(total)
         self.log_train(
-            figures
+            metrics
             | {
                 "loss": total,
                 "answer_length": sum(lengths) / len(batch),

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from perception_r1.policy.packing import Packing, Tile
+from perception_r1.policy.packing import LengthBucket, Packing
 
 NAME = "shared_prompt"
 
@@ -55,19 +55,19 @@ def shared_prompt_attention(
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     options = {"scale": scaling, "dropout_p": dropout}
     prompts, completions = [], []
-    for tile in packing.tiles:
-        prompt_query, prompt_key, prompt_value = (_of_prompts(tensor, tile) for tensor in (query, key, value))
+    for bucket in packing.buckets:
+        prompt_query, prompt_key, prompt_value = (_of_prompts(tensor, bucket) for tensor in (query, key, value))
         attended = _attend(prompt_query, prompt_key, prompt_value, is_causal=True, **options)
         prompts.append(attended.transpose(1, 2).flatten(0, 1))  # [n*P, H, D]
-        if len(tile.rows):
-            completions.append(_attend_completions(query, key, value, prompt_key, prompt_value, tile, options))
+        if len(bucket.rows):
+            completions.append(_attend_completions(query, key, value, prompt_key, prompt_value, bucket, options))
     return torch.cat(prompts + completions)[None], None
 
 
-def _of_prompts(tensor: Tensor, tile: Tile) -> Tensor:
+def _of_prompts(tensor: Tensor, bucket: LengthBucket) -> Tensor:
     """[n, heads, P, D] from [T, heads, D]."""
-    span = tensor[tile.start : tile.start + tile.num_prompts * tile.length]
-    return span.unflatten(0, (tile.num_prompts, tile.length)).transpose(1, 2)
+    span = tensor[bucket.start : bucket.start + bucket.num_prompts * bucket.length]
+    return span.unflatten(0, (bucket.num_prompts, bucket.length)).transpose(1, 2)
 
 
 def _attend_completions(
@@ -76,26 +76,26 @@ def _attend_completions(
     value: Tensor,
     prompt_key: Tensor,
     prompt_value: Tensor,
-    tile: Tile,
+    bucket: LengthBucket,
     options: dict[str, Any],
 ) -> Tensor:
     """[inputs of the tile, H, D]: each completion sees its prompt and, behind it, itself."""
-    size = tile.num_prompts * tile.group_size
-    steps = len(tile.rows) // size
-    own = [tensor.index_select(0, tile.rows).unflatten(0, (size, steps)) for tensor in (query, key, value)]
+    size = bucket.num_prompts * bucket.group_size
+    steps = len(bucket.rows) // size
+    own = [tensor.index_select(0, bucket.rows).unflatten(0, (size, steps)) for tensor in (query, key, value)]
 
     def behind_prompt(prompt: Tensor, completion: Tensor) -> Tensor:  # [n*G, K, P+C, D]
-        shared = prompt[:, None].expand(-1, tile.group_size, -1, -1, -1)
-        mine = completion.transpose(1, 2).unflatten(0, (tile.num_prompts, tile.group_size))
+        shared = prompt[:, None].expand(-1, bucket.group_size, -1, -1, -1)
+        mine = completion.transpose(1, 2).unflatten(0, (bucket.num_prompts, bucket.group_size))
         return torch.cat([shared, mine], 3).flatten(0, 1)
 
     # Filling stands behind every real token of its completion, so the causal triangle alone keeps it out of sight.
-    width = tile.length + steps
-    sees = torch.ones(steps, width, dtype=torch.bool, device=query.device).tril(tile.length)
+    width = bucket.length + steps
+    sees = torch.ones(steps, width, dtype=torch.bool, device=query.device).tril(bucket.length)
     keys, values = behind_prompt(prompt_key, own[1]), behind_prompt(prompt_value, own[2])
     attended = _attend(own[0].transpose(1, 2), keys, values, attn_mask=sees, **options)
     rows = attended.transpose(1, 2).flatten(0, 1)  # [n*G*C, H, D]
-    return rows if tile.inputs is None else rows.index_select(0, tile.inputs)
+    return rows if bucket.inputs is None else rows.index_select(0, bucket.inputs)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

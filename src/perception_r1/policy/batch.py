@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perception_r1.records import Frame
+from perception_r1.records import ImageSize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,7 @@ class PromptBatch:
         pixel_values: [N, D] patches of all images, one after another.
         image_grid_thw: [I, 3] patches of each image in time, height and width.
         num_images: Images of each prompt, B entries.
-        frames: Sizes of the first image of each prompt, B entries.
+        image_sizes: Sizes of the first image of each prompt, B entries.
         features: Of each image, I entries [1 + L, tokens, H]: what stands in its place, then what (Qwen3-VL) is added
             after each of the first L layers; None until the vision tower has looked at the images.
     """
@@ -35,8 +35,8 @@ class PromptBatch:
     pixel_values: Tensor
     image_grid_thw: Tensor
     num_images: tuple[int, ...]
-    frames: tuple[Frame, ...]
-    features: tuple[Tensor, ...] | None = None
+    image_sizes: tuple[ImageSize, ...]
+    image_features: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.num_images)
@@ -61,8 +61,8 @@ class PromptBatch:
             pixel_values=torch.cat([self.pixel_values[starts[i] : starts[i + 1]] for i in chosen]),
             image_grid_thw=self.image_grid_thw[chosen],
             num_images=tuple(self.num_images[index] for index in indices),
-            frames=tuple(self.frames[index] for index in indices),
-            features=None if self.features is None else tuple(self.features[i] for i in chosen),
+            image_sizes=tuple(self.image_sizes[index] for index in indices),
+            image_features=None if self.image_features is None else tuple(self.image_features[i] for i in chosen),
         )
 
     def to(self, device: torch.device | str) -> "PromptBatch":
@@ -74,7 +74,9 @@ class PromptBatch:
             mm_token_type_ids=self.mm_token_type_ids.to(device),
             pixel_values=self.pixel_values.to(device),
             image_grid_thw=self.image_grid_thw.to(device),
-            features=None if self.features is None else tuple(image.to(device) for image in self.features),
+            image_features=None
+            if self.image_features is None
+            else tuple(image.to(device) for image in self.image_features),
         )
 
     def _images_by_prompt(self) -> list[range]:

@@ -1,7 +1,8 @@
 """What the rows of a rollout remember: their prompts, once per group, and the tokens that they have written.
 
-`SharedCache` and `JoinedCache` (a single row per prompt, nothing to share) compute with exactly what has been written,
-and finished rows leave them. `StaticCache` has fixed shapes and changes only in place, as a captured CUDA graph wants.
+`SharedPromptCache` and `ContiguousCache` (a single row per prompt, nothing to share) compute with exactly what has been
+written, and finished rows leave them. `StaticCache` has fixed shapes and changes only in place, as a captured CUDA
+graph wants.
 
 Legend: B prompts, S rows of each, P prompt tokens (longest), T tokens that can be written, H heads, K key-value heads,
 D head size. Rows are numbered prompt by prompt.
@@ -19,15 +20,15 @@ from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.prefill import PromptCache
 
 KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
-Rotation: TypeAlias = tuple[Tensor, Tensor]
+PositionEmbeddings: TypeAlias = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary embedding, [B, T, D] each: the rows of a prompt stand at the same positions."""
 
 
-class RowCache(ABC):
+class DecodeCache(ABC):
     """Keys and values of all layers, and the place at which the next token is written."""
 
     @abstractmethod
-    def begin(self) -> Rotation:
+    def begin_step(self) -> PositionEmbeddings:
         """Turn to the next token: cosine and sine for it, [B, 1, 1, D] each."""
 
     @abstractmethod
@@ -45,11 +46,11 @@ class RowCache(ABC):
         """
 
     @abstractmethod
-    def advance(self) -> None:
+    def end_step(self) -> None:
         """The token has been written: every layer has had its turn."""
 
 
-class _EagerCache(RowCache):
+class _EagerCache(DecodeCache):
     """What the two caches of the eager path have in common.
 
     Args:
@@ -58,32 +59,32 @@ class _EagerCache(RowCache):
         dtype: Of keys and values.
     """
 
-    def __init__(self, prompts: PromptCache, rotation: Rotation, dtype: torch.dtype) -> None:
-        self._rotation = rotation
-        self._room = rotation[0].shape[1]
+    def __init__(self, prompts: PromptCache, position_embeddings: PositionEmbeddings, dtype: torch.dtype) -> None:
+        self._position_embeddings = position_embeddings
+        self._room = position_embeddings[0].shape[1]
         self._longest = prompts.keys[0].shape[2]
         self._bias = _bias(prompts, self._room, dtype)  # [B, 1, 1, 1, P + T]
         self._step = 0
 
-    def begin(self) -> Rotation:
-        """See `RowCache`."""
-        cos, sin = self._rotation
+    def begin_step(self) -> PositionEmbeddings:
+        """See `DecodeCache`."""
+        cos, sin = self._position_embeddings
         return cos[:, self._step, None, None], sin[:, self._step, None, None]
 
-    def advance(self) -> None:
-        """See `RowCache`."""
+    def end_step(self) -> None:
+        """See `DecodeCache`."""
         self._step += 1
 
     @abstractmethod
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Let go of all rows but these, given as [B', S'] numbers; those of one line share a prompt."""
 
     def _keep_prompts(self, prompts: Tensor) -> None:
-        self._rotation = self._rotation[0][prompts], self._rotation[1][prompts]
+        self._position_embeddings = self._position_embeddings[0][prompts], self._position_embeddings[1][prompts]
         self._bias = None if self._bias is None else self._bias[prompts]
 
 
-class SharedCache(_EagerCache):
+class SharedPromptCache(_EagerCache):
     """Prompts once per group; each row's own tokens beside them.
 
     Args:
@@ -93,24 +94,26 @@ class SharedCache(_EagerCache):
         dtype: Of keys and values.
     """
 
-    def __init__(self, prompts: PromptCache, rotation: Rotation, *, num_rows: int, dtype: torch.dtype) -> None:
-        super().__init__(prompts, rotation, dtype)
+    def __init__(
+        self, prompts: PromptCache, position_embeddings: PositionEmbeddings, *, num_rows: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(prompts, position_embeddings, dtype)
         self._prompts = _cast(prompts, dtype)
         batch, heads, _, size = prompts.keys[0].shape
         shape = (batch, heads, num_rows, self._room, size)
         self._own = [(keys.new_empty(shape), keys.new_empty(shape)) for keys, _ in self._prompts]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `RowCache`."""
+        """See `DecodeCache`."""
         keys, values = self._own[layer]  # [B, K, S, T, D]
         keys[:, :, :, self._step] = key.transpose(1, 2)
         values[:, :, :, self._step] = value.transpose(1, 2)
-        written = self._step + 1
-        own = keys[:, :, :, :written], values[:, :, :, :written]
-        bias = None if self._bias is None else self._bias[..., : self._longest + written]
+        buffer = self._step + 1
+        own = keys[:, :, :, :buffer], values[:, :, :, :buffer]
+        bias = None if self._bias is None else self._bias[..., : self._longest + buffer]
         return next_token_attention(query, self._prompts[layer], own, bias)
 
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """See `_EagerCache`."""
         num_rows = self._own[0][0].shape[2]
         prompts, slots = rows[:, 0] // num_rows, rows % num_rows
@@ -119,14 +122,14 @@ class SharedCache(_EagerCache):
 
         def chosen(own: Tensor) -> Tensor:
             kept = own.new_empty(len(rows), own.shape[1], rows.shape[1], *own.shape[3:])
-            written = own[:, :, :, : self._step]
-            kept[:, :, :, : self._step] = written[prompts[:, None], :, slots].transpose(1, 2)
+            buffer = own[:, :, :, : self._step]
+            kept[:, :, :, : self._step] = buffer[prompts[:, None], :, slots].transpose(1, 2)
             return kept
 
         self._own = [(chosen(keys), chosen(values)) for keys, values in self._own]
 
 
-class JoinedCache(_EagerCache):
+class ContiguousCache(_EagerCache):
     """One row per prompt, written behind it into the same buffer.
 
     Args:
@@ -135,13 +138,13 @@ class JoinedCache(_EagerCache):
         dtype: Of keys and values.
     """
 
-    def __init__(self, prompts: PromptCache, rotation: Rotation, *, dtype: torch.dtype) -> None:
-        super().__init__(prompts, rotation, dtype)
+    def __init__(self, prompts: PromptCache, position_embeddings: PositionEmbeddings, *, dtype: torch.dtype) -> None:
+        super().__init__(prompts, position_embeddings, dtype)
         filling = (0, 0, 0, self._room)
         self._kept = [(F.pad(keys, filling), F.pad(values, filling)) for keys, values in _cast(prompts, dtype)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `RowCache`."""
+        """See `DecodeCache`."""
         keys, values = self._kept[layer]  # [B, K, P + T, D]
         place = self._longest + self._step
         keys[:, :, place] = key[:, 0]
@@ -156,14 +159,14 @@ class JoinedCache(_EagerCache):
         )
         return attended.transpose(1, 2).flatten(2)
 
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """See `_EagerCache`."""
         prompts = rows[:, 0]
         self._keep_prompts(prompts)
         self._kept = [(keys[prompts], values[prompts]) for keys, values in self._kept]
 
 
-class StaticCache(RowCache):
+class StaticCache(DecodeCache):
     """Buffers of fixed shape: attention reads all of them and hides what has not been written.
 
     Args:
@@ -187,19 +190,19 @@ class StaticCache(RowCache):
         own_shape = (num_prompts, heads, num_rows, num_tokens, size)  # zeros: what is hidden must still be finite
         self._own = [(keys.new_zeros(own_shape), keys.new_zeros(own_shape)) for keys, _ in self._prompts]
         turns = torch.zeros(2, num_prompts, num_tokens, size, dtype=at_least_fp32(dtype), device=device)
-        self._rotation: Rotation = turns[0], turns[1]
+        self._position_embeddings: PositionEmbeddings = turns[0], turns[1]
         self._prompt_room = prompt_room
         self._bias = torch.zeros(num_prompts, 1, 1, 1, prompt_room + num_tokens, dtype=dtype, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         """[1] tokens written so far."""
 
-    def load(self, prompts: PromptCache, rotation: Rotation) -> None:
+    def load(self, prompts: PromptCache, position_embeddings: PositionEmbeddings) -> None:
         """Begin anew with other prompts of the same number, none longer than the room for them."""
         longest = prompts.keys[0].shape[2]
         for (keys, values), more_keys, more_values in zip(self._prompts, prompts.keys, prompts.values, strict=True):
             keys[:, :, :longest] = more_keys
             values[:, :, :longest] = more_values
-        for buffer, values in zip(self._rotation, rotation, strict=True):
+        for buffer, values in zip(self._position_embeddings, position_embeddings, strict=True):
             buffer.copy_(values)
         place = torch.arange(self._prompt_room, device=prompts.lengths.device)
         is_token = place < prompts.lengths[:, None]  # [B, room for prompts]
@@ -207,21 +210,21 @@ class StaticCache(RowCache):
         self._bias[..., : self._prompt_room].masked_fill_(is_token[:, None, None, None], 0.0)
         self.step.zero_()
 
-    def begin(self) -> Rotation:
-        """See `RowCache`."""
+    def begin_step(self) -> PositionEmbeddings:
+        """See `DecodeCache`."""
         self._bias.index_fill_(-1, self.step + self._prompt_room, 0.0)  # the token is about to be seen
-        cos, sin = (values.index_select(1, self.step)[:, :, None] for values in self._rotation)
+        cos, sin = (values.index_select(1, self.step)[:, :, None] for values in self._position_embeddings)
         return cos, sin
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `RowCache`."""
+        """See `DecodeCache`."""
         keys, values = self._own[layer]
         keys.index_copy_(3, self.step, key.transpose(1, 2)[:, :, :, None])
         values.index_copy_(3, self.step, value.transpose(1, 2)[:, :, :, None])
         return next_token_attention(query, self._prompts[layer], self._own[layer], self._bias)
 
-    def advance(self) -> None:
-        """See `RowCache`."""
+    def end_step(self) -> None:
+        """See `DecodeCache`."""
         self.step += 1
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perception_r1.policy.cache import Rotation, RowCache
+from perception_r1.policy.cache import DecodeCache, PositionEmbeddings
 from perception_r1.policy.forward import QwenVL, at_least_fp32
 from perception_r1.policy.prefill import PromptCache
 
-_LARGEST_COPY = 2**28
+_MAX_COPIED_WEIGHTS = 2**28
 """Language models of at most so many weights are copied for speed; larger ones are read in place where they can be."""
 
 
@@ -38,15 +38,15 @@ class Decoder:
         self.dtype = _compute_dtype(self._embedding.weight)
         """Of products, keys and values: that of the weights, or of automatic mixed precision where it is on."""
         num_weights = sum(parameter.numel() for parameter in text.parameters())
-        is_in_place = self._embedding.weight.dtype == self.dtype and num_weights > _LARGEST_COPY
+        is_in_place = self._embedding.weight.dtype == self.dtype and num_weights > _MAX_COPIED_WEIGHTS
         self._layers = [_Layer(layer, config, None if is_in_place else self.dtype) for layer in text.layers]
         self._norm = text.norm
         heads = config.num_attention_heads, config.num_key_value_heads
         scales = [[text.layers[0].self_attn.scaling]] * heads[0] + [[1.0]] * heads[1]
         self._head_scale = torch.tensor(scales, dtype=at_least_fp32(self.dtype), device=self.device)  # of queries
-        self._head = _Product([model.lm_head], None if is_in_place else self.dtype)
+        self._head = _FusedLinear([model.lm_head], None if is_in_place else self.dtype)
 
-    def fits(self, model: QwenVL) -> bool:
+    def is_compatible(self, model: QwenVL) -> bool:
         """The model's weights still are where they were, and products are computed in the same type."""
         weight = model.model.language_model.embed_tokens.weight
         return (
@@ -59,13 +59,13 @@ class Decoder:
         layers = (module for module in self._text.modules() if hasattr(module, "get_delta_weight"))
         return tuple(sorted({(layer.disable_adapters, layer.merged) for layer in layers}))
 
-    def refresh(self) -> None:
+    def sync_weights(self) -> None:
         """Take over what training has changed."""
         for layer in self._layers:
-            layer.refresh()
-        self._head.refresh()
+            layer.sync_weights()
+        self._head.sync_weights()
 
-    def rotation(self, prompts: PromptCache, num_tokens: int) -> Rotation:
+    def position_embeddings(self, prompts: PromptCache, num_tokens: int) -> PositionEmbeddings:
         """Rotary embedding of the `num_tokens` places behind each prompt."""
         places = prompts.next_position[:, None] + torch.arange(num_tokens, device=self.device)  # [B, T]
         cos, sin = self._rotary(self._embedding.weight, places.expand(3, -1, -1))
@@ -77,7 +77,7 @@ class Decoder:
         with torch.autocast(self.device.type, enabled=False):
             return self._head(prompts.hidden.to(self.dtype))
 
-    def __call__(self, tokens: Tensor, cache: RowCache) -> Tensor:
+    def __call__(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
         """Read a token of each row, remember it, predict the next.
 
         Args:
@@ -88,13 +88,13 @@ class Decoder:
             [R, V] logits.
         """
         with torch.autocast(self.device.type, enabled=False):
-            cos, sin = (part * self._head_scale for part in cache.begin())  # [B, 1, H + K, D]
+            cos, sin = (part * self._head_scale for part in cache.begin_step())  # [B, 1, H + K, D]
             rows = self._embedding(tokens).unflatten(0, (len(cos), -1))  # [B, S, hidden size]
             for number, layer in enumerate(self._layers):
                 query, key, value = layer.project(rows, cos, sin)
                 rows = rows + layer.output(cache.attend(number, query, key, value))
                 rows = rows + layer.feed_forward(rows)
-            cache.advance()
+            cache.end_step()
             return self._head(_normalise(rows, self._norm).to(self.dtype)).flatten(0, 1)
 
 
@@ -107,15 +107,15 @@ class _Layer:
         self._head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3-VL only
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
         self._activation = mlp.act_fn
-        self._qkv = _Product([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.output = _Product([attention.o_proj], dtype)
-        self._gate_up = _Product([mlp.gate_proj, mlp.up_proj], dtype)
-        self._down = _Product([mlp.down_proj], dtype)
+        self._qkv = _FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.output = _FusedLinear([attention.o_proj], dtype)
+        self._gate_up = _FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self._down = _FusedLinear([mlp.down_proj], dtype)
 
-    def refresh(self) -> None:
+    def sync_weights(self) -> None:
         """Take over what training has changed."""
         for product in (self._qkv, self.output, self._gate_up, self._down):
-            product.refresh()
+            product.sync_weights()
 
     def project(self, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, D], keys and values [B, S, K, D] from [B, S, hidden size], turned by cosine and sine."""
@@ -136,7 +136,7 @@ class _Layer:
         return self._down(self._activation(gate) * up)
 
 
-class _Product:
+class _FusedLinear:
     """Linear layers of the same input as one product.
 
     Args:
@@ -148,10 +148,10 @@ class _Product:
         self._layers, self._dtype = layers, dtype
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        self.refresh()
+        self.sync_weights()
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def sync_weights(self) -> None:
         """Copy the weights, in place from the second time on: captured graphs go on reading them."""
         if self._dtype is None:
             return

@@ -18,7 +18,7 @@ QwenVL: TypeAlias = Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackedPrompts:
+class PromptEmbeddings:
     """Prompts one after another in a single row without padding, ready for the language model.
 
     Attributes:
@@ -36,7 +36,7 @@ class PackedPrompts:
     next_position: Tensor
 
 
-def image_features(model: QwenVL, prompts: PromptBatch) -> tuple[Tensor, ...]:
+def encode_images(model: QwenVL, prompts: PromptBatch) -> tuple[Tensor, ...]:
     """Run the vision tower once on every image; see `PromptBatch.features`."""
     seen = model.model.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
     images = [image[None] for image in seen.pooler_output]  # each [1, tokens, H]
@@ -48,7 +48,7 @@ def image_features(model: QwenVL, prompts: PromptBatch) -> tuple[Tensor, ...]:
     return tuple(images)
 
 
-def pack_prompts(model: QwenVL, prompts: PromptBatch) -> PackedPrompts:
+def embed_prompts(model: QwenVL, prompts: PromptBatch) -> PromptEmbeddings:
     """Embed prompts; the vision tower runs only where nobody has looked at the images yet."""
     base = model.model
     is_token = prompts.attention_mask.bool()
@@ -60,19 +60,21 @@ def pack_prompts(model: QwenVL, prompts: PromptBatch) -> PackedPrompts:
     )
     is_image = prompts.mm_token_type_ids[is_token] == 1
     text = base.get_input_embeddings()(prompts.input_ids[is_token])  # [M, H]
-    features = torch.cat(prompts.features or image_features(model, prompts), 1).to(text.dtype)  # [1 + L, F, H]
-    return PackedPrompts(
-        inputs_embeds=text.masked_scatter(is_image[:, None], features[0]),
+    image_features = torch.cat(prompts.image_features or encode_images(model, prompts), 1).to(
+        text.dtype
+    )  # [1 + L, F, H]
+    return PromptEmbeddings(
+        inputs_embeds=text.masked_scatter(is_image[:, None], image_features[0]),
         position_ids=positions[:, is_token],
         is_image=is_image,
-        deepstack=features[1:],
+        deepstack=image_features[1:],
         next_position=positions.amax((0, 2)) + 1,
     )
 
 
-def run_packed(
+def packed_forward(
     model: QwenVL,
-    prompts: PackedPrompts,
+    prompts: PromptEmbeddings,
     packing: Packing,
     *,
     tokens: Tensor | None = None,
@@ -111,24 +113,24 @@ def run_packed(
     ).last_hidden_state[0]
 
 
-def restrict(logits: Tensor, *, banned: Tensor, temperature: float) -> Tensor:
+def process_logits(logits: Tensor, *, suppress_tokens: Tensor, temperature: float) -> Tensor:
     """Logits [..., V] over the tokens that may be written, in at least fp32 and divided by the temperature.
 
     Args:
         logits: [..., V] of the vocabulary head; they are used up, for a copy of them may take a gigabyte.
-        banned: Ids of tokens that are never written (vision tokens): their logit becomes -inf.
+        suppress_tokens: Ids of tokens that are never written (vision tokens): their logit becomes -inf.
         temperature: Sampling temperature, above 0.
     """
     logits = logits.to(at_least_fp32(logits.dtype))
-    logits = logits.index_fill_(-1, banned, float("-inf"))
+    logits = logits.index_fill_(-1, suppress_tokens, float("-inf"))
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The type in which figures are kept that half precision would spoil: fp32, or fp64 where the model has it."""
+    """The type in which metrics are kept that half precision would spoil: fp32, or fp64 where the model has it."""
     return torch.promote_types(torch.float32, dtype)
 
 
-def by_length(lengths: Sequence[int]) -> list[int]:
+def argsort_by_length(lengths: Sequence[int]) -> list[int]:
     """Prompts in order of length: equal ones come together, and the attention then takes them together."""
     return sorted(range(len(lengths)), key=lengths.__getitem__)

@@ -23,16 +23,16 @@ class LoraConfig:
     """A low-rank adapter instead of full fine-tuning.
 
     Attributes:
-        rank: Rank of the update of each adapted matrix.
-        alpha: Scale of the update is alpha / rank.
-        dropout: Dropout before the adapter's first matrix.
-        targets: Regular expression over module names; by default all linear layers of the language model.
+        r: Rank of the update of each adapted matrix.
+        lora_alpha: Scale of the update is lora_alpha / r.
+        lora_dropout: Dropout before the adapter's first matrix.
+        target_modules: Regular expression over module names; by default all linear layers of the language model.
     """
 
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    targets: str = TEXT_LINEARS
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: str = TEXT_LINEARS
 
 
 @dataclass(kw_only=True)
@@ -43,24 +43,24 @@ class PolicyConfig:
         name: Hub id (Qwen/Qwen2-VL-2B-Instruct), a local folder in the hub's layout, or `tiny`: the embedded policy,
             built and warmed up here.
         dtype: Type of the weights. Mixed precision is the trainer's own setting (`--trainer.precision bf16-mixed`).
-        attention: Attention implementation of the vision tower; the language model has its own, which shares prompts.
+        attn_implementation: Attention of the vision tower; the language model has its own, which shares prompts.
         freeze_vision: Leave the vision tower as it is.
         gradient_checkpointing: Recompute activations in backward: less memory, about a third more time.
         lora: Train a low-rank adapter; null trains the weights themselves.
         min_pixels: Smaller pictures are enlarged to this many pixels; null keeps the model's bound.
         max_pixels: Larger pictures are shrunk to this many pixels; null keeps the model's bound.
-        max_prompt_tokens: A longer prompt is an error; a prompt is never cut. Null accepts any length.
+        max_prompt_length: A longer prompt is an error; a prompt is never cut. Null accepts any length.
     """
 
     name: str = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     freeze_vision: bool = False
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
-    max_prompt_tokens: int | None = None
+    max_prompt_length: int | None = None
 
 
 def load_model(config: PolicyConfig) -> PreTrainedModel:
@@ -75,7 +75,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             config.name,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
+            attn_implementation=config.attn_implementation,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             output_loading_info=True,
         )
@@ -120,7 +120,7 @@ def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> torch.
     """Freeze, adapt and checkpoint as the configuration says; the result is the module to train.
 
     Raises:
-        UserError: The adapter's target expression fits no module, or its rank is not positive.
+        UserError: The adapter's target expression fits no module, or its r is not positive.
     """
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -133,10 +133,10 @@ def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> torch.
 
     try:
         adapter = PeftLoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=config.lora.targets,
+            r=config.lora.r,
+            lora_alpha=config.lora.lora_alpha,
+            lora_dropout=config.lora.lora_dropout,
+            target_modules=config.lora.target_modules,
         )
         return get_peft_model(model, adapter)
     except ValueError as error:

@@ -13,15 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import QwenVL, by_length, pack_prompts, restrict, run_packed
-from perception_r1.policy.packing import lay_out
+from perception_r1.policy.forward import QwenVL, argsort_by_length, embed_prompts, packed_forward, process_logits
+from perception_r1.policy.packing import pack
 
 _HEAD_ROWS = 2048
 """Rows of logits held at once in training; more are recomputed in backward. Below this chunking only costs time."""
 
 
 def completion_logprobs(
-    model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], *, banned: Tensor, temperature: float
+    model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], *, suppress_tokens: Tensor, temperature: float
 ) -> Tensor:
     """Log-probability of every completion token, as the sampler would have drawn it.
 
@@ -29,7 +29,7 @@ def completion_logprobs(
         model: A Qwen-VL causal model whose language model uses `policy/attention.py`.
         prompts: B prompts.
         completions: N token id tensors, the G completions of a prompt after one another, none empty.
-        banned: Ids of tokens that are never written.
+        suppress_tokens: Ids of tokens that are never written.
         temperature: The sampling temperature.
 
     Returns:
@@ -41,31 +41,33 @@ def completion_logprobs(
     if len(completions) % len(prompts):
         raise ValueError(f"{len(completions)} completions cannot be divided evenly among {len(prompts)} prompts.")
     group_size = len(completions) // len(prompts)
-    order = by_length(prompts.lengths)
+    order = argsort_by_length(prompts.lengths)
     rows = [prompt * group_size + g for prompt in order for g in range(group_size)]
     prompts, completions = prompts.select(order), [completions[row] for row in rows]
     lengths = [len(completion) for completion in completions]
-    packed = pack_prompts(model, prompts)
-    packing = lay_out(prompts.lengths, lengths, prompts.input_ids.device)
-    hidden = run_packed(
+    packed = embed_prompts(model, prompts)
+    packing = pack(prompts.lengths, lengths, prompts.input_ids.device)
+    hidden = packed_forward(
         model,
         packed,
         packing,
         tokens=torch.cat([completion[:-1] for completion in completions]),
-        positions=packed.next_position[packing.owners] + packing.steps,
+        positions=packed.next_position[packing.prompt_indices] + packing.steps,
     )
     picked = _target_logprobs(
-        model, hidden.index_select(0, packing.predictors), torch.cat(completions), banned, temperature
+        model, hidden.index_select(0, packing.predictor_indices), torch.cat(completions), suppress_tokens, temperature
     )
     found = dict(zip(rows, picked.split(lengths), strict=True))
     return pad_sequence([found[row] for row in range(len(rows))], batch_first=True)
 
 
-def _target_logprobs(model: QwenVL, hidden: Tensor, targets: Tensor, banned: Tensor, temperature: float) -> Tensor:
+def _target_logprobs(
+    model: QwenVL, hidden: Tensor, targets: Tensor, suppress_tokens: Tensor, temperature: float
+) -> Tensor:
     """[targets] log-probabilities from [targets, H] hidden states; long ones in chunks recomputed in backward."""
 
     def chunk_logprobs(rows: Tensor, chosen: Tensor) -> Tensor:
-        logits = restrict(model.lm_head(rows), banned=banned, temperature=temperature)
+        logits = process_logits(model.lm_head(rows), suppress_tokens=suppress_tokens, temperature=temperature)
         return logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
 
     if len(targets) <= _HEAD_ROWS:

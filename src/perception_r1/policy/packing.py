@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
+class LengthBucket:
     """Neighbouring prompts of the same length, whose attention is computed together.
 
     Attributes:
@@ -47,13 +47,13 @@ class Packing:
         predictors: [targets] place whose hidden state predicts each completion token, completion by completion.
     """
 
-    tiles: tuple[Tile, ...]
+    buckets: tuple[LengthBucket, ...]
     steps: Tensor
-    owners: Tensor
-    predictors: Tensor
+    prompt_indices: Tensor
+    predictor_indices: Tensor
 
 
-def lay_out(prompts: Sequence[int], completions: Sequence[int], device: torch.device) -> Packing:
+def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.device) -> Packing:
     """The row of some prompts and their completions.
 
     Args:
@@ -65,35 +65,42 @@ def lay_out(prompts: Sequence[int], completions: Sequence[int], device: torch.de
     inputs = torch.tensor(completions, dtype=torch.long) - 1  # [N]
     starts = sum(prompts) + inputs.cumsum(0) - inputs  # [N] first input of each completion
     ends = torch.tensor(prompts).cumsum(0).repeat_interleave(group_size)  # [N] end of its prompt
-    tiles, done = [], 0
+    buckets, done = [], 0
     for length, members in groupby(prompts):
         count = len(list(members))
         chosen = slice(done * group_size, (done + count) * group_size)
-        tiles.append(_tile(int(sum(prompts[:done])), count, length, group_size, starts[chosen], inputs[chosen], device))
+        buckets.append(
+            _bucket(int(sum(prompts[:done])), count, length, group_size, starts[chosen], inputs[chosen], device)
+        )
         done += count
-    owners = torch.arange(len(prompts)).repeat_interleave(group_size)
+    prompt_indices = torch.arange(len(prompts)).repeat_interleave(group_size)
     places = torch.arange(len(completions)).repeat_interleave(inputs)  # [R] completion of each input
     steps = torch.arange(len(places)) - (inputs.cumsum(0) - inputs)[places]
     targets = torch.arange(len(completions)).repeat_interleave(inputs + 1)
     behind = torch.arange(len(targets)) - ((inputs + 1).cumsum(0) - inputs - 1)[targets]  # 0 for a first token
-    predictors = torch.where(behind == 0, ends[targets] - 1, starts[targets] + behind - 1)
+    predictor_indices = torch.where(behind == 0, ends[targets] - 1, starts[targets] + behind - 1)
     return Packing(
-        tiles=tuple(tiles), steps=steps.to(device), owners=owners[places].to(device), predictors=predictors.to(device)
+        buckets=tuple(buckets),
+        steps=steps.to(device),
+        prompt_indices=prompt_indices[places].to(device),
+        predictor_indices=predictor_indices.to(device),
     )
 
 
-def _tile(
+def _bucket(
     start: int, count: int, length: int, group_size: int, starts: Tensor, inputs: Tensor, device: torch.device
-) -> Tile:
+) -> LengthBucket:
     step = torch.arange(int(inputs.max()) if len(inputs) else 0)
     is_input = step < inputs[:, None]  # [n*G, C]
     rows = torch.where(is_input, starts[:, None] + step, 0).flatten()
     real = None if bool(is_input.all()) else is_input.flatten().nonzero()[:, 0].to(device)
-    return Tile(start=start, num_prompts=count, length=length, group_size=group_size, rows=rows.to(device), inputs=real)
+    return LengthBucket(
+        start=start, num_prompts=count, length=length, group_size=group_size, rows=rows.to(device), inputs=real
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class MicroBatch:
     """What is computed at once: whole groups, or some completions of a single one.
 
     Attributes:
@@ -105,9 +112,9 @@ class Part:
     rows: list[int]
 
 
-def plan_parts(
+def plan_micro_batches(
     prompts: Sequence[int], completions: Sequence[int], chosen: Sequence[int], budget: int | None
-) -> list[Part]:
+) -> list[MicroBatch]:
     """Cut a batch into parts of at most `budget` tokens, in order.
 
     A group is split only if it exceeds the budget by itself; then its prompt is computed once per part. A completion
@@ -119,35 +126,35 @@ def plan_parts(
         chosen: Which prompts take part.
         budget: Tokens of prompts and completions in one part; None: everything is one part.
 
-    >>> [part.rows for part in plan_parts([10, 10, 10], [5, 5, 5, 5, 5, 40], [0, 1, 2], 40)]
+    >>> [part.rows for part in plan_micro_batches([10, 10, 10], [5, 5, 5, 5, 5, 40], [0, 1, 2], 40)]
     [[0, 1, 2, 3], [4], [5]]
     """
     group_size = len(completions) // len(prompts)
-    parts: list[Part] = []
+    micro_batches: list[MicroBatch] = []
     room = 0  # what the last part can still take in
     for prompt in chosen:
         rows = list(range(prompt * group_size, (prompt + 1) * group_size))
         size = prompts[prompt] + sum(completions[row] for row in rows)
         if budget is None or size <= budget:
-            if not parts or (budget is not None and size > room):
-                parts.append(Part(prompts=[], rows=[]))
+            if not micro_batches or (budget is not None and size > room):
+                micro_batches.append(MicroBatch(prompts=[], rows=[]))
                 room = budget or 0
-            parts[-1].prompts.append(prompt)
-            parts[-1].rows.extend(rows)
+            micro_batches[-1].prompts.append(prompt)
+            micro_batches[-1].rows.extend(rows)
             room -= size
             continue
         room = 0
         for row in rows:
             if completions[row] > room:
-                parts.append(Part(prompts=[prompt], rows=[]))
+                micro_batches.append(MicroBatch(prompts=[prompt], rows=[]))
                 room = budget - prompts[prompt]
-            parts[-1].rows.append(row)
+            micro_batches[-1].rows.append(row)
             room -= completions[row]
         room = 0  # the next group begins a part of its own
-    return parts
+    return micro_batches
 
 
-def plan_batches(prompts: Sequence[int], max_new_tokens: int, budget: int | None) -> list[list[int]]:
+def plan_eval_batches(prompts: Sequence[int], max_new_tokens: int, budget: int | None) -> list[list[int]]:
     """Cut prompts that each write one completion into batches of similar length.
 
     Args:
@@ -159,7 +166,7 @@ def plan_batches(prompts: Sequence[int], max_new_tokens: int, budget: int | None
     Returns:
         Places of the prompts, batch by batch, longer prompts first: what does not fit into memory then shows at once.
 
-    >>> plan_batches([10, 40, 12, 11], max_new_tokens=10, budget=70)
+    >>> plan_eval_batches([10, 40, 12, 11], max_new_tokens=10, budget=70)
     [[1], [2, 3, 0]]
     """
     batches: list[list[int]] = []

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from perception_r1.codecs import CODECS, Codec
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.forward import QwenVL, image_features
-from perception_r1.policy.graphs import GraphWriter
+from perception_r1.policy.forward import QwenVL, encode_images
 from perception_r1.policy.load import (
     CODEC_BY_FAMILY,
     PolicyConfig,
@@ -26,7 +26,7 @@ from perception_r1.policy.load import (
 from perception_r1.policy.logprobs import completion_logprobs
 from perception_r1.policy.prefill import PromptCache, prefill
 from perception_r1.policy.processor import Processor
-from perception_r1.policy.rollout import Rollout, Sampling, write
+from perception_r1.policy.rollout import Rollout, SamplingParams, generate
 from perception_r1.records import Sample
 from perception_r1.task import Task
 
@@ -40,25 +40,27 @@ class Policy(nn.Module):
         network: The causal model, or a peft model around it.
         processor: Text and pictures to tensors.
         codec: How the family writes boxes.
-        max_prompt_tokens: Longest prompt that is accepted.
+        max_prompt_length: Longest prompt that is accepted.
     """
 
-    banned: Tensor
-    end_token_ids: Tensor
+    suppress_tokens: Tensor
+    eos_token_ids: Tensor
 
     def __init__(
-        self, network: nn.Module, processor: Processor, codec: Codec, *, max_prompt_tokens: int | None = None
+        self, network: nn.Module, processor: Processor, codec: Codec, *, max_prompt_length: int | None = None
     ) -> None:
         super().__init__()
         self.network = network
         self.processor = processor
         self.codec = codec
-        self.max_prompt_tokens = max_prompt_tokens
-        self._graphs: GraphWriter | None = None
+        self.max_prompt_length = max_prompt_length
+        self._graphs: GraphGenerator | None = None
         config = self.model.config
-        banned = sorted({getattr(config, name) for name in _VISION_TOKENS if getattr(config, name, None) is not None})
-        self.register_buffer("banned", torch.tensor(banned), persistent=False)
-        self.register_buffer("end_token_ids", torch.tensor(self._end_tokens()), persistent=False)
+        suppress_tokens = sorted(
+            {getattr(config, name) for name in _VISION_TOKENS if getattr(config, name, None) is not None}
+        )
+        self.register_buffer("suppress_tokens", torch.tensor(suppress_tokens), persistent=False)
+        self.register_buffer("eos_token_ids", torch.tensor(self._end_tokens()), persistent=False)
 
     @classmethod
     def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> "Policy":
@@ -73,7 +75,7 @@ class Policy(nn.Module):
         network = prepare_for_training(model, config) if is_trained else model.requires_grad_(False)
         network.train(is_trained)  # as loaded it is in evaluation mode, without dropout and gradient checkpointing
         processor = Processor.load(config.name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-        return cls(network, processor, codec, max_prompt_tokens=config.max_prompt_tokens)
+        return cls(network, processor, codec, max_prompt_length=config.max_prompt_length)
 
     @property
     def model(self) -> QwenVL:
@@ -84,7 +86,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.banned.device
+        return self.suppress_tokens.device
 
     def encode(self, task: Task[Any, Any], samples: Sequence[Sample[Any]]) -> PromptBatch:
         """Prompts for samples whose pictures are loaded, on the policy's device.
@@ -94,9 +96,9 @@ class Policy(nn.Module):
         """
         chats = [task.messages(sample) for sample in samples]
         images = [[cast(Image.Image, sample.image)] for sample in samples]
-        return self.processor.encode(chats, images, max_tokens=self.max_prompt_tokens).to(self.device)
+        return self.processor.encode(chats, images, max_tokens=self.max_prompt_length).to(self.device)
 
-    def encode_answers(
+    def encode_targets(
         self, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch
     ) -> list[Tensor]:
         """The ideal completion of each sample, closed by the end token that the model itself writes first.
@@ -104,11 +106,14 @@ class Policy(nn.Module):
         Raises:
             UserError: An answer holds a token that no completion can hold, because the sample's text spells it out.
         """
-        texts = [task.answer(sample, self.codec, frame) for sample, frame in zip(samples, prompts.frames, strict=True)]
-        rows = self.processor.encode_answers(texts, int(self.end_token_ids[0]))
+        texts = [
+            task.target_text(sample, self.codec, image_size)
+            for sample, image_size in zip(samples, prompts.image_sizes, strict=True)
+        ]
+        rows = self.processor.encode_targets(texts, int(self.eos_token_ids[0]))
         rows = [row.to(self.device) for row in rows]
         for sample, row in zip(samples, rows, strict=True):
-            if torch.isin(row[:-1], torch.cat([self.banned, self.end_token_ids])).any():
+            if torch.isin(row[:-1], torch.cat([self.suppress_tokens, self.eos_token_ids])).any():
                 raise UserError(
                     f"Sample {sample.id}: its answer spells out a token that ends a completion or stands for a "
                     "picture; remove it from the text."
@@ -121,15 +126,15 @@ class Policy(nn.Module):
         return not any(parameter.requires_grad for parameter in self.model.model.visual.parameters())
 
     @torch.no_grad()
-    def look(self, prompts: PromptBatch) -> PromptBatch:
+    def encode_images(self, prompts: PromptBatch) -> PromptBatch:
         """The prompts with the features of their images, so that no later pass runs the vision tower again."""
-        return replace(prompts, features=image_features(self.model, prompts))
+        return replace(prompts, image_features=encode_images(self.model, prompts))
 
     def prefill(self, prompts: PromptBatch) -> PromptCache:
         """Compute prompts once for any number of completions; see `policy/prefill.py`."""
         return prefill(self.model, prompts)
 
-    def write(
+    def generate(
         self,
         prompts: PromptCache,
         *,
@@ -139,27 +144,25 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         is_greedy: bool = False,
     ) -> Rollout:
-        """Write `group_size` completions of each prompt; see `policy/rollout.py`, and on CUDA `policy/graphs.py`."""
-        sampling = Sampling(
+        """`group_size` completions of each prompt; see `policy/rollout.py`, and on CUDA `policy/cuda_graphs.py`."""
+        params = SamplingParams(
             max_new_tokens=max_new_tokens,
-            end_token_ids=self.end_token_ids,
-            banned=self.banned,
+            eos_token_ids=self.eos_token_ids,
+            suppress_tokens=self.suppress_tokens,
             temperature=1.0 if is_greedy else temperature,
             is_greedy=is_greedy,
         )
         if self.device.type != "cuda":
-            return write(Decoder(self.model), prompts, group_size=group_size, sampling=sampling, seeds=seeds)
-        if self._graphs is None or not self._graphs.decoder.fits(self.model):
-            self._graphs = GraphWriter(Decoder(self.model))
-        return self._graphs.write(prompts, group_size=group_size, sampling=sampling, seeds=seeds)
-
-    def roll_out(self, prompts: PromptBatch, **options: Any) -> Rollout:
-        """Prefill and write, with the options of `write`."""
-        return self.write(self.prefill(prompts), **options)
+            return generate(Decoder(self.model), prompts, group_size=group_size, params=params, seeds=seeds)
+        if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
+            self._graphs = GraphGenerator(Decoder(self.model))
+        return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
 
     def forward(self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`."""
-        return completion_logprobs(self.model, prompts, completions, banned=self.banned, temperature=temperature)
+        return completion_logprobs(
+            self.model, prompts, completions, suppress_tokens=self.suppress_tokens, temperature=temperature
+        )
 
     @contextmanager
     def without_adapter(self) -> Iterator["Policy"]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import QwenVL, by_length, pack_prompts, run_packed
-from perception_r1.policy.packing import lay_out
+from perception_r1.policy.forward import QwenVL, argsort_by_length, embed_prompts, packed_forward
+from perception_r1.policy.packing import pack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +38,12 @@ class PromptCache:
 def prefill(model: QwenVL, prompts: PromptBatch) -> PromptCache:
     """Run the prompts through the language model, in one row without padding; the model is in evaluation mode."""
     lengths = prompts.lengths
-    order = by_length(lengths)
+    order = argsort_by_length(lengths)
     device = prompts.input_ids.device
-    packed = pack_prompts(model, prompts.select(order))
-    packing = lay_out([lengths[prompt] for prompt in order], [], device)
+    packed = embed_prompts(model, prompts.select(order))
+    packing = pack([lengths[prompt] for prompt in order], [], device)
     cache: Any = DynamicCache(config=model.config.get_text_config())
-    hidden = run_packed(model, packed, packing, cache=cache)
+    hidden = packed_forward(model, packed, packing, cache=cache)
 
     sizes = torch.tensor(lengths)
     ends = torch.empty_like(sizes)

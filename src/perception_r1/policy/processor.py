@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.records import Frame
+from perception_r1.records import ImageSize
 
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT = 200
@@ -98,7 +98,7 @@ class Processor:
         longest = int(encoded["attention_mask"].sum(1).max())
         if max_tokens is not None and longest > max_tokens:
             raise UserError(
-                f"A prompt has {longest} tokens but max_prompt_tokens is {max_tokens}; raise it or lower max_pixels."
+                f"A prompt has {longest} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
             )
         num_images = tuple(len(group) for group in images)
         first = torch.tensor((0, *num_images[:-1])).cumsum(0).tolist()
@@ -109,45 +109,45 @@ class Processor:
             pixel_values=pixels["pixel_values"],
             image_grid_thw=grid,
             num_images=num_images,
-            frames=tuple(self._frame(group[0], grid[i]) for group, i in zip(images, first, strict=True)),
+            image_sizes=tuple(self._image_size(group[0], grid[i]) for group, i in zip(images, first, strict=True)),
         )
 
-    def frame(self, width: int, height: int) -> Frame:
+    def image_size(self, width: int, height: int) -> ImageSize:
         """Sizes of a picture of this size, without a look at it.
 
         Raises:
             UserError: It is too narrow for the model.
         """
         check_aspect(width, height)
-        seen_height, seen_width = smart_resize(
+        resized_height, resized_width = smart_resize(
             height,
             width,
             factor=self.image_processor.patch_size * self.image_processor.merge_size,
             min_pixels=self.image_processor.size["shortest_edge"],
             max_pixels=self.image_processor.size["longest_edge"],
         )
-        return Frame(width=width, height=height, seen_width=seen_width, seen_height=seen_height)
+        return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
 
-    def num_prompt_tokens(self, chat: list[dict[str, Any]], frame: Frame) -> int:
+    def num_prompt_tokens(self, chat: list[dict[str, Any]], image_size: ImageSize) -> int:
         """Tokens of a prompt with one picture, without a look at the picture."""
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        patches = frame.seen_width * frame.seen_height // self.image_processor.patch_size**2
+        patches = image_size.resized_width * image_size.resized_height // self.image_processor.patch_size**2
         expanded = _expand(cast(str, text), [patches // self.image_processor.merge_size**2])
         return len(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
 
-    def encode_answers(self, texts: Sequence[str], end_token_id: int) -> list[Tensor]:
+    def encode_targets(self, texts: Sequence[str], eos_token_id: int) -> list[Tensor]:
         """Token ids of answers, each closed by the end token: what SFT teaches."""
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [torch.tensor([*row, end_token_id]) for row in rows]
+        return [torch.tensor([*row, eos_token_id]) for row in rows]
 
     def decode(self, completions: Sequence[Tensor]) -> list[str]:
         """Text of completions; special tokens stay, for boxes are written with them."""
         rows = [completion.tolist() for completion in completions]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _frame(self, image: Image.Image, grid: Tensor) -> Frame:
+    def _image_size(self, image: Image.Image, grid: Tensor) -> ImageSize:
         _, rows, columns = (int(n) * self.image_processor.patch_size for n in grid)
-        return Frame(width=image.width, height=image.height, seen_width=columns, seen_height=rows)
+        return ImageSize(width=image.width, height=image.height, resized_width=columns, resized_height=rows)
 
 
 def check_aspect(width: int, height: int) -> None:

@@ -4,7 +4,8 @@ Exact sampling from the full softmax by inverse transform: token = first index w
 uniform number. The numbers of a row depend on its prompt's seed alone, so a completion does not depend on its
 neighbours.
 
-On CUDA a step is a captured graph (`policy/graphs.py`); elsewhere it runs eagerly and finished rows leave the cache.
+On CUDA a step is a captured graph (`policy/cuda_graphs.py`); elsewhere it runs eagerly and finished rows
+leave the cache.
 
 Legend: B prompts, G completions per prompt, N = B*G completions, R rows that are still being written, T longest
 completion, V vocabulary.
@@ -16,30 +17,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perception_r1.policy.cache import JoinedCache, SharedCache
+from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.forward import at_least_fp32, restrict
+from perception_r1.policy.forward import at_least_fp32, process_logits
 from perception_r1.policy.prefill import PromptCache
 
-_WORTH_LEAVING = 0.75
+_COMPACTION_THRESHOLD = 0.75
 """Finished rows leave once the rest is at most this share: moving the others costs a copy of what they remember."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
+class SamplingParams:
     """How completions are written.
 
     Attributes:
         max_new_tokens: Longest completion, end token included.
-        end_token_ids: Any of these ends a completion.
-        banned: Ids of tokens that are never written.
+        eos_token_ids: Any of these ends a completion.
+        suppress_tokens: Ids of tokens that are never written.
         temperature: Above 0; log-probabilities and entropy are those at this temperature.
         is_greedy: Take the most probable token each time.
     """
 
     max_new_tokens: int
-    end_token_ids: Tensor
-    banned: Tensor
+    eos_token_ids: Tensor
+    suppress_tokens: Tensor
     temperature: float = 1.0
     is_greedy: bool = False
 
@@ -62,7 +63,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
+class GenerationBuffer:
     """What has been written so far; behind a row's end token stands anything.
 
     Attributes:
@@ -76,16 +77,16 @@ class Written:
     entropies: Tensor
 
     @classmethod
-    def room(cls, num_rows: int, num_tokens: int, decoder: Decoder) -> "Written":
+    def empty(cls, num_rows: int, num_tokens: int, decoder: Decoder) -> "GenerationBuffer":
         """Nothing written yet."""
         tokens = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=decoder.device)
-        figures = torch.zeros(tokens.shape, dtype=at_least_fp32(decoder.dtype), device=tokens.device)
-        return cls(tokens=tokens, logprobs=figures, entropies=figures.clone())
+        values = torch.zeros(tokens.shape, dtype=at_least_fp32(decoder.dtype), device=tokens.device)
+        return cls(tokens=tokens, logprobs=values, entropies=values.clone())
 
 
 @torch.no_grad()
-def write(
-    decoder: Decoder, prompts: PromptCache, *, group_size: int, sampling: Sampling, seeds: Sequence[int]
+def generate(
+    decoder: Decoder, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
 ) -> Rollout:
     """Write G completions of each prompt, eagerly.
 
@@ -93,36 +94,36 @@ def write(
         decoder: Of the model that computed the prompts.
         prompts: B prompts.
         group_size: G.
-        sampling: Length, end tokens, temperature.
+        params: Length, end tokens, temperature.
         seeds: B seeds, one per prompt.
     """
-    num_tokens = sampling.max_new_tokens
-    uniforms = draw_uniforms(seeds, group_size, sampling, decoder.device)  # [N, T]
-    rotation = decoder.rotation(prompts, num_tokens)
-    cache: SharedCache | JoinedCache
+    num_tokens = params.max_new_tokens
+    uniforms = draw_uniforms(seeds, group_size, params, decoder.device)  # [N, T]
+    position_embeddings = decoder.position_embeddings(prompts, num_tokens)
+    cache: SharedPromptCache | ContiguousCache
     if group_size == 1:
-        cache = JoinedCache(prompts, rotation, dtype=decoder.dtype)
+        cache = ContiguousCache(prompts, position_embeddings, dtype=decoder.dtype)
     else:
-        cache = SharedCache(prompts, rotation, num_rows=group_size, dtype=decoder.dtype)
+        cache = SharedPromptCache(prompts, position_embeddings, num_rows=group_size, dtype=decoder.dtype)
     logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)
-    written = Written.room(len(uniforms), num_tokens, decoder)
+    buffer = GenerationBuffer.empty(len(uniforms), num_tokens, decoder)
     places = torch.arange(len(uniforms), device=decoder.device).view(-1, group_size)  # completion of each row
     ended = torch.zeros(places.shape, dtype=torch.bool, device=decoder.device)
     for step in range(num_tokens):
         flat = places.flatten()
-        tokens, logprobs, entropies = choose(logits, uniforms[flat, step], sampling)
-        written.tokens[flat, step] = tokens
-        written.logprobs[flat, step] = logprobs
-        written.entropies[flat, step] = entropies
-        ended |= is_any_of(tokens, sampling.end_token_ids).view(ended.shape)
+        tokens, logprobs, entropies = sample_token(logits, uniforms[flat, step], params)
+        buffer.tokens[flat, step] = tokens
+        buffer.logprobs[flat, step] = logprobs
+        buffer.entropies[flat, step] = entropies
+        ended |= is_any_of(tokens, params.eos_token_ids).view(ended.shape)
         if step + 1 == num_tokens or bool(ended.all()):
             break
         rows = _rows_to_keep(ended)
-        if rows.numel() <= _WORTH_LEAVING * ended.numel():
-            cache.keep(rows)
+        if rows.numel() <= _COMPACTION_THRESHOLD * ended.numel():
+            cache.select_rows(rows)
             tokens, places, ended = tokens[rows.flatten()], places.flatten()[rows], ended.flatten()[rows]
         logits = decoder(tokens, cache)
-    return gather(written, sampling)
+    return trim_completions(buffer, params)
 
 
 def _rows_to_keep(ended: Tensor) -> Tensor:
@@ -133,26 +134,26 @@ def _rows_to_keep(ended: Tensor) -> Tensor:
     return prompts[:, None] * ended.shape[1] + waiting.indices[prompts, :num_rows]
 
 
-def gather(written: Written, sampling: Sampling) -> Rollout:
+def trim_completions(buffer: GenerationBuffer, params: SamplingParams) -> Rollout:
     """Cut every row behind its first end token; the result does not share memory with what was written."""
-    is_end = is_any_of(written.tokens, sampling.end_token_ids)
+    is_end = is_any_of(buffer.tokens, params.eos_token_ids)
     has_ended = is_end.any(1)
-    lengths = torch.where(has_ended, is_end.int().argmax(1) + 1, sampling.max_new_tokens)
-    is_token = torch.arange(sampling.max_new_tokens, device=lengths.device) < lengths[:, None]
+    lengths = torch.where(has_ended, is_end.int().argmax(1) + 1, params.max_new_tokens)
+    is_token = torch.arange(params.max_new_tokens, device=lengths.device) < lengths[:, None]
     counts = lengths.tolist()
     return Rollout(
-        completions=list(written.tokens[is_token].split(counts)),
-        logprobs=list(written.logprobs[is_token].split(counts)),
+        completions=list(buffer.tokens[is_token].split(counts)),
+        logprobs=list(buffer.logprobs[is_token].split(counts)),
         is_truncated=(~has_ended).tolist(),
-        entropy=float(written.entropies[is_token].mean()),
+        entropy=float(buffer.entropies[is_token].mean()),
     )
 
 
-def draw_uniforms(seeds: Sequence[int], group_size: int, sampling: Sampling, device: torch.device) -> Tensor:
+def draw_uniforms(seeds: Sequence[int], group_size: int, params: SamplingParams, device: torch.device) -> Tensor:
     """[N, T] numbers in [0, 1), a prompt's own from its own seed; drawn on the CPU so that devices agree."""
-    shape = (group_size, sampling.max_new_tokens)
-    if sampling.is_greedy:
-        return torch.zeros(len(seeds) * group_size, sampling.max_new_tokens, device=device)
+    shape = (group_size, params.max_new_tokens)
+    if params.is_greedy:
+        return torch.zeros(len(seeds) * group_size, params.max_new_tokens, device=device)
     rows = [torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.cat(rows).to(device)
 
@@ -162,21 +163,23 @@ def is_any_of(tokens: Tensor, ids: Tensor) -> Tensor:
     return (tokens[..., None] == ids).any(-1)
 
 
-def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def sample_token(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
     """The next token of each row.
 
     Args:
         logits: [R, V] of the vocabulary head.
         uniforms: [R] numbers in [0, 1); not looked at when greedy.
-        sampling: Temperature, banned tokens.
+        params: Temperature, suppressed tokens.
 
     Returns:
         Ids, their log-probabilities, and the entropies of the distributions, [R] each.
     """
-    logprobs = restrict(logits, banned=sampling.banned, temperature=sampling.temperature).log_softmax(-1)
+    logprobs = process_logits(
+        logits, suppress_tokens=params.suppress_tokens, temperature=params.temperature
+    ).log_softmax(-1)
     probs = logprobs.exp()
     entropies = -(probs * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
-    if sampling.is_greedy:
+    if params.is_greedy:
         chosen = logprobs.argmax(-1)
     else:
         cumulative = probs.double().cumsum(-1)

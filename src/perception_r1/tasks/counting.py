@@ -7,11 +7,11 @@ from typing import Any
 
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.rows import Row, RowError
-from perception_r1.data.worlds import CountingWorld
+from perception_r1.data.synthetic.worlds import CountingWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, center, match, point_distances, to_pixels
-from perception_r1.records import Box, Frame, LabelledBox, Mark, Point, Sample, Score
+from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Point, Sample, Score
+from perception_r1.rows import Row, RowError
 from perception_r1.task import Task
 from perception_r1.tasks._options import check_matching
 
@@ -84,9 +84,9 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     matching: Matching = "bipartite"
 
     name = "counting"
-    term_names = ("format", "ratio", "closeness")
-    figure_names = ("count_accuracy", "absolute_error", "count", "false_positives", "false_negatives")
-    headline = "count_accuracy"
+    component_names = ("format", "ratio", "closeness")
+    metric_names = ("count_accuracy", "absolute_error", "count", "false_positives", "false_negatives")
+    primary_metric = "count_accuracy"
     row_keys = ("label", "points", "count", "boxes")
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         """The user's text, without the picture."""
         return f"Output all the bounding boxes of the {query}"
 
-    def write(self, sample: Sample[CountingTarget], codec: Codec, frame: Frame) -> str:
+    def format_target(self, sample: Sample[CountingTarget], codec: Codec, image_size: ImageSize) -> str:
         """The boxes, or small squares centered on the points, each labelled with the kind.
 
         Raises:
@@ -132,21 +132,21 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             if points is None:
                 raise UserError(f"sample {sample.id}: an answer to learn from needs points or boxes, not a count alone")
             boxes = tuple(_square(point) for point in points)
-        return codec.write([LabelledBox(label=sample.query, box=box) for box in boxes], frame)
+        return codec.format_boxes([LabelledBox(label=sample.query, box=box) for box in boxes], image_size)
 
-    def read(self, text: str, codec: Codec, frame: Frame) -> CountingPrediction | None:
+    def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> CountingPrediction | None:
         """Every box of the text; None when it lists nothing at all."""
-        listing = codec.read(text, frame)
-        if not listing.items:
+        parsed = codec.parse_boxes(text, image_size)
+        if not parsed.items:
             return None
-        labels = {item.label for item in listing.items}
-        boxes = tuple(item.box for item in listing.items if item.box is not None)
+        labels = {item.label for item in parsed.items}
+        boxes = tuple(item.box for item in parsed.items if item.box is not None)
         return CountingPrediction(
-            count=len(listing.items),
+            count=len(parsed.items),
             boxes=boxes,
-            label=listing.items[0].label or "",
+            label=parsed.items[0].label or "",
             is_well_formed=(
-                listing.is_exact and len(boxes) == len(listing.items) and len(labels) == 1 and None not in labels
+                parsed.is_exact and len(boxes) == len(parsed.items) and len(labels) == 1 and None not in labels
             ),
         )
 
@@ -154,35 +154,41 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         """Format, ratio and closeness; a count is right only in a well-formed answer."""
         count = prediction.count if prediction is not None else 0
         is_well_formed = prediction is not None and prediction.is_well_formed
-        terms = {
+        components = {
             "format": float(is_well_formed),
             "ratio": min(count, target.count) / max(count, target.count) if count and target.count else 0.0,
             "closeness": self._closeness(prediction.boxes, target) if prediction is not None else 0.0,
         }
-        figures = {
+        metrics = {
             "count_accuracy": float(is_well_formed and count == target.count),
             "absolute_error": float(abs(count - target.count)),
             "count": float(count),
             "false_positives": float(max(count - target.count, 0)),
             "false_negatives": float(max(target.count - count, 0)),
         }
-        return Score(reward=terms["format"] * terms["ratio"] * terms["closeness"], terms=terms, figures=figures)
+        return Score(
+            reward=components["format"] * components["ratio"] * components["closeness"],
+            components=components,
+            metrics=metrics,
+        )
 
     def num_objects(self, target: CountingTarget) -> int:
         """Their true number."""
         return target.count
 
-    def marks(self, answer: CountingTarget | CountingPrediction) -> Sequence[Mark]:
+    def overlays(self, answer: CountingTarget | CountingPrediction) -> Sequence[Overlay]:
         """Boxes where they are known, points otherwise."""
         if isinstance(answer, CountingPrediction):
-            return [Mark(shape=box, caption=answer.label) for box in answer.boxes]
-        return [Mark(shape=shape) for shape in answer.boxes or answer.points or ()]
+            return [Overlay(shape=box, caption=answer.label) for box in answer.boxes]
+        return [Overlay(shape=shape) for shape in answer.boxes or answer.points or ()]
 
-    def describe(self, prediction: CountingPrediction | None, frame: Frame) -> dict[str, object] | None:
+    def serialize_prediction(
+        self, prediction: CountingPrediction | None, image_size: ImageSize
+    ) -> dict[str, object] | None:
         """`{"count": n, "boxes": [[x1, y1, x2, y2], ...]}`, the valid boxes in pixels of the original image."""
         if prediction is None:
             return None
-        return {"count": prediction.count, "boxes": [to_pixels(box, frame) for box in prediction.boxes]}
+        return {"count": prediction.count, "boxes": [to_pixels(box, image_size) for box in prediction.boxes]}
 
     def _closeness(self, boxes: Sequence[Box], target: CountingTarget) -> float:
         """1 - mean distance of the matched centers and points, over the diagonal; 0 with nothing to match."""
@@ -207,7 +213,7 @@ class CountingData(TaskDataModule):
 
     Args:
         task: Options of the task.
-        world: The made scenes.
+        world: The synthetic scenes.
         **kwargs: Files, sizes and batches, as in `TaskDataModule`.
     """
 

@@ -10,14 +10,14 @@ from torchmetrics import Metric
 from perception_r1.codecs import Codec
 from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.rows import Row, RowError
-from perception_r1.data.scenes import Split
 from perception_r1.data.splits import sources_by_split
-from perception_r1.data.worlds import DetectionWorld
+from perception_r1.data.synthetic.scenes import Split
+from perception_r1.data.synthetic.worlds import DetectionWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
 from perception_r1.metrics import BoxAP
-from perception_r1.records import Frame, LabelledBox, Mark, Sample, Score
+from perception_r1.records import ImageSize, LabelledBox, Overlay, Sample, Score
+from perception_r1.rows import Row, RowError
 from perception_r1.task import Task
 from perception_r1.tasks._options import check_matching, check_weights
 
@@ -81,7 +81,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
     >>> task.score(DetectionPrediction(objects=(dog, cat), num_listed=2, is_exact=True), target).reward
     3.0
     >>> score = task.score(DetectionPrediction(objects=(cat,), num_listed=2, is_exact=True), target)
-    >>> {name: round(value, 2) for name, value in score.terms.items()}
+    >>> {name: round(value, 2) for name, value in score.components.items()}
     {'format': 0.5, 'f1': 0.67, 'class': 1.0, 'iou': 1.0, 'missing': 0.5}
     >>> empty = DetectionPrediction(objects=(), num_listed=0, is_exact=True)
     >>> task.score(empty, DetectionTarget(objects=())).reward
@@ -109,9 +109,9 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
     missing_weight: float = 0.5
 
     name = "detection"
-    term_names = ("format", "f1", "class", "iou", "missing")
-    figure_names = ("precision", "recall", "num_boxes", "false_positives", "false_negatives")
-    headline = "ap50"
+    component_names = ("format", "f1", "class", "iou", "missing")
+    metric_names = ("precision", "recall", "num_boxes", "false_positives", "false_negatives")
+    primary_metric = "ap50"
     row_keys = ("objects",)
 
     def __post_init__(self) -> None:
@@ -159,61 +159,65 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         """The user's text, without the picture."""
         return f"Please output bbox coordinates and names of {', '.join(self.category_names)}."
 
-    def write(self, sample: Sample[DetectionTarget], codec: Codec, frame: Frame) -> str:
+    def format_target(self, sample: Sample[DetectionTarget], codec: Codec, image_size: ImageSize) -> str:
         """All objects in the order of the data."""
-        return codec.write(sample.target.objects, frame)
+        return codec.format_boxes(sample.target.objects, image_size)
 
-    def read(self, text: str, codec: Codec, frame: Frame) -> DetectionPrediction | None:
+    def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> DetectionPrediction | None:
         """Every valid object of the text; None when it is no list and lists nothing."""
-        listing = codec.read(text, frame)
-        if not listing.items and not listing.is_exact:
+        parsed = codec.parse_boxes(text, image_size)
+        if not parsed.items and not parsed.is_exact:
             return None
         objects = tuple(
             LabelledBox(label=item.label, box=item.box)
-            for item in listing.items
+            for item in parsed.items
             if item.label is not None and item.label in self._known and item.box is not None
         )
-        return DetectionPrediction(objects=objects, num_listed=len(listing.items), is_exact=listing.is_exact)
+        return DetectionPrediction(objects=objects, num_listed=len(parsed.items), is_exact=parsed.is_exact)
 
     def score(self, prediction: DetectionPrediction | None, target: DetectionTarget) -> Score:
-        """The five terms; precision and recall are those of F1, whatever the labels."""
+        """The five components; precision and recall are those of F1, whatever the labels."""
         objects = prediction.objects if prediction is not None else ()
         labels_agree, overlaps = self._pairs(objects, target.objects)
         num_pairs, num_boxes, num_targets = len(overlaps), len(objects), len(target.objects)
         is_rightly_empty = prediction is not None and prediction.num_listed == num_targets == 0
         precision = num_pairs / num_boxes if num_boxes else float(is_rightly_empty)
         recall = num_pairs / num_targets if num_targets else float(is_rightly_empty)
-        terms = {
+        components = {
             "format": _format(prediction),
             "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
             "class": sum(labels_agree) / num_pairs if num_pairs else float(is_rightly_empty),
             "iou": sum(overlaps) / num_pairs if num_pairs else float(is_rightly_empty),
             "missing": 1 - num_pairs / num_targets if num_targets else 0.0,
         }
-        figures = {
+        metrics = {
             "precision": precision,
             "recall": recall,
             "num_boxes": float(num_boxes),
             "false_positives": float(num_boxes - num_pairs),
             "false_negatives": float(num_targets - num_pairs),
         }
-        return Score(reward=self._reward(terms), terms=terms, figures=figures)
+        return Score(reward=self._reward(components), components=components, metrics=metrics)
 
     def num_objects(self, target: DetectionTarget) -> int:
         """Those of the image."""
         return len(target.objects)
 
-    def marks(self, answer: DetectionTarget | DetectionPrediction) -> Sequence[Mark]:
+    def overlays(self, answer: DetectionTarget | DetectionPrediction) -> Sequence[Overlay]:
         """Every object with its name."""
-        return [Mark(shape=item.box, caption=item.label) for item in answer.objects]
+        return [Overlay(shape=item.box, caption=item.label) for item in answer.objects]
 
-    def describe(self, prediction: DetectionPrediction | None, frame: Frame) -> dict[str, object] | None:
+    def serialize_prediction(
+        self, prediction: DetectionPrediction | None, image_size: ImageSize
+    ) -> dict[str, object] | None:
         """`{"objects": [{"box": [x1, y1, x2, y2], "label": "..."}, ...]}`, the valid ones as the data writes them."""
         if prediction is None:
             return None
-        return {"objects": [{"box": to_pixels(item.box, frame), "label": item.label} for item in prediction.objects]}
+        return {
+            "objects": [{"box": to_pixels(item.box, image_size), "label": item.label} for item in prediction.objects]
+        }
 
-    def metrics(self) -> dict[str, Metric]:
+    def dataset_metrics(self) -> dict[str, Metric]:
         """COCO's average precision over the data set."""
         return {"ap": BoxAP(self.category_names)}
 
@@ -227,7 +231,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         pairs = [(k, j) for k, j in match(cost, self.matching) if overlaps[k, j] > _PAIR_IOU]
         return [objects[k].label == targets[j].label for k, j in pairs], [float(overlaps[pair]) for pair in pairs]
 
-    def _reward(self, terms: dict[str, float]) -> float:
+    def _reward(self, components: dict[str, float]) -> float:
         """The weighted sum, from 0 to what a perfect answer gets."""
         weights = {
             "format": self.format_weight,
@@ -235,8 +239,8 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             "class": self.class_weight,
             "iou": self.iou_weight,
         }
-        gain = sum(weight * terms[name] for name, weight in weights.items())
-        return min(max(gain - self.missing_weight * terms["missing"], 0.0), sum(weights.values()))
+        gain = sum(weight * components[name] for name, weight in weights.items())
+        return min(max(gain - self.missing_weight * components["missing"], 0.0), sum(weights.values()))
 
 
 def _format(prediction: DetectionPrediction | None) -> float:
@@ -249,11 +253,11 @@ def _format(prediction: DetectionPrediction | None) -> float:
 class DetectionData(TaskDataModule):
     """Images with all their labelled objects.
 
-    Without `task.categories` the known names are those of the made scenes or, with sources, those of the sources.
+    Without `task.categories` the known names are those of the synthetic scenes or, with sources, those of the sources.
 
     Args:
         task: Options of the task.
-        world: The made scenes.
+        world: The synthetic scenes.
         **kwargs: Files, sizes and batches, as in `TaskDataModule`.
     """
 
@@ -267,7 +271,7 @@ class DetectionData(TaskDataModule):
             task = replace(task, categories=tuple(dict.fromkeys(found)) or world.labels)
         super().__init__(task, world, **kwargs)
 
-    def made(self, batch_size: int) -> "TaskDataModule":
-        """The made scenes have their own names."""
+    def synthetic(self, batch_size: int) -> "TaskDataModule":
+        """The synthetic scenes have their own names."""
         task, world = cast(Detection, self.task), cast(DetectionWorld, self.world)
         return DetectionData(replace(task, categories=None), world, seed=self.seed, batch_size=batch_size)

@@ -6,17 +6,17 @@ from typing import Any
 
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.rows import Row
-from perception_r1.data.worlds import GroundingWorld
+from perception_r1.data.synthetic.worlds import GroundingWorld
 from perception_r1.geometry import center, iou, to_pixels
-from perception_r1.records import Box, Frame, LabelledBox, Mark, Sample, Score
+from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Sample, Score
+from perception_r1.rows import Row
 from perception_r1.task import Task
 from perception_r1.tasks._options import check_weights
 
 _THRESHOLDS = {"accuracy_50": 0.50, "accuracy_75": 0.75, "accuracy_95": 0.95}
 """IoU from which on a box counts as right."""
 _ROUNDING = 1e-9
-"""What rounding in fractions of the image may take from a figure that lies exactly on a threshold in pixels."""
+"""What rounding in fractions of the image may take from a metric that lies exactly on a threshold in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
     0.0
 
     Attributes:
-        format_weight: Weight of the format term: 1 when the whole text is exactly one labelled box.
+        format_weight: Weight of the format component: 1 when the whole text is exactly one labelled box.
         iou_weight: Weight of the squared IoU.
     """
 
@@ -66,9 +66,9 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
     iou_weight: float = 1.0
 
     name = "grounding"
-    term_names = ("format", "iou")
-    figure_names = (*_THRESHOLDS, "accuracy_mean", "center_accuracy", "false_positives", "false_negatives")
-    headline = "accuracy_50"
+    component_names = ("format", "iou")
+    metric_names = (*_THRESHOLDS, "accuracy_mean", "center_accuracy", "false_positives", "false_negatives")
+    primary_metric = "accuracy_50"
     row_keys = ("question", "box")
 
     def __post_init__(self) -> None:
@@ -87,20 +87,20 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         """The user's text, without the picture."""
         return f"Output the bounding box of the {query} in the image."
 
-    def write(self, sample: Sample[GroundingTarget], codec: Codec, frame: Frame) -> str:
+    def format_target(self, sample: Sample[GroundingTarget], codec: Codec, image_size: ImageSize) -> str:
         """The right box, labelled with the phrase."""
-        return codec.write([LabelledBox(label=sample.query, box=sample.target.box)], frame)
+        return codec.format_boxes([LabelledBox(label=sample.query, box=sample.target.box)], image_size)
 
-    def read(self, text: str, codec: Codec, frame: Frame) -> GroundingPrediction | None:
+    def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> GroundingPrediction | None:
         """Every valid box of the text; None when it lists nothing at all."""
-        listing = codec.read(text, frame)
-        if not listing.items:
+        parsed = codec.parse_boxes(text, image_size)
+        if not parsed.items:
             return None
-        named = [(item.label, item.box) for item in listing.items if item.box is not None]
+        named = [(item.label, item.box) for item in parsed.items if item.box is not None]
         return GroundingPrediction(
             boxes=tuple(box for _, box in named),
             label=named[0][0] or "" if named else "",
-            is_well_formed=listing.is_exact and len(listing.items) == len(named) == 1 and named[0][0] is not None,
+            is_well_formed=parsed.is_exact and len(parsed.items) == len(named) == 1 and named[0][0] is not None,
         )
 
     def score(self, prediction: GroundingPrediction | None, target: GroundingTarget) -> Score:
@@ -113,27 +113,29 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         overlap = iou(boxes[0], target.box) if is_single else 0.0
         accuracies = {name: float(overlap >= threshold - _ROUNDING) for name, threshold in _THRESHOLDS.items()}
         hit = accuracies["accuracy_50"]
-        terms = {"format": float(prediction is not None and prediction.is_well_formed), "iou": overlap}
-        figures = accuracies | {
+        components = {"format": float(prediction is not None and prediction.is_well_formed), "iou": overlap}
+        metrics = accuracies | {
             "accuracy_mean": sum(accuracies.values()) / len(accuracies),
             "center_accuracy": float(is_single and _holds_center(target.box, boxes[0])),
             "false_positives": len(boxes) - hit,
             "false_negatives": 1 - hit,
         }
-        reward = self.format_weight * terms["format"] + self.iou_weight * overlap**2
-        return Score(reward=reward, terms=terms, figures=figures)
+        reward = self.format_weight * components["format"] + self.iou_weight * overlap**2
+        return Score(reward=reward, components=components, metrics=metrics)
 
-    def marks(self, answer: GroundingTarget | GroundingPrediction) -> Sequence[Mark]:
+    def overlays(self, answer: GroundingTarget | GroundingPrediction) -> Sequence[Overlay]:
         """The box of a target, every box of a prediction."""
         if isinstance(answer, GroundingTarget):
-            return [Mark(shape=answer.box)]
-        return [Mark(shape=box, caption=answer.label) for box in answer.boxes]
+            return [Overlay(shape=answer.box)]
+        return [Overlay(shape=box, caption=answer.label) for box in answer.boxes]
 
-    def describe(self, prediction: GroundingPrediction | None, frame: Frame) -> dict[str, list[list[float]]] | None:
+    def serialize_prediction(
+        self, prediction: GroundingPrediction | None, image_size: ImageSize
+    ) -> dict[str, list[list[float]]] | None:
         """`{"boxes": [[x1, y1, x2, y2], ...]}`, every valid box in pixels of the original image."""
         if prediction is None:
             return None
-        return {"boxes": [to_pixels(box, frame) for box in prediction.boxes]}
+        return {"boxes": [to_pixels(box, image_size) for box in prediction.boxes]}
 
 
 def _holds_center(outer: Box, box: Box) -> bool:
@@ -148,7 +150,7 @@ class GroundingData(TaskDataModule):
 
     Args:
         task: Options of the task.
-        world: The made scenes.
+        world: The synthetic scenes.
         **kwargs: Files, sizes and batches, as in `TaskDataModule`.
     """
 

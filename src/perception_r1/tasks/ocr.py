@@ -7,11 +7,11 @@ from rapidfuzz.distance import Levenshtein
 
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.rows import Row
-from perception_r1.data.worlds import TextWorld
-from perception_r1.records import Frame, Sample, Score
+from perception_r1.data.synthetic.worlds import TextWorld
+from perception_r1.records import ImageSize, Sample, Score
+from perception_r1.rows import Row
 from perception_r1.task import Task
-from perception_r1.tasks._words import NAMES, Equals, check_available, word_figures
+from perception_r1.tasks._word_metrics import NAMES, Equals, check_available, word_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,37 +41,37 @@ class Ocr(Task[OcrTarget, str]):
     0.0
 
     Attributes:
-        word_figures: Also compute, in evaluation, precision, recall and F1 of the set of words, BLEU and METEOR, for
+        word_metrics: Also compute, in evaluation, precision, recall and F1 of the set of words, BLEU and METEOR, for
             which METEOR takes synonyms from "wordnet", as published, or knows only "stems". Needs `perception-r1[ocr]`.
     """
 
-    word_figures: Equals | None = field(default=None, repr=False)  # a warm start, cached by the rest, is the same
+    word_metrics: Equals | None = field(default=None, repr=False)  # a warm start, cached by the rest, is the same
 
     name = "ocr"
-    term_names = ("similarity",)
-    figure_names = ("edit_distance", "exact_match")
-    headline = "similarity"
+    component_names = ("similarity",)
+    metric_names = ("edit_distance", "exact_match")
+    primary_metric = "similarity"
     row_keys = ("text",)
 
     def __post_init__(self) -> None:
-        """Refuse word figures that cannot be computed here.
+        """Refuse word metrics that cannot be computed here.
 
         Raises:
             UserError: The option is unknown, or a package or the data of WordNet is missing.
         """
-        if self.word_figures is not None:
-            check_available(self.word_figures)
+        if self.word_metrics is not None:
+            check_available(self.word_metrics)
 
     @property
-    def evaluation_figure_names(self) -> tuple[str, ...]:
-        """The word figures, if they are asked for."""
-        return NAMES if self.word_figures is not None else ()
+    def eval_metric_names(self) -> tuple[str, ...]:
+        """The word metrics, if they are asked for."""
+        return NAMES if self.word_metrics is not None else ()
 
-    def evaluation_figures(self, prediction: str | None, target: OcrTarget) -> dict[str, float]:
-        """The word figures, if they are asked for."""
-        if self.word_figures is None:
+    def eval_metrics(self, prediction: str | None, target: OcrTarget) -> dict[str, float]:
+        """The word metrics, if they are asked for."""
+        if self.word_metrics is None:
             return {}
-        return word_figures(prediction, target.text, equals=self.word_figures)
+        return word_metrics(prediction, target.text, equals=self.word_metrics)
 
     def read_row(self, row: Row) -> tuple[str, OcrTarget]:
         """No query, and the text of "text"."""
@@ -81,11 +81,11 @@ class Ocr(Task[OcrTarget, str]):
         """The user's text, without the picture."""
         return "OCR this image."
 
-    def write(self, sample: Sample[OcrTarget], codec: Codec, frame: Frame) -> str:
+    def format_target(self, sample: Sample[OcrTarget], codec: Codec, image_size: ImageSize) -> str:
         """The page's text."""
         return sample.target.text
 
-    def read(self, text: str, codec: Codec, frame: Frame) -> str | None:
+    def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> str | None:
         """The text as it is."""
         return text
 
@@ -95,11 +95,11 @@ class Ocr(Task[OcrTarget, str]):
         similarity = 1.0 - distance
         return Score(
             reward=similarity,
-            terms={"similarity": similarity},
-            figures={"edit_distance": distance, "exact_match": float(prediction == target.text)},
+            components={"similarity": similarity},
+            metrics={"edit_distance": distance, "exact_match": float(prediction == target.text)},
         )
 
-    def describe(self, prediction: str | None, frame: Frame) -> dict[str, str] | None:
+    def serialize_prediction(self, prediction: str | None, image_size: ImageSize) -> dict[str, str] | None:
         """`{"text": "..."}`."""
         return None if prediction is None else {"text": prediction}
 
@@ -109,7 +109,7 @@ class OcrData(TaskDataModule):
 
     Args:
         task: Options of the task.
-        world: The made scenes.
+        world: The synthetic scenes.
         **kwargs: Files, sizes and batches, as in `TaskDataModule`.
     """
 

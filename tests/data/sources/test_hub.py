@@ -12,7 +12,7 @@ from perception_r1.data.images import load_image
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import load
 from perception_r1.data.sources import DataError, Hub
-from perception_r1.data.worlds import GroundingWorld
+from perception_r1.data.synthetic.worlds import GroundingWorld
 from perception_r1.errors import UserError
 from perception_r1.records import LabelledBox
 from perception_r1.tasks.counting import Counting
@@ -336,8 +336,8 @@ def test_an_empty_table_is_an_error(tmp_path):
 
 
 def test_a_table_that_pandas_wrote_is_read(tmp_path):
-    frame = pandas.DataFrame({"image": [bytes_of(tmp_path)], "text": ["hello"]})
-    frame.to_parquet(tmp_path / "a.parquet")
+    image_size = pandas.DataFrame({"image": [bytes_of(tmp_path)], "text": ["hello"]})
+    image_size.to_parquet(tmp_path / "a.parquet")
     (sample,) = load(Hub(str(tmp_path / "a.parquet"), {"image": "image", "text": "text"}), Ocr())
     assert sample.target.text == "hello"
 

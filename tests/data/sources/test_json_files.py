@@ -69,12 +69,12 @@ def test_units_are_those_of_the_row(write, unit, box):
         ({"unit": "fractions"}, "box: must lie inside the image of 1 x 1 fractions"),
         ({"unit": "percent", "box": [0, 0, 101, 5]}, "box: must lie inside the image of 100 x 100 percent"),
         ({"box": [20, 10, 200.5, 50]}, "box: must lie inside the image of 200 x 100 pixels"),
-        ({"slack": 1.5}, "slack: must be a number of pixels from 0 to 1, got 1.5"),
-        ({"slack": "1"}, "slack: must be a number"),
-        ({"slack": float("nan")}, "slack: must be a number"),
-        ({"slack": 1, "box": [20, 10, 201.5, 50]}, "box: must lie inside"),
-        ({"slack": 1, "unit": "fractions", "box": [0.1, 0.1, 1.006, 0.5]}, "box: must lie inside"),
-        ({"slack": 1, "unit": "fractions", "box": [0.1, 0.1, 1.0, 1.011]}, "box: must lie inside"),
+        ({"tolerance": 1.5}, "tolerance: must be a number of pixels from 0 to 1, got 1.5"),
+        ({"tolerance": "1"}, "tolerance: must be a number"),
+        ({"tolerance": float("nan")}, "tolerance: must be a number"),
+        ({"tolerance": 1, "box": [20, 10, 201.5, 50]}, "box: must lie inside"),
+        ({"tolerance": 1, "unit": "fractions", "box": [0.1, 0.1, 1.006, 0.5]}, "box: must lie inside"),
+        ({"tolerance": 1, "unit": "fractions", "box": [0.1, 0.1, 1.0, 1.011]}, "box: must lie inside"),
     ],
 )
 def test_a_wrong_unit_slack_or_frame_is_named(write, row, sentence):
@@ -87,7 +87,7 @@ def test_a_wrong_unit_slack_or_frame_is_named(write, row, sentence):
     [("pixels", [20, -1, 201, 50]), ("fractions", [0.1, -0.01, 1.005, 0.5]), ("percent", [10, -1, 100.5, 50])],
 )
 def test_slack_is_in_pixels_whatever_the_unit(write, unit, box):
-    row = {"question": "dog", "box": box, "unit": unit, "slack": 1}
+    row = {"question": "dog", "box": box, "unit": unit, "tolerance": 1}
     (sample,) = load(JsonLines(write([row])), Grounding())
     assert sample.target.box == pytest.approx((0.1, 0.0, 1.0, 0.5))
 
@@ -172,9 +172,9 @@ def test_a_hostile_picture_costs_nothing_and_spoils_its_row_only(write, tmp_path
     path = write([{"text": "fine"}, {"text": "bad", "image": "bad.png"}])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: image: .*({sentence})"):
-        load(JsonLines(path), Ocr(), picture_check=check)
+        load(JsonLines(path), Ocr(), image_check=check)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB; 20,000 x 20,000 are a million
-    assert len(load(JsonLines(path), Ocr(), on_bad_row="skip", picture_check=check)) == 1
+    assert len(load(JsonLines(path), Ocr(), on_bad_row="skip", image_check=check)) == 1
 
 
 # ------------------------------------------------------------------------------------------------- conversations
@@ -311,7 +311,7 @@ def test_a_hostile_solution_is_only_a_text(write, start):
 
 
 SOLUTIONS = ["problem", "solution", "normalized_solution", "clicks", "conversations", "id", "image", "target_id",
-             "target_box", "x", "from", "value", "text", "box", "unit", "slack", "objects", "points"]  # fmt: skip
+             "target_box", "x", "from", "value", "text", "box", "unit", "tolerance", "objects", "points"]  # fmt: skip
 values = st.recursive(
     st.none()
     | st.booleans()

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from torch.utils.data import DataLoader
 
-from perception_r1.data.loading import Batch, BatchDataset, EvalBatches
+from perception_r1.data.loading import Batch, BatchDataset, EvalBatchSampler
 from perception_r1.data.samples import load
 from perception_r1.data.sources import Coco, Conversations, Hub, JsonLines, PerceptionR1, PixMoCount, RefCoco, Source
 from perception_r1.tasks.counting import Counting
@@ -112,7 +112,7 @@ def contents(batches: Any) -> list[Any]:
 def test_samples_can_be_read_by_workers_and_sent_to_processes(tmp_path, name):
     make, task = sources(tmp_path)[name]
     samples = load(make(), task, name="its name")
-    dataset, sampler = BatchDataset(samples), EvalBatches(len(samples), batch_size=2)
+    dataset, sampler = BatchDataset(samples), EvalBatchSampler(len(samples), batch_size=2)
     here = contents(dataset[indices] for indices in sampler)
     assert len(here) == len(samples) >= 3
     loader: DataLoader[Batch] = DataLoader(

@@ -1,4 +1,4 @@
-"""What a data source is: annotated pictures by number, as rows of the project's own form (`data/rows.py`).
+"""What a data source is: annotated pictures by number, as rows of the project's own form (`rows.py`).
 
 Whatever a data set looks like on disk, its reader says no more than how one of its entries becomes such a row; checks,
 splits, conversion and statistics then are the same for all.
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from perception_r1.data.rows import Row, RowError
 from perception_r1.errors import UserError
-from perception_r1.records import Picture
+from perception_r1.records import ImageSource
+from perception_r1.rows import Row, RowError
 
 
 class DataError(UserError):
@@ -40,7 +40,7 @@ class SourceRow:
     place: str
     number: int
     values: Mapping[str, object]
-    image: Picture | None = None
+    image: ImageSource | None = None
     problem: str | None = None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from perception_r1.data.sources.base import DataError, Source, SourceRow
 
-SLACK = 1.0
+TOLERANCE = 1.0
 """Pixels by which COCO's boxes may lie outside their image: corner and size are rounded each on its own."""
 
 
@@ -105,7 +105,7 @@ class _Images(Sequence[SourceRow]):
         name, width, height = self._file.images[number]
         first, last = (int(np.searchsorted(self._sorted_ids, number, side)) for side in ("left", "right"))
         objects = [self._object(int(place)) for place in self._order[first:last]]
-        values = {"id": number, "objects": objects, "width": width, "height": height, "slack": SLACK}
+        values = {"id": number, "objects": objects, "width": width, "height": height, "tolerance": TOLERANCE}
         return SourceRow(place=f"{self._path}:{index + 1}", number=index + 1, values=values, image=self._folder / name)
 
     def _object(self, place: int) -> dict[str, object]:

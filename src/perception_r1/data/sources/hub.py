@@ -9,11 +9,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from perception_r1.data.rows import RowError
 from perception_r1.data.sources.base import DataError, Source, SourceRow
 from perception_r1.data.sources.json_files import Unit
 from perception_r1.errors import UserError
-from perception_r1.records import Blob, Picture
+from perception_r1.records import ImageBytes, ImageSource
+from perception_r1.rows import RowError
 
 _TEXTS = ("question", "label", "text")
 """Keys whose column may hold a list: one row for each text."""
@@ -158,16 +158,16 @@ class Hub(Source):
                 raise RowError("objects: must be lists of as many boxes as labels")
             pairs = zip(boxes, labels, strict=True)
             row["objects"] = [{"box": self._box(box), "label": label} for box, label in pairs]
-        return row | {"unit": self.unit, "slack": _SLACK}
+        return row | {"unit": self.unit, "tolerance": _SLACK}
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> ImageSource:
         """Where the picture of an entry is.
 
         Raises:
             RowError: The entry names none.
         """
         if self._has_pictures:
-            return Blob(f"{self.path}:{number + 1}", partial(self._bytes, number))
+            return ImageBytes(f"{self.path}:{number + 1}", partial(self._bytes, number))
         name = self._pictures[number][self.columns["image"]]
         if not isinstance(name, str):
             raise RowError("image: is missing, the row needs a path here")

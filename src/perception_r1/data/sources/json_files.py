@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perception_r1.data.categories import COCO_NAME_OF
-from perception_r1.data.rows import Row, RowError, show
 from perception_r1.data.sources.base import DataError, Source, SourceRow
+from perception_r1.rows import Row, RowError, show
 
 Unit = Literal["pixels", "thousandths", "percent", "fractions"]
 
@@ -141,7 +141,7 @@ class PerceptionR1(JsonSource):
             "image": values.get("image"),
             "id": values.get("id"),
             "unit": self.unit or "thousandths",
-            "slack": _SLACK,
+            "tolerance": _SLACK,
         }
         problem = values.get("problem")
         if values.get("clicks") is not None:

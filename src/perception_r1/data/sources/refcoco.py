@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from perception_r1.data.sources.base import DataError, Source, SourceRow
-from perception_r1.data.sources.coco import SLACK, Annotations, read_annotations
+from perception_r1.data.sources.coco import TOLERANCE, Annotations, read_annotations
 
 
 class RefCoco(Source):
@@ -96,7 +96,7 @@ class _Sentences(Sequence[SourceRow]):
             "box": self._file.boxes[place].tolist(),
             "width": width,
             "height": height,
-            "slack": SLACK,
+            "tolerance": TOLERANCE,
         }
         return SourceRow(place=f"{self._path}:{index + 1}", number=index + 1, values=values, image=self._folder / name)
 

@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from perception_r1.callbacks.facts import git_state, hardware, versions
+from perception_r1.callbacks.environment import git_state, hardware, versions
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -16,15 +16,23 @@ from torch import Tensor
 from perception_r1.policy.cache import StaticCache
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.prefill import PromptCache
-from perception_r1.policy.rollout import Rollout, Sampling, Written, choose, draw_uniforms, gather, is_any_of
+from perception_r1.policy.rollout import (
+    GenerationBuffer,
+    Rollout,
+    SamplingParams,
+    draw_uniforms,
+    is_any_of,
+    sample_token,
+    trim_completions,
+)
 
 _PROMPT_BUCKET = 256
 """The room for prompts is a multiple of this, so that few different graphs are needed."""
 
-_LOOK_EVERY = 8
+_CHECK_INTERVAL = 8
 """Steps between two looks at whether all rows have ended: each look waits for the device."""
 
-_MOST_GRAPHS = 4
+_MAX_GRAPHS = 4
 """Graphs that are kept; each holds its own buffers."""
 
 Step: TypeAlias = Callable[[], None]
@@ -44,7 +52,7 @@ def capture(step: Step) -> Step:
     return graph.replay
 
 
-class GraphWriter:
+class GraphGenerator:
     """Writes like `rollout.write`, by replaying captured steps.
 
     Args:
@@ -58,26 +66,28 @@ class GraphWriter:
         self._captured: dict[tuple[object, ...], _CapturedStep] = {}
 
     @torch.no_grad()
-    def write(self, prompts: PromptCache, *, group_size: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout:
+    def generate(
+        self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+    ) -> Rollout:
         """Write G completions of each prompt; see `rollout.write`."""
-        self.decoder.refresh()
+        self.decoder.sync_weights()
         num_prompts, _, longest, _ = prompts.keys[0].shape
         room = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
-        shape = (num_prompts, group_size, room, sampling.max_new_tokens)
-        ids = tuple(sampling.end_token_ids.tolist()), tuple(sampling.banned.tolist())
-        key = (shape, ids, sampling.temperature, sampling.is_greedy, self.decoder.adapters)
+        shape = (num_prompts, group_size, room, params.max_new_tokens)
+        ids = tuple(params.eos_token_ids.tolist()), tuple(params.suppress_tokens.tolist())
+        key = (shape, ids, params.temperature, params.is_greedy, self.decoder.adapters)
         captured = self._captured.pop(key, None)
         if captured is None:
-            while len(self._captured) >= _MOST_GRAPHS:  # the one that has not been used for the longest time
+            while len(self._captured) >= _MAX_GRAPHS:  # the one that has not been used for the longest time
                 del self._captured[next(iter(self._captured))]
-            captured = _CapturedStep(self.decoder, prompts, room, group_size, sampling, self._capture)
+            captured = _CapturedStep(self.decoder, prompts, room, group_size, params, self._capture)
         self._captured[key] = captured
-        captured.load(prompts, draw_uniforms(seeds, group_size, sampling, self.decoder.device))
-        for step in range(sampling.max_new_tokens):
+        captured.load(prompts, draw_uniforms(seeds, group_size, params, self.decoder.device))
+        for step in range(params.max_new_tokens):
             captured.replay()
-            if (step + 1) % _LOOK_EVERY == 0 and bool(captured.ended.all()):
+            if (step + 1) % _CHECK_INTERVAL == 0 and bool(captured.ended.all()):
                 break
-        return gather(captured.written, sampling)
+        return trim_completions(captured.buffer, params)
 
 
 class _CapturedStep:
@@ -89,27 +99,27 @@ class _CapturedStep:
         prompts: PromptCache,
         room: int,
         group_size: int,
-        sampling: Sampling,
+        params: SamplingParams,
         capture: Callable[[Step], Step],
     ) -> None:
-        num_prompts, num_tokens = len(prompts.hidden), sampling.max_new_tokens
+        num_prompts, num_tokens = len(prompts.hidden), params.max_new_tokens
         num_rows = num_prompts * group_size
         self._decoder = decoder
         self._group_size = group_size
-        self._sampling = sampling
+        self._sampling = params
         self._cache = StaticCache(
             prompts, prompt_room=room, num_rows=group_size, num_tokens=num_tokens, dtype=decoder.dtype
         )
         self._uniforms = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=decoder.device)
         self._logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)  # [N, V]
-        self.written = Written.room(num_rows, num_tokens, decoder)
+        self.buffer = GenerationBuffer.empty(num_rows, num_tokens, decoder)
         self.ended = torch.zeros(num_rows, dtype=torch.bool, device=decoder.device)
-        self._cache.load(prompts, decoder.rotation(prompts, num_tokens))
+        self._cache.load(prompts, decoder.position_embeddings(prompts, num_tokens))
         self.replay = capture(self._step)
 
     def load(self, prompts: PromptCache, uniforms: Tensor) -> None:
         """Begin anew."""
-        self._cache.load(prompts, self._decoder.rotation(prompts, self._sampling.max_new_tokens))
+        self._cache.load(prompts, self._decoder.position_embeddings(prompts, self._sampling.max_new_tokens))
         self._uniforms.copy_(uniforms)
         self._logits.copy_(self._decoder.first_logits(prompts).repeat_interleave(self._group_size, 0))
         self.ended.zero_()
@@ -117,9 +127,9 @@ class _CapturedStep:
     def _step(self) -> None:
         step = self._cache.step
         uniforms = self._uniforms.index_select(1, step)[:, 0]
-        tokens, logprobs, entropies = choose(self._logits, uniforms, self._sampling)
-        self.written.tokens.index_copy_(1, step, tokens[:, None])
-        self.written.logprobs.index_copy_(1, step, logprobs[:, None])
-        self.written.entropies.index_copy_(1, step, entropies[:, None])
-        self.ended.logical_or_(is_any_of(tokens, self._sampling.end_token_ids))
+        tokens, logprobs, entropies = sample_token(self._logits, uniforms, self._sampling)
+        self.buffer.tokens.index_copy_(1, step, tokens[:, None])
+        self.buffer.logprobs.index_copy_(1, step, logprobs[:, None])
+        self.buffer.entropies.index_copy_(1, step, entropies[:, None])
+        self.ended.logical_or_(is_any_of(tokens, self._sampling.eos_token_ids))
         self._logits.copy_(self._decoder(tokens, self._cache))

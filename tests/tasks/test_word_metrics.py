@@ -16,14 +16,14 @@ from nltk.stem.porter import PorterStemmer
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.metrics import task_metrics, update_metrics
-from perception_r1.records import Frame, Sample
-from perception_r1.scoring import judge
-from perception_r1.tasks._words import NAMES, word_figures
+from perception_r1.records import ImageSize, Sample
+from perception_r1.scoring import score_completions
+from perception_r1.tasks._word_metrics import NAMES, word_metrics
 from perception_r1.tasks.ocr import Ocr, OcrTarget
 from tests.hostile import WORST, filled, texts
 from tests.tasks.test_ocr import naive_distance
 
-FRAME = Frame(width=100, height=50, seen_width=84, seen_height=56)
+FRAME = ImageSize(width=100, height=50, resized_width=84, resized_height=56)
 CODEC = CODECS["qwen2_vl"]
 WORDS = ["The", "the", "cat", "cats", "sat", "sitting", "on", "a", "mat", "car", "auto", "page", "pages", "7"]
 SYNONYMS = {"car": {"car", "auto"}, "auto": {"car", "auto"}}
@@ -68,8 +68,8 @@ def naive_meteor(found: list[str], wanted: list[str], synonyms: dict[str, set[st
     return mean * (1 - 0.5 * (num_chunks / len(pairs)) ** 3)
 
 
-def naive_figures(prediction: str, target: str, synonyms: dict[str, set[str]]) -> dict[str, float]:
-    """The protocol's six figures."""
+def naive_metrics(prediction: str, target: str, synonyms: dict[str, set[str]]) -> dict[str, float]:
+    """The protocol's six metrics."""
     is_chinese = any("\u4e00" <= char <= "\u9fa5" for char in prediction + target)
     found, wanted = (list(jieba.cut(text)) if is_chinese else text.split() for text in (prediction, target))
     common = [word for word in set(found) if word in wanted]
@@ -130,23 +130,28 @@ def _use_wordnet_of(folder: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("equals", "synonyms"), [("stems", {}), ("wordnet", SYNONYMS)])
 def test_all_figures_are_those_of_the_protocol(wordnet, seed, equals, synonyms):
-    task = Ocr(word_figures=equals)
+    task = Ocr(word_metrics=equals)
     pages = make_pages(seed, 40) + CHINESE
     samples = [
         Sample(id=str(k), image=Path(), width=100, height=50, query="", target=OcrTarget(text=wanted))
         for k, (_, wanted) in enumerate(pages)
     ]
-    outcomes = judge(
-        task, CODEC, samples=samples, frames=[FRAME] * 43, completions=[text for text, _ in pages], is_evaluation=True
+    scored_completions = score_completions(
+        task,
+        CODEC,
+        samples=samples,
+        image_sizes=[FRAME] * 43,
+        completions=[text for text, _ in pages],
+        is_evaluation=True,
     )
-    wanted = [naive_figures(*page, synonyms) for page in pages]
-    for outcome, figures in zip(outcomes, wanted, strict=True):
-        assert {name: outcome.score.figures[name] for name in figures} == exactly(figures)
+    wanted = [naive_metrics(*page, synonyms) for page in pages]
+    for scored, metrics in zip(scored_completions, wanted, strict=True):
+        assert {name: scored.score.metrics[name] for name in metrics} == exactly(metrics)
     metrics = task_metrics(task)
-    random.Random(seed).shuffle(outcomes)
+    random.Random(seed).shuffle(scored_completions)
     for start in range(0, 43, 5):
-        update_metrics(metrics, outcomes[start : start + 5])
-    means = {name: math.fsum(figures[name] for figures in wanted) / 43 for name in wanted[0]}
+        update_metrics(metrics, scored_completions[start : start + 5])
+    means = {name: math.fsum(metrics[name] for metrics in wanted) / 43 for name in wanted[0]}
     values = metrics.compute()
     assert {name: values[name].item() for name in means} == exactly(means)
     assert 0 < means["bleu"] < means["meteor"] < 1
@@ -154,17 +159,17 @@ def test_all_figures_are_those_of_the_protocol(wordnet, seed, equals, synonyms):
 
 def test_figures_worked_by_hand():
     target = "the cat sat on the mat"
-    found = word_figures("the the cat on the mats", target, equals="stems")
+    found = word_metrics("the the cat on the mats", target, equals="stems")
     # sets {the, cat, on, mats} and {the, cat, sat, on, mat}
     assert [found[name] for name in NAMES[:3]] == pytest.approx([3 / 4, 3 / 5, 2 / 3])
     assert found["bleu"] == pytest.approx(0, abs=1e-9)  # no four words are right
     # the | the | cat | on the mat: 5 of 6 matched on each side, with one "the" too many
     assert found["meteor"] == pytest.approx(5 / 6 * (1 - 0.5 * (2 / 5) ** 3))
-    longer = word_figures("the cat sat on the mat again", target, equals="stems")
+    longer = word_metrics("the cat sat on the mat again", target, equals="stems")
     assert longer["bleu"] == pytest.approx((6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25)
-    shorter = word_figures("the cat sat on", target, equals="stems")
+    shorter = word_metrics("the cat sat on", target, equals="stems")
     assert shorter["bleu"] == pytest.approx(math.exp(1 - 6 / 4))
-    assert word_figures("on the mat", "on the mat", equals="stems")["bleu"] == pytest.approx(0, abs=1e-9)
+    assert word_metrics("on the mat", "on the mat", equals="stems")["bleu"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -172,18 +177,20 @@ def test_figures_worked_by_hand():
     [("", "", 1), (" \n", "", 1), ("", "a", 0), ("a", "", 0), ("", "中", 0), (None, "", 0), (None, "a", 0)],
 )
 def test_texts_without_words(prediction, target, value):
-    assert word_figures(prediction, target, equals="stems") == dict.fromkeys(NAMES, value)
+    assert word_metrics(prediction, target, equals="stems") == dict.fromkeys(NAMES, value)
 
 
 def test_word_figures_are_for_evaluation_only():
     sample = Sample(id="1", image=Path(), width=100, height=50, query="", target=OcrTarget(text="a b c d"))
-    arguments = {"samples": [sample], "frames": [FRAME], "completions": ["a b c d"]}
-    task = Ocr(word_figures="stems")
-    assert set(judge(task, CODEC, **arguments)[0].score.figures) == set(Ocr.figure_names)
-    (outcome,) = judge(task, CODEC, **arguments, is_evaluation=True)
-    assert tuple(outcome.score.figures) == (*Ocr.figure_names, *NAMES)
-    assert outcome.score.figures["bleu"] == 1
-    assert set(judge(Ocr(), CODEC, **arguments, is_evaluation=True)[0].score.figures) == set(Ocr.figure_names)
+    arguments = {"samples": [sample], "image_sizes": [FRAME], "completions": ["a b c d"]}
+    task = Ocr(word_metrics="stems")
+    assert set(score_completions(task, CODEC, **arguments)[0].score.metrics) == set(Ocr.metric_names)
+    (scored,) = score_completions(task, CODEC, **arguments, is_evaluation=True)
+    assert tuple(scored.score.metrics) == (*Ocr.metric_names, *NAMES)
+    assert scored.score.metrics["bleu"] == 1
+    assert set(score_completions(Ocr(), CODEC, **arguments, is_evaluation=True)[0].score.metrics) == set(
+        Ocr.metric_names
+    )
 
 
 @pytest.mark.parametrize("package", ["nltk.corpus", "jieba"])
@@ -191,20 +198,20 @@ def test_without_the_packages_only_who_asks_is_refused(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     Ocr()
     with pytest.raises(UserError, match=r"pip install 'perception-r1\[ocr\]'"):
-        Ocr(word_figures="stems")
+        Ocr(word_metrics="stems")
 
 
 def test_without_wordnet_there_is_a_sentence(tmp_path, monkeypatch):
     _use_wordnet_of(tmp_path, monkeypatch)
-    Ocr(word_figures="stems")
+    Ocr(word_metrics="stems")
     with pytest.raises(UserError, match=r"python -m nltk\.downloader wordnet") as caught:
-        Ocr(word_figures="wordnet")
+        Ocr(word_metrics="wordnet")
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_word_figures_are_refused():
-    with pytest.raises(UserError, match="word_figures must be null or one of wordnet, stems, not 'all'"):
-        Ocr(word_figures="all")
+    with pytest.raises(UserError, match="word_metrics must be null or one of wordnet, stems, not 'all'"):
+        Ocr(word_metrics="all")
 
 
 def check_bounds(found: dict[str, float]) -> None:
@@ -214,7 +221,7 @@ def check_bounds(found: dict[str, float]) -> None:
 
 @given(first=texts | st.text("中文a ", max_size=9), second=texts | st.text("中文a ", max_size=9))
 def test_hostile_texts_are_scored_without_a_complaint(first, second):
-    check_bounds(word_figures(first, second, equals="stems"))
+    check_bounds(word_metrics(first, second, equals="stems"))
 
 
 REPEATED = {"one word": "a ", "one letter": "y", "endings": "ing", "words": "to be or ", "Chinese": "中a"}
@@ -222,5 +229,5 @@ REPEATED = {"one word": "a ", "one letter": "y", "endings": "ing", "words": "to 
 
 @pytest.mark.parametrize("text", [*WORST.values(), *map(filled, REPEATED.values())], ids=[*WORST, *REPEATED])
 def test_worst_cases_are_scored_without_a_complaint(text):
-    check_bounds(word_figures(text, text[:-1], equals="stems"))
-    check_bounds(word_figures(text, "some other words", equals="stems"))
+    check_bounds(word_metrics(text, text[:-1], equals="stems"))
+    check_bounds(word_metrics(text, "some other words", equals="stems"))

@@ -6,12 +6,12 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from perception_r1.policy import policy as policy_module
+from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.graphs import GraphWriter
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.prefill import prefill
-from perception_r1.policy.rollout import Sampling, choose, write
+from perception_r1.policy.rollout import SamplingParams, generate, sample_token
 from tests.policy import oracle
 
 MANY_ENDS = torch.arange(0, 270, 6)
@@ -51,15 +51,20 @@ def captures(request):
 
 
 def sampling_of(policy, **options):
-    defaults = {"max_new_tokens": 12, "end_token_ids": MANY_ENDS, "banned": policy.banned, "temperature": 0.7}
-    return Sampling(**(defaults | options))
+    defaults = {
+        "max_new_tokens": 12,
+        "eos_token_ids": MANY_ENDS,
+        "suppress_tokens": policy.suppress_tokens,
+        "temperature": 0.7,
+    }
+    return SamplingParams(**(defaults | options))
 
 
 def rollouts(policy, writer, places=(0, 1, 2), *, group_size=3, seeds=None, **options):
     """What a writer writes, and what the eager path writes."""
     prompts = prefill(policy.model, oracle.encode(policy.processor, places))
-    settings = {"group_size": group_size, "sampling": sampling_of(policy, **options), "seeds": seeds or places}
-    return writer.write(prompts, **settings), write(Decoder(policy.model), prompts, **settings)
+    settings = {"group_size": group_size, "params": sampling_of(policy, **options), "seeds": seeds or places}
+    return writer.generate(prompts, **settings), generate(Decoder(policy.model), prompts, **settings)
 
 
 def assert_same(one, other):
@@ -73,7 +78,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("is_greedy", [False, True])
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_a_step_in_fixed_buffers_writes_what_the_eager_path_writes(policy, group_size, is_greedy):
-    writer = GraphWriter(Decoder(policy.model), Captures())
+    writer = GraphGenerator(Decoder(policy.model), Captures())
     temperature = 1.0 if is_greedy else 0.7
     one, other = rollouts(policy, writer, group_size=group_size, temperature=temperature, is_greedy=is_greedy)
     assert_same(one, other)
@@ -82,7 +87,7 @@ def test_a_step_in_fixed_buffers_writes_what_the_eager_path_writes(policy, group
 
 @pytest.mark.parametrize(("group_size", "is_greedy"), [(1, True), (3, False)])
 def test_a_recorded_step_that_is_run_again_and_again_writes_the_same(policy, group_size, is_greedy):
-    writer = GraphWriter(Decoder(policy.model), Captures(is_traced=True))
+    writer = GraphGenerator(Decoder(policy.model), Captures(is_traced=True))
     assert_same(*rollouts(policy, writer, group_size=group_size, is_greedy=is_greedy))
 
 
@@ -92,12 +97,12 @@ def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy,
         turns = count()
 
         def choose_another(*args):
-            tokens, *figures = choose(*args)
-            return (tokens + next(turns)) % 270, *figures
+            tokens, *metrics = sample_token(*args)
+            return (tokens + next(turns)) % 270, *metrics
 
-        monkeypatch.setattr("perception_r1.policy.graphs.choose", choose_another)
-        writer = GraphWriter(Decoder(policy.model), captures)
-        rollout, _ = rollouts(policy, writer, end_token_ids=torch.tensor([287]))
+        monkeypatch.setattr("perception_r1.policy.cuda_graphs.sample_token", choose_another)
+        writer = GraphGenerator(Decoder(policy.model), captures)
+        rollout, _ = rollouts(policy, writer, eos_token_ids=torch.tensor([287]))
         return torch.stack(rollout.completions)[:, :2]
 
     again, recorded = first_two_tokens(Captures()), first_two_tokens(Captures(is_traced=True))
@@ -106,7 +111,7 @@ def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy,
 
 @ONE_FAMILY
 def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, captures):
-    writer = GraphWriter(Decoder(policy.model), captures)
+    writer = GraphGenerator(Decoder(policy.model), captures)
     assert_same(*rollouts(policy, writer, (1, 2, 0)))
     for places in ((2, 0, 3), (0, 3, 4), (1, 1, 2)):
         one, other = rollouts(policy, writer, places, seeds=[7, 8, 9])
@@ -118,7 +123,7 @@ def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, cap
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_weights_that_were_changed_in_place_are_used_from_the_next_rollout_on(policy, adapted, captures, is_adapted):
     policy = adapted if is_adapted else policy
-    writer = GraphWriter(Decoder(policy.model), captures)
+    writer = GraphGenerator(Decoder(policy.model), captures)
     before, _ = rollouts(policy, writer)
     with torch.no_grad():
         for name, parameter in policy.network.named_parameters():
@@ -133,7 +138,7 @@ def test_weights_that_were_changed_in_place_are_used_from_the_next_rollout_on(po
 @ONE_FAMILY
 def test_the_four_steps_used_last_are_kept(policy):
     captures = Captures()
-    writer = GraphWriter(Decoder(policy.model), captures)
+    writer = GraphGenerator(Decoder(policy.model), captures)
 
     def num_captured(*lengths):
         before = captures.num_steps
@@ -152,7 +157,7 @@ def test_the_four_steps_used_last_are_kept(policy):
 @pytest.mark.parametrize("change", [{"places": (0, 1)}, {"group_size": 2}, {"temperature": 0.5}, {"is_greedy": True}])
 def test_a_step_of_another_shape_or_sampling_is_captured_anew(policy, change):
     captures = Captures()
-    writer = GraphWriter(Decoder(policy.model), captures)
+    writer = GraphGenerator(Decoder(policy.model), captures)
     assert_same(*rollouts(policy, writer))
     assert_same(*rollouts(policy, writer, **change))
     assert captures.num_steps == 2
@@ -160,9 +165,9 @@ def test_a_step_of_another_shape_or_sampling_is_captured_anew(policy, change):
 
 @ONE_FAMILY
 def test_longer_prompts_get_more_room(policy, monkeypatch):
-    monkeypatch.setattr("perception_r1.policy.graphs._PROMPT_BUCKET", 32)
+    monkeypatch.setattr("perception_r1.policy.cuda_graphs._PROMPT_BUCKET", 32)
     captures = Captures()
-    writer = GraphWriter(Decoder(policy.model), captures)
+    writer = GraphGenerator(Decoder(policy.model), captures)
     for places, num_steps in (((2, 0), 1), ((0, 3), 1), ((1, 0), 2), ((4, 2), 2)):
         assert_same(*rollouts(policy, writer, places))
         assert captures.num_steps == num_steps
@@ -171,33 +176,33 @@ def test_longer_prompts_get_more_room(policy, monkeypatch):
 @ONE_FAMILY
 def test_replaying_stops_soon_after_the_last_row_has_ended(policy):
     captures = Captures()
-    writer = GraphWriter(Decoder(policy.model), captures)
+    writer = GraphGenerator(Decoder(policy.model), captures)
     one, other = rollouts(policy, writer, group_size=2, max_new_tokens=200)
     assert_same(one, other)
     assert not any(one.is_truncated)
     longest = max(map(len, one.completions))
     assert longest <= captures.num_replays < longest + 8
     captures.num_replays = 0
-    rollouts(policy, writer, max_new_tokens=11, end_token_ids=torch.tensor([287]))
+    rollouts(policy, writer, max_new_tokens=11, eos_token_ids=torch.tensor([287]))
     assert captures.num_replays == 11
 
 
 def test_a_policy_keeps_its_steps_until_its_weights_move_or_change_their_type(folder, monkeypatch):
     captures = Captures()
-    monkeypatch.setattr(policy_module, "GraphWriter", partial(GraphWriter, capture=captures))
+    monkeypatch.setattr(policy_module, "GraphGenerator", partial(GraphGenerator, capture=captures))
     monkeypatch.setattr(Policy, "device", torch.device("cuda"))
     policy = Policy.load(PolicyConfig(name=str(folder))).eval()
-    policy.end_token_ids = MANY_ENDS
+    policy.eos_token_ids = MANY_ENDS
     prompts = oracle.encode(policy.processor)
     options = {"group_size": 2, "max_new_tokens": 6, "seeds": [1, 2, 3], "temperature": 0.7}
 
     def num_captured():
         before = captures.num_steps
         cache = policy.prefill(prompts)
-        rollout = policy.write(cache, **options)
+        rollout = policy.generate(cache, **options)
         if not torch.is_autocast_enabled("cpu"):  # rounding to bfloat16 may turn a draw
-            sampling = sampling_of(policy, max_new_tokens=6)
-            eager = write(Decoder(policy.model), cache, group_size=2, sampling=sampling, seeds=options["seeds"])
+            params = sampling_of(policy, max_new_tokens=6)
+            eager = generate(Decoder(policy.model), cache, group_size=2, params=params, seeds=options["seeds"])
             assert [row.tolist() for row in rollout.completions] == [row.tolist() for row in eager.completions]
         return captures.num_steps - before
 
@@ -215,19 +220,19 @@ def test_a_policy_keeps_its_steps_until_its_weights_move_or_change_their_type(fo
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_graphs_of_cuda_write_what_the_eager_path_writes_there(policy, group_size):
     policy = policy.cuda()
-    policy.end_token_ids = MANY_ENDS.cuda()
+    policy.eos_token_ids = MANY_ENDS.cuda()
     options = {"group_size": group_size, "max_new_tokens": 12}
-    sampling = sampling_of(policy, end_token_ids=policy.end_token_ids)
+    params = sampling_of(policy, eos_token_ids=policy.eos_token_ids)
     for places in ((0, 1, 2), (2, 0, 3)):
         prompts = policy.prefill(oracle.encode(policy.processor, places).to("cuda"))
-        one = policy.write(prompts, seeds=places, temperature=0.7, **options)
-        other = write(Decoder(policy.model), prompts, group_size=group_size, sampling=sampling, seeds=places)
+        one = policy.generate(policy.prefill(prompts), seeds=places, temperature=0.7, **options)
+        other = generate(Decoder(policy.model), prompts, group_size=group_size, params=params, seeds=places)
         assert_same(one, other)
 
 
 @ONE_FAMILY
 def test_a_rollout_outlives_the_next_one(policy):
-    writer = GraphWriter(Decoder(policy.model), Captures())
+    writer = GraphGenerator(Decoder(policy.model), Captures())
     one, expected = rollouts(policy, writer, seeds=[1, 2, 3])
     rollouts(policy, writer, seeds=[4, 5, 6])
     assert_same(one, expected)
@@ -235,8 +240,8 @@ def test_a_rollout_outlives_the_next_one(policy):
 
 @ONE_FAMILY
 def test_an_adapter_can_be_switched_off_in_place(adapted, monkeypatch):
-    monkeypatch.setattr("perception_r1.policy.decoder._LARGEST_COPY", 0)
-    writer = GraphWriter(Decoder(adapted.model), Captures(is_traced=True))
+    monkeypatch.setattr("perception_r1.policy.decoder._MAX_COPIED_WEIGHTS", 0)
+    writer = GraphGenerator(Decoder(adapted.model), Captures(is_traced=True))
     assert_same(*rollouts(adapted, writer))
     with adapted.without_adapter():
         assert_same(*rollouts(adapted, writer))
@@ -244,6 +249,6 @@ def test_an_adapter_can_be_switched_off_in_place(adapted, monkeypatch):
 
 @ONE_FAMILY
 def test_other_end_tokens_are_heeded(policy):
-    writer = GraphWriter(Decoder(policy.model), Captures())
+    writer = GraphGenerator(Decoder(policy.model), Captures())
     assert_same(*rollouts(policy, writer, max_new_tokens=40))
-    assert_same(*rollouts(policy, writer, max_new_tokens=40, end_token_ids=torch.tensor([287])))
+    assert_same(*rollouts(policy, writer, max_new_tokens=40, eos_token_ids=torch.tensor([287])))

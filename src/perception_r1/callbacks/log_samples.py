@@ -14,37 +14,37 @@ from PIL import Image
 from perception_r1.callbacks.files import run_folder
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
-from perception_r1.records import Mark
-from perception_r1.scoring import Outcome
+from perception_r1.records import Overlay
+from perception_r1.scoring import ScoredCompletion
 from perception_r1.task import Task
 
 if TYPE_CHECKING:
     from perception_r1.modules.base import PolicyModule
 
 
-class Pictures(Callback):
+class LogSamples(Callback):
     """Draw what the policy answers to the first held-out samples, always the same ones.
 
-    Cards go to TensorBoard as `val/picture_0`, `val/picture_1`, ... and, those of the first and of the last validation,
-    as PNG files to `pictures/first` and `pictures/last` in the run's folder, with all of them on `sheet.png`.
+    Cards go to TensorBoard as `val/sample_0`, `val/sample_1`, ... and, those of the first and of the last validation,
+    as PNG files to `samples/first` and `samples/last` in the run's folder, with all of them on `sheet.png`.
 
     Args:
-        num_pictures: Samples to draw; 0 draws nothing.
+        num_samples: Samples to draw; 0 draws nothing.
         panel_width: Width of the picture on a card in pixels; the words beside it get as much.
     """
 
-    def __init__(self, num_pictures: int = 8, panel_width: int = 448) -> None:
-        if num_pictures < 0 or panel_width < 64:
+    def __init__(self, num_samples: int = 8, panel_width: int = 448) -> None:
+        if num_samples < 0 or panel_width < 64:
             raise UserError(
-                f"num_pictures is {num_pictures} and panel_width {panel_width}; use at least 0 and 64 pixels."
+                f"num_samples is {num_samples} and panel_width {panel_width}; use at least 0 and 64 pixels."
             )
-        self.num_pictures = num_pictures
+        self.num_samples = num_samples
         self.panel_width = panel_width
-        self._outcomes: list[Outcome] = []
+        self._scored_completions: list[ScoredCompletion] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the outcomes of the validation before."""
-        self._outcomes = []
+        """Forget the completions of the validation before."""
+        self._scored_completions = []
 
     def on_validation_batch_end(
         self,
@@ -55,69 +55,71 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first outcomes."""
+        """Keep the first completions."""
         if trainer.is_global_zero and not trainer.sanity_checking:
-            self._outcomes += (outputs or [])[: self.num_pictures - len(self._outcomes)]
+            self._scored_completions += (outputs or [])[: self.num_samples - len(self._scored_completions)]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, log and save the cards."""
         folder = run_folder(trainer)
-        if not self._outcomes:
+        if not self._scored_completions:
             return
         task = cast("PolicyModule", pl_module).task
         cards = [
-            outcome_card(task, outcome, step=trainer.global_step, panel_width=self.panel_width)
-            for outcome in self._outcomes
+            sample_card(task, scored, step=trainer.global_step, panel_width=self.panel_width)
+            for scored in self._scored_completions
         ]
-        self._outcomes = []
+        self._scored_completions = []
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for index, card in enumerate(cards):
                     logger.experiment.add_image(
-                        f"val/picture_{index}", np.asarray(card), trainer.global_step, dataformats="HWC"
+                        f"val/sample_{index}", np.asarray(card), trainer.global_step, dataformats="HWC"
                     )
         if folder is not None:
-            if not (folder / "pictures" / "first").exists():
-                _save(cards, folder / "pictures" / "first")
-            _save(cards, folder / "pictures" / "last")
+            if not (folder / "samples" / "first").exists():
+                _save(cards, folder / "samples" / "first")
+            _save(cards, folder / "samples" / "last")
 
 
-def outcome_card(task: Task[Any, Any], outcome: Outcome, *, step: int | None, panel_width: int = 448) -> Image.Image:
+def sample_card(
+    task: Task[Any, Any], scored: ScoredCompletion, *, step: int | None, panel_width: int = 448
+) -> Image.Image:
     """The card of one completion, written after so many steps of training (None: that is not of interest).
 
     Raises:
         TypeError: The sample's image is not loaded.
     """
-    sample = outcome.sample
+    sample = scored.sample
     if not isinstance(sample.image, Image.Image):
         raise TypeError(f"The image of sample {sample.id} is still a path; load it before it is drawn.")
-    target_marks = task.marks(sample.target)
+    target_overlays = task.overlays(sample.target)
     return draw_card(
         sample.image,
         title=sample.id if step is None else f"{sample.id}, step {step}",
         fields={
             "prompt": task.prompt(sample.query),
-            "target": summarise(sample.target, target_marks),
-            "completion": outcome.completion + _remarks(outcome),
-            "reward": _reward(outcome),
+            "target": summarise(sample.target, target_overlays),
+            "completion": scored.completion + _remarks(scored),
+            "reward": _reward(scored),
         },
-        target_marks=target_marks,
-        predicted_marks=[] if outcome.prediction is None else task.marks(outcome.prediction),
+        target_overlays=target_overlays,
+        predicted_overlays=[] if scored.prediction is None else task.overlays(scored.prediction),
         panel_width=panel_width,
     )
 
 
-def summarise(target: object, marks: Sequence[Mark]) -> str:
+def summarise(target: object, overlays: Sequence[Overlay]) -> str:
     """A target in words: what there is to draw, by caption and number, or else its record's own fields.
 
-    >>> summarise(None, [Mark(shape=(0, 0, 1, 1), caption="cat")] * 2 + [Mark(shape=(0, 0, 1, 1), caption="dog")])
+    >>> summarise(None, [Overlay(shape=(0, 0, 1, 1), caption="cat")] * 2 + [Overlay(shape=(0, 0, 1, 1), caption="dog")])
     '3 boxes: 2 cat, dog'
     """
-    if marks:
-        kind = ("point", "points") if len(marks[0].shape) == 2 else ("box", "boxes")
-        captions = Counter(mark.caption for mark in marks if mark.caption)
+    if overlays:
+        kind = ("point", "points") if len(overlays[0].shape) == 2 else ("box", "boxes")
+        captions = Counter(overlay.caption for overlay in overlays if overlay.caption)
         names = ", ".join(name if count == 1 else f"{count} {name}" for name, count in captions.items())
-        return f"{len(marks)} {kind[len(marks) != 1]}" + (f": {names}" if names else "")
+        return f"{len(overlays)} {kind[len(overlays) != 1]}" + (f": {names}" if names else "")
     if not is_dataclass(target):
         return str(target)
     values = {field.name: getattr(target, field.name) for field in fields(target)}
@@ -127,15 +129,15 @@ def summarise(target: object, marks: Sequence[Mark]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in values.items())
 
 
-def _reward(outcome: Outcome) -> str:
-    terms = ", ".join(f"{name} {value:.2f}" for name, value in outcome.score.terms.items())
-    return f"{outcome.score.reward:.3f}" + (f"\n{terms}" if terms else "")
+def _reward(scored: ScoredCompletion) -> str:
+    components = ", ".join(f"{name} {value:.2f}" for name, value in scored.score.components.items())
+    return f"{scored.score.reward:.3f}" + (f"\n{components}" if components else "")
 
 
-def _remarks(outcome: Outcome) -> str:
-    if outcome.is_truncated:
-        return f"\n[cut off after {outcome.num_tokens} tokens]"
-    return "\n[no answer could be read]" if outcome.prediction is None else ""
+def _remarks(scored: ScoredCompletion) -> str:
+    if scored.is_truncated:
+        return f"\n[cut off after {scored.num_tokens} tokens]"
+    return "\n[no answer could be read]" if scored.prediction is None else ""
 
 
 def _save(cards: Sequence[Image.Image], folder: Path) -> None:

@@ -16,8 +16,8 @@ from perception_r1.task import Task
 
 
 @dataclass(kw_only=True, slots=True)
-class Survey:
-    """Figures of samples, one entry per sample unless said otherwise.
+class DatasetStatistics:
+    """Metrics of samples, one entry per sample unless said otherwise.
 
     Attributes:
         widths: Of the images, in pixels.
@@ -40,22 +40,24 @@ class Survey:
     num_unwritable: int = 0
 
 
-def survey(samples: Iterable[Sample[Any]], task: Task[Any, Any], codec: Codec, processor: Processor) -> Survey:
+def collect_statistics(
+    samples: Iterable[Sample[Any]], task: Task[Any, Any], codec: Codec, processor: Processor
+) -> DatasetStatistics:
     """Go through samples once; no picture is opened."""
-    found = Survey()
+    found = DatasetStatistics()
     for sample in samples:
         found.widths.append(sample.width)
         found.heights.append(sample.height)
         found.images.add(sample.id if isinstance(sample.image, Image.Image) else str(sample.image))
         found.num_objects.append(task.num_objects(sample.target))
         try:
-            frame = processor.frame(sample.width, sample.height)
-            found.prompt_tokens.append(processor.num_prompt_tokens(task.messages(sample), frame))
+            image_size = processor.image_size(sample.width, sample.height)
+            found.prompt_tokens.append(processor.num_prompt_tokens(task.messages(sample), image_size))
         except UserError:
             found.num_unseen += 1
             continue
         try:
-            answer = task.answer(sample, codec, frame)
+            answer = task.target_text(sample, codec, image_size)
             found.answer_tokens.append(len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1)
         except UserError:
             found.num_unwritable += 1

@@ -1,4 +1,4 @@
-"""Worlds: what can be in a made picture, drawn with exact annotations as rows of the project's own data format.
+"""Worlds: what can be in a synthetic picture, drawn with exact annotations as rows of the project's own data format.
 
 Objects sit on a grid, so their boxes are whole pixels that a patch-based model can name exactly. The background carries
 the position (red grows to the right, green grows downwards) and differs a little from picture to picture.
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from perception_r1.data.brush import COLOURS, SHAPES, background, glyph, grain, mask, tinted
+from perception_r1.data.synthetic.render import COLOURS, SHAPES, background, glyph, grain, mask, tinted
 from perception_r1.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One made picture with its annotation.
+    """One synthetic picture with its annotation.
 
     Attributes:
         image: The picture in RGB.

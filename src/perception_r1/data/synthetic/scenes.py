@@ -1,4 +1,4 @@
-"""A made data set: scenes of a world, each drawn when it is asked for, in splits that share no picture.
+"""A synthetic data set: scenes of a world, each drawn when it is asked for, in splits that share no picture.
 
 Scene `i` of a split depends on nothing but (world, seed, split, i). A hash of its pixels decides to which split a
 picture belongs, so that no held-out picture equals a training picture.
@@ -10,7 +10,7 @@ import random
 from dataclasses import asdict
 from typing import Literal, get_args
 
-from perception_r1.data.worlds import Scene, World
+from perception_r1.data.synthetic.worlds import Scene, World
 from perception_r1.errors import UserError
 
 Split = Literal["train", "val", "test"]
@@ -21,7 +21,7 @@ _MAX_DRAWS = 2000
 """Draws before a split of a world counts as exhausted; a scene is in a held-out split with probability 1/8."""
 
 
-class SceneSource:
+class SyntheticScenes:
     """A split of a world as a sequence of scenes, each drawn when it is asked for.
 
     A scene is drawn again until the hash of its pixels falls into the split's share, so no picture of one split equals
@@ -78,7 +78,7 @@ class SceneSource:
 
 
 def scene_fingerprint(world: World, split: Split, seed: int, size: int) -> str:
-    """A hex digest of everything that determines the scenes of a `SceneSource`, which need not be built for it."""
+    """A hex digest of everything that determines the scenes of a `SyntheticScenes`, which need not be built for it."""
     return _digest(f"{_settings(world, split, seed)} {size}".encode()).hex()
 
 

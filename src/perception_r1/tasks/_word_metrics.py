@@ -1,9 +1,9 @@
-"""Word figures of OCR: precision, recall and F1 of the set of words, BLEU and METEOR.
+"""Word metrics of OCR: precision, recall and F1 of the set of words, BLEU and METEOR.
 
 They are those of the evaluation code of Fox and GOT-OCR: both texts are cut at white space or, if one of them holds a
 Chinese character, by jieba, whose pieces include the white space; BLEU has up to four words in a row and no smoothing,
 so that without four right words in a row it is 0, also for a perfect text of three; METEOR is nltk's. Deviation: two
-texts without any word agree in all figures, where that code fails.
+texts without any word agree in all metrics, where that code fails.
 
 nltk and jieba are an optional extra, imported when first needed. The longest completion that is read takes them 4
 seconds at worst (one Chinese character over and over), a page of 2,000 words some hundredths; nltk before 3.10 takes
@@ -35,7 +35,7 @@ def check_available(equals: str) -> None:
         UserError: `equals` is unknown, or nltk, jieba or the data of WordNet are missing.
     """
     if equals not in get_args(Equals):
-        raise UserError(f"word_figures must be null or one of {', '.join(get_args(Equals))}, not {equals!r}")
+        raise UserError(f"word_metrics must be null or one of {', '.join(get_args(Equals))}, not {equals!r}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # jieba's own, about its age
@@ -43,7 +43,7 @@ def check_available(equals: str) -> None:
             from nltk.corpus import wordnet
     except ImportError as error:
         raise UserError(
-            "word_figures needs nltk and jieba; install them with pip install 'perception-r1[ocr]'"
+            "word_metrics needs nltk and jieba; install them with pip install 'perception-r1[ocr]'"
         ) from error
     jieba.setLogLevel(logging.WARNING)
     if equals == "wordnet":
@@ -51,13 +51,13 @@ def check_available(equals: str) -> None:
             wordnet.ensure_loaded()
         except LookupError as error:
             raise UserError(
-                "word_figures: wordnet needs the data of WordNet; fetch it with python -m nltk.downloader wordnet, or "
-                "set word_figures to stems, which knows no synonyms"
+                "word_metrics: wordnet needs the data of WordNet; fetch it with python -m nltk.downloader wordnet, or "
+                "set word_metrics to stems, which knows no synonyms"
             ) from error
 
 
-def word_figures(prediction: str | None, target: str, *, equals: Equals) -> dict[str, float]:
-    """The five figures, each 0..1, by `NAMES`; all 0 without a prediction.
+def word_metrics(prediction: str | None, target: str, *, equals: Equals) -> dict[str, float]:
+    """The five metrics, each 0..1, by `NAMES`; all 0 without a prediction.
 
     What `check_available` lets pass is there.
     """
@@ -85,7 +85,7 @@ def _bleu(found: list[str], wanted: list[str]) -> float:
     from nltk.translate.bleu_score import sentence_bleu
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a figure without smoothing may be 0
+        warnings.simplefilter("ignore")  # that a metric without smoothing may be 0
         return float(sentence_bleu([wanted], found))
 
 

@@ -124,8 +124,8 @@ def _question(tokenizer: PreTrainedTokenizerFast, number: int, shape: Shape) -> 
     """Fills the prompt up to its length: one character is one token."""
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    frame = len(tokenizer(text, add_special_tokens=False)["input_ids"]) - 1  # the image's tokens are counted apart
-    room = shape.prompt_tokens - shape.image_tokens - frame
+    image_size = len(tokenizer(text, add_special_tokens=False)["input_ids"]) - 1  # the image's tokens are counted apart
+    room = shape.prompt_tokens - shape.image_tokens - image_size
     return f"{number}: how many?".ljust(room, ".")[:room]
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_r1.data.rows import Row, RowError
 from perception_r1.records import Annotation, LabelledBox
+from perception_r1.rows import Row, RowError
 
 CUP = {"box": [1, 1, 2, 2], "label": "cup"}
 METHODS = ("text", "integer", "box", "boxes", "points", "objects")

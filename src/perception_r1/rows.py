@@ -10,8 +10,8 @@ image, upright (after its EXIF orientation), origin top left.
 
 Objects of detection may also have "area" (of the outline, in pixels squared) and "crowd" (true for a region of many).
 Every row may also have "width", "height" and "id", a "unit" of its coordinates: "pixels" unless it says "fractions",
-"percent" or "thousandths" of the image's width and height, and a "slack": pixels, at most one, by which coordinates may
-lie outside the image because somebody rounded them; they are cut at its edge.
+"percent" or "thousandths" of the image's width and height, and a "tolerance": pixels, at most one, by which coordinates
+may lie outside the image because somebody rounded them; they are cut at its edge.
 """
 
 import math
@@ -110,8 +110,8 @@ class Row:
 
     def _check_inside(self, name: str, value: object, *, xs: tuple[float, ...], ys: tuple[float, ...]) -> None:
         width, height = self._extent()
-        slack = self._slack()
-        across, down = slack * width / self.width, slack * height / self.height
+        tolerance = self._tolerance()
+        across, down = tolerance * width / self.width, tolerance * height / self.height
         if not (all(-across <= x <= width + across for x in xs) and all(-down <= y <= height + down for y in ys)):
             raise RowError(f"{name}: must lie inside the image of {width} x {height} {self._unit}, got {show(value)}")
 
@@ -121,13 +121,13 @@ class Row:
     def _down(self, y: float) -> float:
         return min(1.0, max(0.0, y / self._extent()[1]))
 
-    def _slack(self) -> float:
+    def _tolerance(self) -> float:
         """Pixels by which a coordinate may lie outside the image."""
-        value = self.values.get("slack")
+        value = self.values.get("tolerance")
         if value is None:
             return _TOLERANCE
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-            raise RowError(f"slack: must be a number of pixels from 0 to 1, got {show(value)}")
+            raise RowError(f"tolerance: must be a number of pixels from 0 to 1, got {show(value)}")
         return max(value, _TOLERANCE)
 
     def _extent(self) -> tuple[int, int]:

@@ -8,62 +8,62 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from perception_r1.callbacks.pictures import Pictures, outcome_card, summarise
-from perception_r1.records import Mark
+from perception_r1.callbacks.log_samples import LogSamples, sample_card, summarise
+from perception_r1.records import Overlay
 from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_outcome, toy_samples, toy_trainer
 
 
 def test_each_validation_logs_the_first_samples_and_the_folder_keeps_first_and_last(tmp_path: Path):
-    toy_trainer(tmp_path, [Pictures(num_pictures=3)], enable_progress_bar=False).fit(ToyModule(), datamodule=ToyData())
+    toy_trainer(tmp_path, [LogSamples(num_samples=3)], enable_progress_bar=False).fit(ToyModule(), datamodule=ToyData())
 
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
-    assert events.Tags()["images"] == ["val/picture_0", "val/picture_1", "val/picture_2"]
-    assert [event.step for event in events.Images("val/picture_0")] == [2, 4]  # and none of the sanity check
+    assert events.Tags()["images"] == ["val/sample_0", "val/sample_1", "val/sample_2"]
+    assert [event.step for event in events.Images("val/sample_0")] == [2, 4]  # and none of the sanity check
     names = {str(path.relative_to(tmp_path / "run")) for path in tmp_path.rglob("*.png")}
-    assert names == {f"pictures/{which}/{name}.png" for which in ("first", "last") for name in ("0", "1", "2", "sheet")}
-    assert Image.open(tmp_path / "run/pictures/first/0.png").width == 960
+    assert names == {f"samples/{which}/{name}.png" for which in ("first", "last") for name in ("0", "1", "2", "sheet")}
+    assert Image.open(tmp_path / "run/samples/first/0.png").width == 960
 
 
 def test_the_first_cards_stay_when_a_run_goes_on(tmp_path: Path):
-    trainer = toy_trainer(tmp_path, [Pictures(num_pictures=1)])
+    trainer = toy_trainer(tmp_path, [LogSamples(num_samples=1)])
     trainer.fit(ToyModule(), datamodule=ToyData())
-    first = (tmp_path / "run/pictures/first/0.png").read_bytes()
+    first = (tmp_path / "run/samples/first/0.png").read_bytes()
     trainer.fit_loop.max_epochs = 2
     trainer.fit(ToyModule(), datamodule=ToyData())
-    assert (tmp_path / "run/pictures/first/0.png").read_bytes() == first
-    assert (tmp_path / "run/pictures/last/0.png").read_bytes() != first
+    assert (tmp_path / "run/samples/first/0.png").read_bytes() == first
+    assert (tmp_path / "run/samples/last/0.png").read_bytes() != first
 
 
 def test_other_loggers_get_no_pictures_but_the_folder_does(tmp_path: Path):
-    toy_trainer(tmp_path, [Pictures(num_pictures=1)], logger=CSVLogger(tmp_path, name="", version="csv")).fit(
+    toy_trainer(tmp_path, [LogSamples(num_samples=1)], logger=CSVLogger(tmp_path, name="", version="csv")).fit(
         ToyModule(), datamodule=ToyData()
     )
-    assert (tmp_path / "csv/pictures/last/0.png").exists()
+    assert (tmp_path / "csv/samples/last/0.png").exists()
 
 
 def test_nothing_is_kept_in_a_fast_dev_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    toy_trainer(tmp_path, [Pictures()], fast_dev_run=True).fit(ToyModule(), datamodule=ToyData())
+    toy_trainer(tmp_path, [LogSamples()], fast_dev_run=True).fit(ToyModule(), datamodule=ToyData())
     assert not list(tmp_path.rglob("*.png"))
 
 
 def test_no_pictures_when_none_are_asked_for(tmp_path: Path):
-    toy_trainer(tmp_path, [Pictures(num_pictures=0)]).fit(ToyModule(), datamodule=ToyData())
-    assert not (tmp_path / "run/pictures").exists()
-    with pytest.raises(ValueError, match="num_pictures is -1"):
-        Pictures(num_pictures=-1)
+    toy_trainer(tmp_path, [LogSamples(num_samples=0)]).fit(ToyModule(), datamodule=ToyData())
+    assert not (tmp_path / "run/samples").exists()
+    with pytest.raises(ValueError, match="num_samples is -1"):
+        LogSamples(num_samples=-1)
 
 
 @pytest.mark.parametrize("completion", ["", "\x00\u202e\ud800" * 100, "中文" * 10_000])
 def test_a_card_is_drawn_for_any_completion(completion: str):
-    outcome = replace(toy_outcome(toy_samples(1)[0], completion, is_right=False), is_truncated=True)
-    assert outcome_card(ToyTask(), outcome, step=3).width == 960
+    scored = replace(toy_outcome(toy_samples(1)[0], completion, is_right=False), is_truncated=True)
+    assert sample_card(ToyTask(), scored, step=3).width == 960
 
 
 def test_a_sample_whose_image_is_not_loaded_is_named():
-    outcome = toy_outcome(replace(toy_samples(1)[0], image=Path("a.png")))
+    scored = toy_outcome(replace(toy_samples(1)[0], image=Path("a.png")))
     with pytest.raises(TypeError, match="toy-0"):
-        outcome_card(ToyTask(), outcome, step=0)
+        sample_card(ToyTask(), scored, step=0)
 
 
 def test_targets_in_words():
@@ -76,8 +76,8 @@ def test_targets_in_words():
     class Page:
         text: str
 
-    assert summarise(None, [Mark(shape=(0.1, 0.2))]) == "1 point"
-    assert summarise(None, [Mark(shape=(0.1, 0.2), caption="cup")] * 2) == "2 points: 2 cup"
+    assert summarise(None, [Overlay(shape=(0.1, 0.2))]) == "1 point"
+    assert summarise(None, [Overlay(shape=(0.1, 0.2), caption="cup")] * 2) == "2 points: 2 cup"
     assert summarise(Count(count=3), []) == "count: 3\npoints: None"
     assert summarise(Page(text="Hello"), []) == "Hello"
     assert summarise("Hello", []) == "Hello"

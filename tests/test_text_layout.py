@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perception_r1.lettering import MAX_CHARACTERS, font_for, shorten, visible, wrap
+from perception_r1.text_layout import MAX_CHARACTERS, font_for, shorten, visible, wrap
 
 HOSTILE = [
     "",

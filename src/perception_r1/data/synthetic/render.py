@@ -1,4 +1,4 @@
-"""The brush of the made scenes: backgrounds, shapes, characters and grain. All randomness comes from the caller."""
+"""What synthetic scenes are drawn with: backgrounds, shapes, characters, grain. All randomness is the caller's."""
 
 import random
 from functools import lru_cache

@@ -1,0 +1,1 @@
+"""Synthetic data: images drawn here, with exact annotations, deterministic by seed."""
