@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "logs" / "learning"
 
-HEADLINES = {
+PRIMARY_METRICS = {
     "grounding": ("accuracy_50", "accuracy at IoU 0.5"),
     "counting": ("count_accuracy", "count accuracy"),
     "detection": ("ap50", "AP50"),
@@ -98,7 +98,7 @@ def finished(folder: Path) -> dict | None:
 
 def row(run: Run, card: dict) -> dict:
     """The metrics of a run that the table shows."""
-    metric = HEADLINES[run.task][0]
+    metric = PRIMARY_METRICS[run.task][0]
     return asdict(run) | {
         "metric": metric,
         "before": card["before"][metric],
@@ -117,7 +117,7 @@ def table(rows: list[dict]) -> str:
     seeds = sorted({entry["seed"] for entry in rows})
     heads = ["task", "metric", "training", *(f"seed {seed}" for seed in seeds), "mean gain", "steps", "seconds"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for task, (_, words) in HEADLINES.items():
+    for task, (_, words) in PRIMARY_METRICS.items():
         for variant in VARIANTS:
             chosen = {entry["seed"]: entry for entry in rows if (entry["task"], entry["variant"]) == (task, variant)}
             if not chosen:
@@ -152,7 +152,7 @@ def shortfalls(rows: list[dict]) -> list[str]:
 def main() -> int:
     """Train, tabulate, compare with the claims."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(HEADLINES), choices=list(HEADLINES))
+    parser.add_argument("--tasks", nargs="+", default=list(PRIMARY_METRICS), choices=list(PRIMARY_METRICS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=2)
