@@ -135,6 +135,19 @@ class Processor:
         expanded = _expand(cast(str, text), [patches // self.image_processor.merge_size**2])
         return len(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
 
+    def check_prompt(self, chat: list[dict[str, Any]], *, width: int, height: int, max_tokens: int | None) -> None:
+        """Refuse a prompt with one picture of this size that `encode` would refuse, without a look at the picture.
+
+        Raises:
+            UserError: The picture is too narrow for the model, or the prompt is longer than `max_tokens`.
+        """
+        image_size = self.image_size(width, height)
+        num_tokens = 0 if max_tokens is None else self.num_prompt_tokens(chat, image_size)
+        if max_tokens is not None and num_tokens > max_tokens:
+            raise UserError(
+                f"The prompt has {num_tokens} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
+            )
+
     def encode_targets(self, texts: Sequence[str], eos_token_id: int) -> list[Tensor]:
         """Token ids of answers, each closed by the end token: what SFT teaches."""
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
