@@ -15,7 +15,7 @@ from perception_r1.policy.rollout import SamplingParams, generate, sample_token
 from tests.policy import oracle
 
 MANY_ENDS = torch.arange(0, 270, 6)
-"""So many end tokens that rows end at many different places."""
+"""So many end tokens that rows end at many different indices."""
 
 
 ONE_FAMILY = pytest.mark.parametrize("family", ["qwen2_vl"], indirect=True)
@@ -60,10 +60,10 @@ def sampling_of(policy, **options):
     return SamplingParams(**(defaults | options))
 
 
-def rollouts(policy, writer, places=(0, 1, 2), *, group_size=3, seeds=None, **options):
+def rollouts(policy, writer, indices=(0, 1, 2), *, group_size=3, seeds=None, **options):
     """What a writer writes, and what the eager path writes."""
-    prompts = prefill(policy.model, oracle.encode(policy.processor, places))
-    settings = {"group_size": group_size, "params": sampling_of(policy, **options), "seeds": seeds or places}
+    prompts = prefill(policy.model, oracle.encode(policy.processor, indices))
+    settings = {"group_size": group_size, "params": sampling_of(policy, **options), "seeds": seeds or indices}
     return writer.generate(prompts, **settings), generate(Decoder(policy.model), prompts, **settings)
 
 
@@ -113,8 +113,8 @@ def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy,
 def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, captures):
     writer = GraphGenerator(Decoder(policy.model), captures)
     assert_same(*rollouts(policy, writer, (1, 2, 0)))
-    for places in ((2, 0, 3), (0, 3, 4), (1, 1, 2)):
-        one, other = rollouts(policy, writer, places, seeds=[7, 8, 9])
+    for indices in ((2, 0, 3), (0, 3, 4), (1, 1, 2)):
+        one, other = rollouts(policy, writer, indices, seeds=[7, 8, 9])
         assert_same(one, other)
     assert captures.num_steps == 1
 
@@ -154,7 +154,7 @@ def test_the_four_steps_used_last_are_kept(policy):
 
 
 @ONE_FAMILY
-@pytest.mark.parametrize("change", [{"places": (0, 1)}, {"group_size": 2}, {"temperature": 0.5}, {"is_greedy": True}])
+@pytest.mark.parametrize("change", [{"indices": (0, 1)}, {"group_size": 2}, {"temperature": 0.5}, {"is_greedy": True}])
 def test_a_step_of_another_shape_or_sampling_is_captured_anew(policy, change):
     captures = Captures()
     writer = GraphGenerator(Decoder(policy.model), captures)
@@ -168,8 +168,8 @@ def test_longer_prompts_get_more_room(policy, monkeypatch):
     monkeypatch.setattr("perception_r1.policy.cuda_graphs._PROMPT_BUCKET", 32)
     captures = Captures()
     writer = GraphGenerator(Decoder(policy.model), captures)
-    for places, num_steps in (((2, 0), 1), ((0, 3), 1), ((1, 0), 2), ((4, 2), 2)):
-        assert_same(*rollouts(policy, writer, places))
+    for indices, num_steps in (((2, 0), 1), ((0, 3), 1), ((1, 0), 2), ((4, 2), 2)):
+        assert_same(*rollouts(policy, writer, indices))
         assert captures.num_steps == num_steps
 
 
@@ -223,10 +223,10 @@ def test_graphs_of_cuda_write_what_the_eager_path_writes_there(policy, group_siz
     policy.eos_token_ids = MANY_ENDS.cuda()
     options = {"group_size": group_size, "max_new_tokens": 12}
     params = sampling_of(policy, eos_token_ids=policy.eos_token_ids)
-    for places in ((0, 1, 2), (2, 0, 3)):
-        prompts = policy.prefill(oracle.encode(policy.processor, places).to("cuda"))
-        one = policy.generate(policy.prefill(prompts), seeds=places, temperature=0.7, **options)
-        other = generate(Decoder(policy.model), prompts, group_size=group_size, params=params, seeds=places)
+    for indices in ((0, 1, 2), (2, 0, 3)):
+        prompts = policy.prefill(oracle.encode(policy.processor, indices).to("cuda"))
+        one = policy.generate(policy.prefill(prompts), seeds=indices, temperature=0.7, **options)
+        other = generate(Decoder(policy.model), prompts, group_size=group_size, params=params, seeds=indices)
         assert_same(one, other)
 
 

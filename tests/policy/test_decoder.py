@@ -8,17 +8,17 @@ from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
-PLACES = (0, 1, 2, 3)
+INDICES = (0, 1, 2, 3)
 
 
 def completions_of(num_rows):
-    return oracle.random_completions([4] * len(PLACES) * num_rows)
+    return oracle.random_completions([4] * len(INDICES) * num_rows)
 
 
 @torch.no_grad()
 def distributions(decoder, policy, num_rows=2):
-    """[R, 4, V] log-probabilities of every token at four places of some completions of each prompt, step by step."""
-    prompts = policy.prefill(oracle.encode(policy.processor, PLACES))
+    """[R, 4, V] log-probabilities of every token at four steps of some completions of each prompt, step by step."""
+    prompts = policy.prefill(oracle.encode(policy.processor, INDICES))
     tokens = torch.stack(completions_of(num_rows))
     position_embeddings = decoder.position_embeddings(prompts, tokens.shape[1])
     if num_rows == 1:
@@ -34,7 +34,7 @@ def distributions(decoder, policy, num_rows=2):
 def expected(plain, policy, num_rows=2):
     """The same from plain forwards."""
     nothing = torch.tensor([], dtype=torch.long)
-    prompts = [oracle.encode(policy.processor, [place]) for place in PLACES for _ in range(num_rows)]
+    prompts = [oracle.encode(policy.processor, [index]) for index in INDICES for _ in range(num_rows)]
     rows = zip(prompts, completions_of(num_rows), strict=True)
     return torch.stack([oracle.distributions(plain, prompt, row, nothing, 1.0) for prompt, row in rows])
 
@@ -71,7 +71,7 @@ def test_a_step_leaves_an_adapter_out_that_is_switched_off(adapted, plain, exact
     assert_same(found, expected(plain, adapted))
 
 
-def test_a_refresh_takes_over_changed_weights(policy, adapted, is_in_place):
+def test_syncing_weights_takes_over_changed_weights(policy, adapted, is_in_place):
     for changing in (policy, adapted):
         decoder = Decoder(changing.model)
         before = distributions(decoder, changing)
@@ -83,7 +83,7 @@ def test_a_refresh_takes_over_changed_weights(policy, adapted, is_in_place):
         assert torch.equal(distributions(decoder, changing), fresh)
 
 
-def test_a_refresh_takes_over_changed_weights_in_mixed_precision(policy):
+def test_syncing_weights_takes_over_changed_weights_in_mixed_precision(policy):
     policy.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoder = Decoder(policy.model)
@@ -94,7 +94,7 @@ def test_a_refresh_takes_over_changed_weights_in_mixed_precision(policy):
         assert torch.equal(distributions(decoder, policy), fresh)
 
 
-def test_an_adapter_is_switched_off_and_on_by_a_refresh(adapted, plain, exact_layers, is_in_place):
+def test_an_adapter_is_switched_off_and_on_by_syncing_weights(adapted, plain, exact_layers, is_in_place):
     decoder = Decoder(adapted.model)
     with_adapter = distributions(decoder, adapted)
     with adapted.without_adapter():
@@ -104,7 +104,7 @@ def test_an_adapter_is_switched_off_and_on_by_a_refresh(adapted, plain, exact_la
     assert torch.equal(distributions(decoder, adapted), with_adapter)
 
 
-def test_reading_and_refreshing_change_no_weight_of_the_model(adapted, is_in_place):
+def test_reading_and_syncing_change_no_weight_of_the_model(adapted, is_in_place):
     before = {name: value.clone() for name, value in adapted.network.state_dict().items()}
     decoder = Decoder(adapted.model)
     distributions(decoder, adapted)
