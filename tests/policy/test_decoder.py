@@ -1,10 +1,11 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from perception_r1.policy import decoder as decoder_module
 from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.load import TEXT_LINEARS, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
@@ -112,6 +113,37 @@ def test_reading_and_syncing_change_no_weight_of_the_model(adapted, is_in_place)
         decoder.sync_weights()
     decoder.sync_weights()
     assert all(torch.equal(value, before[name]) for name, value in adapted.network.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+@pytest.mark.parametrize("kind", ["policy", "adapted"])
+@pytest.mark.parametrize(
+    "name", ["embed_tokens", "input_layernorm", "q_norm", "o_proj", "down_proj", "q_proj", "language_model.norm"]
+)
+def test_it_does_not_fit_once_a_weight_lies_elsewhere(request, family, kind, name):
+    policy = request.getfixturevalue(kind)
+    decoder = Decoder(policy.model)
+    named = [parameter for full_name, parameter in policy.model.named_parameters() if name in full_name]
+    assert named
+    for parameter in named:  # of an adapted layer also the adapter's
+        assert decoder.is_compatible(policy.model)
+        parameter.data = parameter.data.clone()
+        assert not decoder.is_compatible(policy.model)
+        decoder = Decoder(policy.model)
+
+
+def test_it_does_not_fit_after_a_move_there_and_back(policy, adapted):
+    for moved in (policy, adapted):
+        decoder = Decoder(moved.model)
+        moved.float().double()  # the same parameters in new memory, as after the end of a fit on a GPU
+        assert moved.model.model.language_model.embed_tokens.weight is decoder._embedding.weight
+        assert not decoder.is_compatible(moved.model)
+
+
+def test_it_does_not_fit_once_its_model_is_in_an_adapter(policy):
+    decoder = Decoder(policy.model)
+    get_peft_model(policy.model, LoraConfig(r=2, target_modules=TEXT_LINEARS))
+    assert not decoder.is_compatible(policy.model)
 
 
 def test_it_fits_its_model_as_long_as_the_type_stays_the_same(folder):
