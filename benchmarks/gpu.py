@@ -108,7 +108,7 @@ class Costs(Callback):
         self.steps.append(phases | {"step": sum(phases.values()), "peak_gib": peak})
 
 
-class MadeGRPO(GRPO):
+class RandomGRPO(GRPO):
     """GRPO whose weights are random and never on disk."""
 
     policy_class: type[Policy] = Policy
@@ -147,7 +147,7 @@ def run(
     config = PolicyConfig(
         name=str(folder), dtype="bfloat16" if is_lora else "float32", lora=LoraConfig() if is_lora else None
     )
-    module = MadeGRPO(
+    module = RandomGRPO(
         EvenCharacters(),
         policy=config,
         optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=torch.cuda.is_available()),

@@ -96,7 +96,7 @@ def finished(folder: Path) -> dict | None:
     return card if card["status"] == "finished" else None
 
 
-def row(run: Run, card: dict) -> dict:
+def row(run: Run, card: dict[str, Any]) -> dict:
     """The metrics of a run that the table shows."""
     metric = PRIMARY_METRICS[run.task][0]
     return asdict(run) | {
@@ -112,7 +112,7 @@ def row(run: Run, card: dict) -> dict:
     }
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per task and variant, one column per seed."""
     seeds = sorted({entry["seed"] for entry in rows})
     heads = ["task", "metric", "training", *(f"seed {seed}" for seed in seeds), "mean gain", "steps", "seconds"]
@@ -132,7 +132,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def shortfalls(rows: list[dict]) -> list[str]:
+def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
     """Where GRPO does not reach what the project claims."""
     found = []
     for task, required in REQUIRED_GAIN.items():
@@ -171,8 +171,8 @@ def main() -> int:
         cards = list(pool.map(lambda run: train(run, args.runs.resolve(), args.options), runs))
     rows = [row(run, card) for run, card in zip(runs, cards, strict=True)]
     args.results.mkdir(exist_ok=True)
-    facts = {name: cards[0][name] for name in ("versions", "hardware", "start")}
-    (args.results / "learning.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    environment = {name: cards[0][name] for name in ("versions", "hardware", "start")}
+    (args.results / "learning.json").write_text(json.dumps(environment | {"rows": rows}, indent=2) + "\n")
     text = table(rows)
     claims = shortfalls(rows) or ["Every claim holds: GRPO is better after on each seed, by the required mean gain."]
     text += "\n\n" + "\n".join(f"- {claim}" for claim in claims) + "\n"

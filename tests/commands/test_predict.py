@@ -135,8 +135,8 @@ def test_bounds_on_pixels_hold_for_a_run_too(capsys, runs, tmp_path, monkeypatch
     Image.new("RGB", (280, 140)).save(picture)
     encode = Policy.encode
 
-    def listen(self, task, samples):
-        prompts = encode(self, task, samples)
+    def listen(self, chats, images):
+        prompts = encode(self, chats, images)
         seen.extend((image_size.resized_width, image_size.resized_height) for image_size in prompts.image_sizes)
         return prompts
 
@@ -150,9 +150,9 @@ def test_options_of_the_task_shape_prompt_and_reading(capsys, folder, pictures, 
     asked = []
     encode = Policy.encode
 
-    def listen(self, task, samples):
-        asked.extend(task.messages(sample)[0]["content"][1]["text"] for sample in samples)
-        return encode(self, task, samples)
+    def listen(self, chats, images):
+        asked.extend(chat[0]["content"][1]["text"] for chat in chats)
+        return encode(self, chats, images)
 
     monkeypatch.setattr(Policy, "encode", listen)
     says("<think>hm</think><answer>Page one</answer><|im_end|>")

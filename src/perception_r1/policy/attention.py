@@ -67,7 +67,7 @@ def shared_prompt_attention(
 def _of_prompts(tensor: Tensor, bucket: LengthBucket) -> Tensor:
     """[n, heads, P, D] from [T, heads, D]."""
     span = tensor[bucket.start : bucket.start + bucket.num_prompts * bucket.length]
-    return span.unflatten(0, (bucket.num_prompts, bucket.length)).transpose(1, 2)
+    return span.view(bucket.num_prompts, bucket.length, *span.shape[1:]).transpose(1, 2)
 
 
 def _attend_completions(
@@ -130,7 +130,7 @@ def next_token_attention(
     scores = torch.cat([to_prompt.view(*query.shape[:-1], -1), query @ own[0].mT], -1)  # [B, K, S, H/K, P + W]
     weights = (scores if bias is None else scores + bias).softmax(-1)
     on_prompt, on_own = weights.split([prompt[0].shape[2], own[0].shape[3]], -1)
-    attended = (on_prompt.flatten(2, 3) @ prompt[1]).view(query.shape) + on_own @ own[1]
+    attended: Tensor = (on_prompt.flatten(2, 3) @ prompt[1]).view(query.shape) + on_own @ own[1]
     return attended.transpose(1, 2).reshape(num_prompts, rows, heads * size)
 
 

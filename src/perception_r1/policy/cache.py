@@ -121,13 +121,13 @@ class SharedPromptCache(_EagerCache):
         self._keep_prompts(prompts)
         self._prompts = [(keys[prompts], values[prompts]) for keys, values in self._prompts]
 
-        def chosen(own: Tensor) -> Tensor:
+        def select(own: Tensor) -> Tensor:
             kept = own.new_empty(len(rows), own.shape[1], rows.shape[1], *own.shape[3:])
             written = own[:, :, :, : self._step]
             kept[:, :, :, : self._step] = written[prompts[:, None], :, slots].transpose(1, 2)
             return kept
 
-        self._own = [(chosen(keys), chosen(values)) for keys, values in self._own]
+        self._own = [(select(keys), select(values)) for keys, values in self._own]
 
 
 class ContiguousCache(_EagerCache):

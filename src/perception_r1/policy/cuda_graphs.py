@@ -41,7 +41,7 @@ Step: TypeAlias = Callable[[], None]
 
 
 def capture(step: Step) -> Step:
-    """A CUDA graph of a step that changes buffers in place; capturing leaves the buffers in any state."""
+    """A CUDA graph of a step that changes buffers in place; capturing leaves them in any state."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -42,7 +42,7 @@ def packed_forward(
         # row, zeros elsewhere, and the mask's role is played by the number of the only row of the batch.
         spread = embeds.new_zeros(len(features) - 1, *embeds.shape).index_copy(1, image_indices, features[1:])
         deepstack = {"visual_pos_masks": tokens.new_zeros(1), "deepstack_visual_embeds": list(spread)}
-    return model.model.language_model(
+    output = model.model.language_model(
         inputs_embeds=embeds[None],
         position_ids=position_ids[:, None],
         attention_mask=None,
@@ -50,7 +50,9 @@ def packed_forward(
         use_cache=cache is not None,
         packing=packing,
         **deepstack,
-    ).last_hidden_state[0]
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
 
 
 def lay_out_row(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -90,7 +90,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     if kinds != {"full_attention"}:
         raise UserError(f"{config.name} attends through {', '.join(sorted(kinds))}; only full attention is known here.")
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def model_family(name: str) -> str:
@@ -103,7 +103,7 @@ def model_family(name: str) -> str:
     if is_path and not Path(name).is_dir():
         raise UserError(f"There is no model folder {name}.")
     try:
-        family = AutoConfig.from_pretrained(name).model_type
+        family: str = AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
         raise UserError(
             f"No model configuration that is known here could be read from {name}: give a hub id, a folder with a "

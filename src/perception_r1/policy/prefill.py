@@ -52,7 +52,7 @@ def prefill(model: QwenVL, prompts: PromptBatch) -> PromptCache:
     flat_indices, last_indices = move_together([indices.flatten(), ends - 1], device)
 
     def unpack(row: Tensor) -> Tensor:  # [1, K, tokens, D] to [B, K, P, D]
-        return row[0].index_select(1, flat_indices).unflatten(1, indices.shape).transpose(0, 1).contiguous()
+        return row[0].index_select(1, flat_indices).view(len(row[0]), *indices.shape, -1).transpose(0, 1).contiguous()
 
     keys, values = [], []
     for layer in cache.layers:

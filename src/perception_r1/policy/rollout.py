@@ -185,9 +185,9 @@ def sample_token(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tu
     probs = logprobs.exp()
     entropies = -(probs * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
     if params.is_greedy:
-        chosen = logprobs.argmax(-1)
+        tokens = logprobs.argmax(-1)
     else:
         cumulative = probs.double().cumsum(-1)
         threshold = uniforms[:, None] * cumulative[:, -1:]  # rounding may leave the last sum a hair off 1
-        chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0], entropies
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0], entropies
