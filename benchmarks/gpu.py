@@ -34,7 +34,8 @@ from transformers import AutoConfig, GenerationConfig, Qwen2VLForConditionalGene
 
 from perception_r1.codecs import CODECS
 from perception_r1.modules import GRPO
-from perception_r1.modules.base import LRSchedulerConfig, encode_samples
+from perception_r1.modules.base import LRSchedulerConfig
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.attention import NAME
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import LoraConfig, PolicyConfig, prepare_for_training
@@ -207,7 +208,7 @@ def compare_graphs(folder: Path) -> dict[str, Any]:
     """A rollout of the device's own path and the eager one of the same network in float32."""
     policy = make_policy(Policy, PolicyConfig(name=str(folder))).eval()
     data = Prompts(folder, 2)
-    prompts = policy.prefill(encode_samples(policy, EvenCharacters(), data.samples[:2]))
+    prompts = policy.prefill(encode_prompts(policy, EvenCharacters(), data.samples[:2]))
     options: dict[str, Any] = {"group_size": 4, "max_new_tokens": 32, "seeds": [1, 2]}
     graphs = policy.generate(prompts, **options)
     params = SamplingParams(

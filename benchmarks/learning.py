@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,7 +62,7 @@ class Run:
         return runs / self.task / f"{self.variant}-{self.seed}"
 
 
-def train(run: Run, runs: Path, options: list[str]) -> dict:
+def train(run: Run, runs: Path, options: list[str]) -> dict[str, Any]:
     """Train unless a finished run is there; its run.json, which names the commit."""
     folder = run.folder(runs)
     done = finished(folder)
@@ -87,7 +88,7 @@ def train(run: Run, runs: Path, options: list[str]) -> dict:
     return result
 
 
-def finished(folder: Path) -> dict | None:
+def finished(folder: Path) -> dict[str, Any] | None:
     """The run.json of a run that has ended."""
     path = folder / "run.json"
     if not path.is_file():
@@ -96,7 +97,7 @@ def finished(folder: Path) -> dict | None:
     return card if card["status"] == "finished" else None
 
 
-def row(run: Run, card: dict[str, Any]) -> dict:
+def row(run: Run, card: dict[str, Any]) -> dict[str, Any]:
     """The metrics of a run that the table shows."""
     metric = PRIMARY_METRICS[run.task][0]
     return asdict(run) | {

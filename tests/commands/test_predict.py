@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from perception_r1.cli import main
 from perception_r1.commands import answers, predict
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
-from perception_r1.modules.base import encode_samples
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
@@ -100,7 +100,7 @@ def test_an_adapter_answers_as_its_policy(capsys, runs, pictures):
     opened = open_run(runs["lora"])
     policy, _ = load_checkpoint(opened.policy, checkpoint_path(opened, "last"))
     sample = answers._sample(pictures / "b.png", "cup")
-    prompts = encode_samples(policy, opened.task, [sample])
+    prompts = encode_prompts(policy, opened.task, [sample])
     rollout = policy.generate(policy.prefill(prompts), group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
     (line,), _ = run(capsys, runs["lora"], pictures / "b.png", "--query", "cup", "--ckpt", "last")
     assert line["completion"] == policy.processor.decode(rollout.completions)[0]

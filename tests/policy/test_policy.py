@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from perception_r1.errors import UserError
-from perception_r1.modules.base import encode_samples
+from perception_r1.modules.encoding import encode_prompts, encode_targets
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Sample
@@ -36,13 +36,12 @@ def test_an_answer_is_encoded_as_the_task_writes_it_closed_by_the_end_token(mode
     for folder in model_folders.values():
         policy = Policy.load(PolicyConfig(name=str(folder)))
         task, samples = Grounding(), [sample(), sample("blue thing")]
-        prompts = encode_samples(policy, task, samples)
-        targets = [
-            task.target_text(sample, policy.codec, image_size)
+        prompts = encode_prompts(policy, task, samples)
+        texts = policy.processor.decode(encode_targets(policy, task, samples, prompts))
+        assert texts == [
+            task.target_text(sample, policy.codec, image_size) + "<|im_end|>"
             for sample, image_size in zip(samples, prompts.image_sizes, strict=True)
         ]
-        texts = policy.processor.decode(policy.encode_targets(targets))
-        assert texts == [target + "<|im_end|>" for target in targets]
         assert [
             task.score(task.parse_completion(t, policy.codec, f), s.target).components["format"]
             for t, f, s in zip(texts, prompts.image_sizes, samples, strict=True)
@@ -59,7 +58,7 @@ def test_an_answer_that_spells_out_an_end_or_vision_token_is_refused(folder, tok
 def test_the_prompt_limit_is_that_of_the_configuration(folder):
     policy = Policy.load(PolicyConfig(name=str(folder), max_prompt_length=20))
     with pytest.raises(UserError, match="max_prompt_length is 20"):
-        encode_samples(policy, Grounding(), [sample()])
+        encode_prompts(policy, Grounding(), [sample()])
 
 
 def test_vision_tokens_are_suppressed(folder):

@@ -14,13 +14,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from PIL import Image
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
 from perception_r1.metrics import SourceMetrics, score_means, task_metrics, update_metrics
-from perception_r1.policy.batch import PromptBatch
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
@@ -227,7 +226,7 @@ class PolicyModule(LightningModule):
         """Greedy completions of loaded samples, in their order, scored with the metrics of evaluation."""
         if not samples:
             return []
-        prompts = encode_samples(self.policy, self.task, samples)
+        prompts = encode_prompts(self.policy, self.task, samples)
         scored_completions: dict[int, ScoredCompletion] = {}
         for places in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
             micro_batch = prompts.select(places)
@@ -336,16 +335,6 @@ class PolicyModule(LightningModule):
         check_origin(checkpoint)
         self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]
-
-
-def encode_samples(policy: Policy, task: Task[Any, Any], samples: Sequence[Sample[Any]]) -> PromptBatch:
-    """Prompts for samples whose pictures are loaded.
-
-    Raises:
-        UserError: A prompt is too long, or a picture is not for this model.
-    """
-    images = [[cast(Image.Image, sample.image)] for sample in samples]
-    return policy.encode([task.messages(sample) for sample in samples], images)
 
 
 def tag_metrics(stage: str, metrics: Mapping[str, Any], task: Task[Any, Any]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from perception_r1.errors import UserError
 from perception_r1.grpo import LossType, group_advantages, grpo_loss, has_zero_std, token_weights
-from perception_r1.modules.base import LRSchedulerConfig, PolicyModule, encode_samples, tag_metrics
-from perception_r1.policy.batch import PromptBatch, to_device
+from perception_r1.modules.base import LRSchedulerConfig, PolicyModule, tag_metrics
+from perception_r1.modules.encoding import encode_prompts
+from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
@@ -152,14 +153,14 @@ class GRPO(PolicyModule):
         self.group_size = self.planned_group_size()
         seconds_before = dict(self.phase_seconds)
         with self.phase("encode"):
-            prompts = encode_samples(self.policy, self.task, batch)
+            prompts = encode_prompts(self.policy, self.task, batch)
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
             with self.phase("vision"):
                 prompts = self.policy.encode_images(prompts)
         rollout = self.generate(prompts)
         with self.phase("reward"):
             scored_completions = self.score_rollout(batch, prompts, rollout)
-        rewards = torch.tensor([scored.score.reward for scored in scored_completions])  # on the CPU
+        rewards = torch.tensor([scored.score.reward for scored in scored_completions], device=self.device)
         advantages = group_advantages(rewards, self.group_size, scale=self.scale_rewards)
         experience = self.make_experience(prompts, rollout, advantages)
         for _ in range(self.num_iterations):
@@ -225,7 +226,7 @@ class GRPO(PolicyModule):
         return Experience(
             prompts=prompts,
             completions=rollout.completions,
-            advantages=to_device(advantages, self.device),
+            advantages=advantages,
             weights=token_weights(
                 tokens,
                 loss_type=self.loss_type,
@@ -237,19 +238,18 @@ class GRPO(PolicyModule):
 
     def update(self, experience: Experience) -> dict[str, float]:
         """One optimiser step on the whole experience, part by part."""
-        sums: dict[str, float | Tensor] = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
+        sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
         num_tokens = 0
         for index, micro_batch in enumerate(experience.micro_batches):
             with self.accumulation(is_last=index + 1 == len(experience.micro_batches)):
                 num_tokens += self._add_gradients(experience, index, micro_batch, sums)
-        loss, kl, clipped = (float(value) for value in sums.values())  # waits for the device, once
         with self.phase("optimizer"):
-            metrics = self.apply_gradients(loss)
-        per_token = {"kl": kl / max(1, num_tokens), "clip_fraction": clipped / max(1, num_tokens)}
-        return metrics | {"loss": loss} | per_token
+            metrics = self.apply_gradients(sums["loss"])
+        per_token = {"kl": sums["kl"] / max(1, num_tokens), "clip_fraction": sums["clipped"] / max(1, num_tokens)}
+        return metrics | {"loss": sums["loss"]} | per_token
 
     def _add_gradients(
-        self, experience: Experience, index: int, micro_batch: MicroBatch, sums: dict[str, float | Tensor]
+        self, experience: Experience, index: int, micro_batch: MicroBatch, sums: dict[str, float]
     ) -> int:
         """Add the gradients of a part; the first update also fixes old and reference log-probabilities."""
         prompts = experience.prompts.select(micro_batch.prompts)
@@ -262,14 +262,13 @@ class GRPO(PolicyModule):
             logprobs = self.policy(prompts, completions, self.temperature)  # [n, T]
         if is_first:
             experience.old_logprobs.append(logprobs.detach())
-        num_tokens = [len(completion) for completion in completions]
-        rows, lengths = (to_device(torch.tensor(values), self.device) for values in (micro_batch.rows, num_tokens))
+        lengths = torch.tensor([len(completion) for completion in completions], device=self.device)
         output = grpo_loss(
             logprobs,
             experience.old_logprobs[index],
             experience.reference_logprobs[index] if self.kl_coef > 0 else None,
-            advantages=experience.advantages[rows],
-            weights=experience.weights[rows],
+            advantages=experience.advantages[micro_batch.rows],
+            weights=experience.weights[micro_batch.rows],
             is_token=torch.arange(logprobs.shape[1], device=self.device) < lengths[:, None],
             clip_eps_low=self.clip_eps_low,
             clip_eps_high=self.clip_eps_high,
@@ -277,10 +276,10 @@ class GRPO(PolicyModule):
         )
         with self.phase("backward"):
             self.manual_backward(output.loss)
-        sums["loss"] += output.loss.detach()
-        sums["kl"] += output.kl_sum
-        sums["clipped"] += output.num_clipped
-        return sum(num_tokens)
+        sums["loss"] += float(output.loss.detach())
+        sums["kl"] += float(output.kl_sum)
+        sums["clipped"] += float(output.num_clipped)
+        return int(lengths.sum())
 
     @torch.no_grad()
     def reference_logprobs(self, prompts: PromptBatch, completions: Sequence[Tensor]) -> Tensor:
@@ -306,8 +305,8 @@ class GRPO(PolicyModule):
             metrics
             | {
                 "group_size": float(self.group_size),
-                "reward_std": float(spread.mean()),
-                "frac_reward_zero_std": float(has_zero_std(rewards, self.group_size).float().mean()),
+                "reward_std": spread.mean(),
+                "frac_reward_zero_std": has_zero_std(rewards, self.group_size).float().mean(),
                 "entropy": rollout.entropy,
                 "completion_length": sum(num_tokens) / len(num_tokens),
                 "truncation_rate": sum(rollout.is_truncated) / len(num_tokens),

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 
-from perception_r1.modules.base import LRSchedulerConfig, PolicyModule, encode_samples
+from perception_r1.modules.base import LRSchedulerConfig, PolicyModule
+from perception_r1.modules.encoding import encode_prompts, encode_targets
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.records import Sample
@@ -64,15 +64,11 @@ class SFT(PolicyModule):
         started = time.perf_counter()
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)  # dropout of an adapter, if any
         with self.phase("encode"):
-            prompts = encode_samples(self.policy, self.task, batch)
-            texts = [
-                self.task.target_text(sample, self.policy.codec, image_size)
-                for sample, image_size in zip(batch, prompts.image_sizes, strict=True)
-            ]
-            answers = self.policy.encode_targets(texts)
+            prompts = encode_prompts(self.policy, self.task, batch)
+            answers = encode_targets(self.policy, self.task, batch, prompts)
         lengths = [len(answer) for answer in answers]
         micro_batches = plan_micro_batches(prompts.lengths, lengths, range(len(batch)), self.micro_batch_tokens)
-        total: float | Tensor = 0.0
+        total = 0.0
         for index, micro_batch in enumerate(micro_batches):
             with self.accumulation(is_last=index + 1 == len(micro_batches)):
                 with self.phase("policy_forward"):
@@ -82,8 +78,7 @@ class SFT(PolicyModule):
                     loss = -logprobs.sum() / sum(lengths)
                 with self.phase("backward"):
                     self.manual_backward(loss)
-            total += loss.detach()
-        total = float(total)
+            total += float(loss.detach())
         with self.phase("optimizer"):
             metrics = self.apply_gradients(total)
         self.log_train(
