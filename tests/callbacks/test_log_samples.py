@@ -18,7 +18,7 @@ def test_each_validation_logs_the_first_samples_and_the_folder_keeps_first_and_l
 
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
     assert events.Tags()["images"] == ["val/sample_0", "val/sample_1", "val/sample_2"]
-    assert [event.step for event in events.Images("val/sample_0")] == [2, 4]  # and none of the sanity check
+    assert [event.step for event in events.Images("val/sample_0")] == [1, 3]  # as metrics; none of the sanity check
     names = {str(path.relative_to(tmp_path / "run")) for path in tmp_path.rglob("*.png")}
     assert names == {f"samples/{which}/{name}.png" for which in ("first", "last") for name in ("0", "1", "2", "sheet")}
     assert Image.open(tmp_path / "run/samples/first/0.png").width == 960

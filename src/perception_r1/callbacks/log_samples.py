@@ -73,9 +73,9 @@ class LogSamples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for index, card in enumerate(cards):
-                    logger.experiment.add_image(
-                        f"val/sample_{index}", np.asarray(card), trainer.global_step, dataformats="HWC"
-                    )
+                    step = max(0, trainer.fit_loop.total_batch_idx)  # that of the metrics of this validation
+                    logger.experiment.add_image(f"val/sample_{index}", np.asarray(card), step, dataformats="HWC")
+                logger.save()  # what is not written is lost in a kill, and not made again after the checkpoint
         if folder is not None:
             if not (folder / "samples" / "first").exists():
                 _save(cards, folder / "samples" / "first")

@@ -7,11 +7,10 @@ embedded policy up, and finds the checkpoint that `last` and `best` mean.
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from perception_r1.callbacks.before_after import BeforeAfter
-from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints
+from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints, next_log_step
 from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
@@ -91,7 +90,7 @@ class PerceptionCLI(LightningCLI):
             if self.subcommand == "fit":
                 settings.version = checkpoint.parents[1].name
                 if "purge_step" in settings:  # TensorBoard forgets what came after the checkpoint
-                    settings.purge_step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+                    settings.purge_step = next_log_step(checkpoint)
         if has_folder and self.subcommand == "test" and settings.get("version") is None:
             settings.version = EVALUATION + evaluation_key(config.as_dict())
 

@@ -5,7 +5,7 @@ device gets the same number of batches.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -19,10 +19,8 @@ from perception_r1.records import Sample
 
 
 class LoaderState(TypedDict):
-    """Where a training loader stands: `num_batches` of `epoch` are handed out."""
+    """What an order of training samples depends on, but for the seed."""
 
-    epoch: int
-    num_batches: int
     num_samples: int
     samples_per_step: int
 
@@ -137,43 +135,32 @@ def eval_loader(dataset: BatchDataset, sampler: EvalBatchSampler, num_workers: i
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Batches of a `TrainBatchSampler` sampler; its state lets a resumed run go on with exactly the next batch.
+    """Batches of a `TrainBatchSampler` sampler, without those that the trainer has done before it was stopped.
 
-    Lightning makes the iterator before it calls `set_epoch`, and on resuming it loads the state before both. So an
-    iteration decides where it starts when its first batch is asked for: after the batches of the loaded state when that
-    tells of the current epoch, else at the beginning. It never touches torch's global random state.
+    The loader itself counts nothing: it may have handed out a batch that no step has used. Lightning makes the iterator
+    before it calls `set_epoch`, so an iteration asks for `num_done`, the batches of this epoch that are done, when its
+    first batch is asked for. It never touches torch's global random state.
     """
 
-    def __init__(self, dataset: BatchDataset, sampler: TrainBatchSampler, num_workers: int = 0) -> None:
+    def __init__(
+        self, dataset: BatchDataset, sampler: TrainBatchSampler, num_workers: int = 0, num_done: Callable[[], int] = int
+    ) -> None:
         super().__init__(
             dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator()
         )
         self._batches = sampler
-        self._num_handed_out = 0
-        self._loaded: LoaderState | None = None
+        self._num_done = num_done
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        loaded, self._loaded = self._loaded, None
-        is_resumed = loaded is not None and loaded["epoch"] == self._batches.epoch
-        self._num_handed_out = loaded["num_batches"] if loaded is not None and is_resumed else 0
-        self._batches.start = self._num_handed_out
-        for batch in super().__iter__():
-            self._num_handed_out += 1
-            yield batch
+        self._batches.start = self._num_done()
+        yield from super().__iter__()
 
     def state_dict(self) -> LoaderState:
-        """What `load_state_dict` needs; the batches that workers have prepared but nobody has seen do not count."""
-        if self._loaded is not None:
-            return self._loaded
-        return LoaderState(
-            epoch=self._batches.epoch,
-            num_batches=self._num_handed_out,
-            num_samples=self._batches.size,
-            samples_per_step=self._batches.samples_per_step,
-        )
+        """What `load_state_dict` compares."""
+        return LoaderState(num_samples=self._batches.size, samples_per_step=self._batches.samples_per_step)
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Make the next iteration go on where the state was taken.
+        """Make sure that the batches are those of the run that is resumed.
 
         Raises:
             UserError: The state belongs to other data or another number of samples per step.
@@ -185,7 +172,6 @@ class ResumableLoader(DataLoader[Batch]):
                     f"the checkpoint cannot be resumed with {key}={current[key]}, it was written with {state[key]}:"
                     " restore the data and batch settings (batch_size x devices), or start from its weights only"
                 )
-        self._loaded = state
 
 
 class _Sized(Dataset[None]):

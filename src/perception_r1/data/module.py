@@ -166,7 +166,7 @@ class TaskDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        return ResumableLoader(BatchDataset(samples), batches, self.num_workers)
+        return ResumableLoader(BatchDataset(samples), batches, self.num_workers, self._num_done)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""
@@ -236,6 +236,10 @@ class TaskDataModule(LightningDataModule):
         rank, world_size = self._place()
         batches = EvalBatchSampler(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
         return eval_loader(BatchDataset(samples), batches, self.num_workers)
+
+    def _num_done(self) -> int:
+        """Batches of this epoch that the trainer has done."""
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
 
     def _place(self) -> tuple[int, int]:
         """Rank of this process and number of processes.
