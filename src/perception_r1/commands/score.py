@@ -1,8 +1,8 @@
 """`perception-r1 score`: reward, components and metrics of completions that came from anywhere, without a model.
 
 The file has rows of the data format (see `rows.py`), each with a "completion". The road is that of training and
-validation from the completion on (`scoring.py`), so the numbers are the same. Everything is read and checked before the first
-line is written.
+validation from the completion on (`scoring.py`), so the numbers are the same. Everything is read and checked before the
+first line is written.
 """
 
 import json
@@ -15,23 +15,21 @@ from typing import Any
 
 import jsonargparse
 
-from perception_r1.codecs import CODECS, Codec, Qwen25VLCodec
+from perception_r1.codecs import CODECS, Codec
 from perception_r1.commands.options import known, make_task, new_parser, option_value, parse, run_command, task_values
-from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.errors import UserError
 from perception_r1.metrics import SourceMetrics
-from perception_r1.records import ImageSize, Sample
-from perception_r1.rows import Row, RowError
+from perception_r1.records import ImageSize, Sample, UnloadedSample
+from perception_r1.rows import Row, RowError, object_labels
 from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
-from perception_r1.tasks.detection import Detection
 
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280
-"""Least and most pixels after smart-resize, as Qwen2.5-VL's own processor has them."""
+"""Least and most pixels after smart-resize, as the models' own processors have them."""
 _TEXT_ONLY = {"text"}
-"""Keys of rows that say nothing about places; a task with no others can do without the size of the image."""
+"""Keys of rows that hold no coordinates; a task with no others can do without the size of the image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,23 +94,14 @@ def _parse(argv: Sequence[str]) -> jsonargparse.Namespace:
 
 
 def _make_task(options: jsonargparse.Namespace, lines: Sequence[_Line]) -> Task[Any, Any]:
-    """The chosen task with its options; detection also knows the labels that the file itself uses.
+    """The chosen task with its options; besides the labels that it knows it accepts those of the file.
 
     Raises:
         UserError: The task refuses its options.
     """
     task_class = TASKS[options.task]
-    values = task_values(task_class, options)
-    if task_class is Detection and values["categories"] is None:
-        values["categories"] = tuple(dict.fromkeys([*COCO_NAMES, *_own_labels(lines)]))
-    return make_task(task_class, values)
-
-
-def _own_labels(lines: Sequence[_Line]) -> list[str]:
-    """Labels of the file's objects in the order in which they come; what is malformed is left for `read_row`."""
-    objects = [item for line in lines if isinstance(found := line.values.get("objects"), list) for item in found]
-    labels = [item.get("label") for item in objects if isinstance(item, dict)]
-    return [label for label in labels if isinstance(label, str)]
+    task = make_task(task_class, task_values(task_class, options))
+    return task.with_labels([*task.labels, *object_labels(line.values for line in lines)])
 
 
 def _read_lines(path: Path) -> list[_Line]:
@@ -145,7 +134,7 @@ def _read_line(path: Path, number: int, text: str) -> _Line:
 
 def _read_row(
     line: _Line, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace
-) -> tuple[Sample[Any], ImageSize, str]:
+) -> tuple[UnloadedSample[Any], ImageSize, str]:
     """Sample, image size and completion of one line.
 
     Raises:
@@ -197,13 +186,13 @@ def _image_size(line: _Line, task: Task[Any, Any], codec: Codec, options: jsonar
         )
         return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
     resized_width, resized_height = width, height
-    if isinstance(codec, Qwen25VLCodec) and not set(task.row_keys) <= _TEXT_ONLY:
+    if codec.uses_resized_size and not set(task.row_keys) <= _TEXT_ONLY:
         resized_width, resized_height = _resized_size(width, height, options)
     return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
 
 
 def _resized_size(width: int, height: int, options: jsonargparse.Namespace) -> tuple[int, int]:
-    """The size of an image after Qwen2.5-VL's smart-resize."""
+    """The size of an image after smart-resize."""
     # imported here, as it takes seconds that the other codecs need not wait
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 

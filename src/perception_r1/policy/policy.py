@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from perception_r1.codecs import CODECS, Codec
@@ -27,7 +26,7 @@ from perception_r1.policy.logprobs import completion_logprobs
 from perception_r1.policy.prefill import PromptCache, prefill
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import Rollout, SamplingParams, generate
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample
 from perception_r1.task import Task
 
 _VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -88,18 +87,18 @@ class Policy(nn.Module):
         """Where the weights are."""
         return self.suppress_tokens.device
 
-    def encode(self, task: Task[Any, Any], samples: Sequence[Sample[Any]]) -> PromptBatch:
+    def encode(self, task: Task[Any, Any], samples: Sequence[LoadedSample[Any]]) -> PromptBatch:
         """Prompts for samples whose pictures are loaded, on the policy's device.
 
         Raises:
             UserError: A prompt is too long.
         """
         chats = [task.messages(sample) for sample in samples]
-        images = [[cast(Image.Image, sample.image)] for sample in samples]
+        images = [[sample.image] for sample in samples]
         return self.processor.encode(chats, images, max_tokens=self.max_prompt_length).to(self.device)
 
     def encode_targets(
-        self, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch
+        self, task: Task[Any, Any], samples: Sequence[LoadedSample[Any]], prompts: PromptBatch
     ) -> list[Tensor]:
         """The ideal completion of each sample, closed by the end token that the model itself writes first.
 

@@ -1,4 +1,4 @@
-"""Counting: a box around every object of one kind. Reward = format * ratio of the counts * closeness of the places."""
+"""Counting: a box around every object of one kind. Reward = format * ratio of the counts * closeness of the points."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         check_matching(self.matching)
 
     def read_row(self, row: Row) -> tuple[str, CountingTarget]:
-        """The kind of "label"; places from "boxes" or "points", the number from them or from "count"."""
+        """The kind of "label"; points from "boxes" or "points", the number from them or from "count"."""
         label = row.text("label")
         boxes = row.boxes("boxes") if "boxes" in row else None
         points = row.points("points") if "points" in row else None
@@ -118,7 +118,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         return label, CountingTarget(count=next(iter(known.values())), points=points, boxes=boxes)
 
     def prompt(self, query: str) -> str:
-        """The user's text, without the picture."""
+        """The user's text, without the image."""
         return f"Output all the bounding boxes of the {query}"
 
     def format_target(self, sample: Sample[CountingTarget], codec: Codec, image_size: ImageSize) -> str:

@@ -84,7 +84,7 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         return row.text("question"), GroundingTarget(box=row.box("box"))
 
     def prompt(self, query: str) -> str:
-        """The user's text, without the picture."""
+        """The user's text, without the image."""
         return f"Output the bounding box of the {query} in the image."
 
     def format_target(self, sample: Sample[GroundingTarget], codec: Codec, image_size: ImageSize) -> str:

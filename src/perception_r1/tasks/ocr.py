@@ -78,7 +78,7 @@ class Ocr(Task[OcrTarget, str]):
         return "", OcrTarget(text=row.text("text", may_be_empty=True))
 
     def prompt(self, query: str) -> str:
-        """The user's text, without the picture."""
+        """The user's text, without the image."""
         return "OCR this image."
 
     def format_target(self, sample: Sample[OcrTarget], codec: Codec, image_size: ImageSize) -> str:

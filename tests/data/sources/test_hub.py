@@ -300,7 +300,7 @@ def test_columns_that_make_no_rows_are_refused_at_once(columns, sentence):
         ({"image": "image", "text": "words"}, "has no column 'words', only image, text, o"),
         ({"image": "image", "text": "o.words"}, "has no column 'o.words', only image, text, o"),
         ({"image": "o.t"}, "has no column 'o.t', only image, text, o"),
-        ({"image": "o", "text": "text"}, "must hold pictures or paths in column 'o', not {'t': "),
+        ({"image": "o", "text": "text"}, "must hold images or paths in column 'o', not {'t': "),
     ],
 )
 def test_columns_that_are_not_there_are_named_beside_those_that_are(tmp_path, columns, sentence):

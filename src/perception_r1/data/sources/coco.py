@@ -104,14 +104,17 @@ class _Images(Sequence[SourceRow]):
         number = self._ids[index]
         name, width, height = self._file.images[number]
         first, last = (int(np.searchsorted(self._sorted_ids, number, side)) for side in ("left", "right"))
-        objects = [self._object(int(place)) for place in self._order[first:last]]
+        objects = [self._object(int(item)) for item in self._order[first:last]]
         values = {"id": number, "objects": objects, "width": width, "height": height, "tolerance": TOLERANCE}
-        return SourceRow(place=f"{self._path}:{index + 1}", number=index + 1, values=values, image=self._folder / name)
+        return SourceRow(
+            location=f"{self._path}:{index + 1}", number=index + 1, values=values, image=self._folder / name
+        )
 
-    def _object(self, place: int) -> dict[str, object]:
-        category = self._file.categories[int(self._file.category_ids[place])]
-        known = {"box": self._file.boxes[place].tolist(), "label": category, "area": float(self._file.areas[place])}
-        return known | ({"crowd": True} if self._file.is_crowd[place] else {})
+    def _object(self, index: int) -> dict[str, object]:
+        """The instance with this index in the file."""
+        category = self._file.categories[int(self._file.category_ids[index])]
+        known = {"box": self._file.boxes[index].tolist(), "label": category, "area": float(self._file.areas[index])}
+        return known | ({"crowd": True} if self._file.is_crowd[index] else {})
 
 
 def read_annotations(path: Path) -> Annotations:

@@ -1,7 +1,7 @@
 """Sources in JSON: the project's own lines, pages of text as conversations, and the public files of Perception-R1.
 
 A file is a list of objects (`.json`) or has one object a line (any other name). Lines are read when they are asked for;
-only their places in the file are in memory.
+only where each begins is in memory.
 """
 
 import json
@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from perception_r1.data.categories import COCO_NAME_OF
 from perception_r1.data.sources.base import DataError, Source, SourceRow
-from perception_r1.rows import Row, RowError, show
+from perception_r1.rows import Row, RowError, short_repr
 
 Unit = Literal["pixels", "thousandths", "percent", "fractions"]
 
-_SLACK = 1.0
+_TOLERANCE = 1.0
 """Pixels by which the boxes of the public files may lie outside their image: those of detection are COCO's."""
 _AS_JSON = str.maketrans("()'", '[]"')
 """Turns what Python writes, with tuples and single quotes, into JSON."""
@@ -62,21 +62,21 @@ class JsonSource(Source):
 
     def row(self, number: int, read: Any) -> SourceRow:
         """Row number `number` of the file from a function that reads its values."""
-        place = f"{self.file}:{number}"
+        location = f"{self.file}:{number}"
         try:
             values = read()
             if not isinstance(values, dict):
                 raise RowError("the line must be a JSON object in braces")
             values = self.convert(values)
             image = self.images / Row(values, width=1, height=1).text("image")
-            return SourceRow(place=place, number=number, values=values, image=image)
+            return SourceRow(location=location, number=number, values=values, image=image)
         except RowError as error:
             problem = str(error)
         except UnicodeDecodeError:
             problem = "the line must be UTF-8 text"
         except (ValueError, RecursionError) as error:
             problem = f"the line must be a JSON object ({error})"
-        return SourceRow(place=place, number=number, values={}, problem=problem)
+        return SourceRow(location=location, number=number, values={}, problem=problem)
 
 
 class JsonLines(JsonSource):
@@ -141,7 +141,7 @@ class PerceptionR1(JsonSource):
             "image": values.get("image"),
             "id": values.get("id"),
             "unit": self.unit or "thousandths",
-            "tolerance": _SLACK,
+            "tolerance": _TOLERANCE,
         }
         problem = values.get("problem")
         if values.get("clicks") is not None:
@@ -187,7 +187,7 @@ def _objects(solution: dict[str, Any]) -> list[dict[str, object]]:
         raise RowError("solution: target_id and target_box must be lists of the same length")
     unknown = [number for number in numbers if type(number) is not int or number not in COCO_NAME_OF]
     if unknown:
-        raise RowError(f"solution: target_id must hold COCO's category numbers, got {show(unknown[0])}")
+        raise RowError(f"solution: target_id must hold COCO's category numbers, got {short_repr(unknown[0])}")
     return [{"box": box, "label": COCO_NAME_OF[number]} for number, box in zip(numbers, boxes, strict=True)]
 
 

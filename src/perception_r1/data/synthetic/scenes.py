@@ -8,12 +8,11 @@ import hashlib
 import json
 import random
 from dataclasses import asdict
-from typing import Literal, get_args
+from typing import get_args
 
 from perception_r1.data.synthetic.worlds import Scene, World
 from perception_r1.errors import UserError
-
-Split = Literal["train", "val", "test"]
+from perception_r1.records import Split
 
 _NUM_SHARES = 8
 """The pixel hash cuts all scenes into this many equal shares: one for val, one for test, the others for train."""

@@ -41,6 +41,11 @@ class World(ABC):
     def __post_init__(self) -> None:
         _check("tint", self.tint, 0, 60)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every name an object can have; none where objects have no names."""
+        return ()
+
     @abstractmethod
     def draw(self, rng: random.Random) -> Scene:
         """One scene; all randomness comes from the generator."""
@@ -81,7 +86,7 @@ class ShapeWorld(World):
 
     @property
     def capacity(self) -> int:
-        """How many objects always find a place."""
+        """How many objects always fit."""
         return (self.image_size // self.object_size) ** 2
 
     @property
@@ -203,7 +208,7 @@ class DetectionWorld(ShapeWorld):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.empty_share <= 1:
-            raise ValueError(f"empty_share must lie between 0 and 1, got {self.empty_share}")
+            raise UserError(f"empty_share must lie between 0 and 1, got {self.empty_share}")
         _check("max_objects", self.max_objects, 1, 1000)
         self._check_room(self.max_objects)
 
