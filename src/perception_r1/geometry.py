@@ -1,7 +1,7 @@
 """Boxes, their overlap, and the matching of predictions with targets: pure functions that every task shares.
 
-Boxes are xyxy and points xy, in fractions of the image (see `records.py`). A box here has a positive area: codecs and row
-readers let no other one through.
+Boxes are xyxy and points xy, in fractions of the image (see `records.py`). A box here has a positive area: codecs and
+row readers let no other one through.
 
 Legend: N predictions, M targets.
 """
@@ -79,7 +79,7 @@ def size_distances(first: Sequence[Box], second: Sequence[Box]) -> NDArray[np.fl
     Returns:
         [N, M].
     """
-    return _distances(_cxcywh(first), _cxcywh(second), "cityblock")
+    return np.asarray(cdist(_cxcywh(first), _cxcywh(second), "cityblock"), np.float64)
 
 
 def point_distances(first: Sequence[Point], second: Sequence[Point]) -> NDArray[np.float64]:
@@ -92,7 +92,7 @@ def point_distances(first: Sequence[Point], second: Sequence[Point]) -> NDArray[
     Returns:
         [N, M].
     """
-    return _distances(_array(first, 2), _array(second, 2), "euclidean")
+    return np.asarray(cdist(_array(first, 2), _array(second, 2)), np.float64)
 
 
 def match(cost: NDArray[np.float64], mode: Matching) -> list[tuple[int, int]]:
@@ -124,12 +124,6 @@ def to_pixels(box: Box, image_size: ImageSize) -> list[float]:
     """
     sides = (image_size.width, image_size.height, image_size.width, image_size.height)
     return [round(value * side, 2) for value, side in zip(box, sides, strict=True)]
-
-
-def _distances(first: NDArray[np.float64], second: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
-    """Distance of every pair of [N, D] with [M, D], as [N, M]."""
-    distances: NDArray[np.float64] = cdist(first, second, metric)
-    return distances
 
 
 def _areas(

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from threading import Event
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from perception_r1 import __version__
-from perception_r1.data.sources.base import Download, is_sha256
+from perception_r1.data.sources.base import SHA256, Download
 from perception_r1.errors import UserError
 
 FAILURES = "failures.jsonl"
@@ -104,15 +104,14 @@ def fetch(
             stack.enter_context(_alone(folder))
         report, reasons = _fetch_all(fetcher, wanted, num_threads)
         for folder in folders:
-            failures = [path for path in wanted if path in reasons and path.parent == folder]
-            _write_failures(folder, [(wanted[path], reasons[path]) for path in failures])
+            _write_failures(folder, [(wanted[path], reasons[path]) for path in reasons if path.parent == folder])
     return report
 
 
 def _fetch_all(
     fetcher: "_Fetcher", wanted: Mapping[Path, Download], num_threads: int
 ) -> tuple[FetchReport, dict[Path, str]]:
-    """Fetch in threads, with a progress bar; also the reasons of the failures."""
+    """Fetch in threads, with a progress bar; also the reasons of failures, in the order of the files."""
     counts, reasons = Counter(fetched=0, present=0, failed=0), {}
     pool = ThreadPoolExecutor(max_workers=num_threads)
     try:
@@ -128,7 +127,7 @@ def _fetch_all(
     finally:
         fetcher.stop.set()
         pool.shutdown(cancel_futures=True)
-    return _report(counts), reasons
+    return _report(counts), {path: reasons[path] for path in wanted if path in reasons}
 
 
 def _report(counts: Mapping[str, int]) -> FetchReport:
@@ -147,18 +146,20 @@ class _Failure(Exception):
         self.is_passing = is_passing
 
 
+@dataclass(kw_only=True)
 class _Fetcher:
-    """Fetches one file at a time, in as many threads as there are callers.
+    """Fetches one file at a time, in as many threads as there are callers; for the settings see `fetch`.
 
     Attributes:
         stop: Ends attempts and pauses early, since nobody waits for their results any more.
     """
 
-    def __init__(self, *, timeout: float, num_attempts: int, pause: float, max_bytes: int) -> None:
-        self._timeout, self._num_attempts, self._pause = timeout, num_attempts, pause
-        self._max_bytes = max_bytes
-        self._opener = _opener()
-        self.stop = Event()
+    timeout: float
+    num_attempts: int
+    pause: float
+    max_bytes: int
+    opener: request.OpenerDirector = field(default_factory=lambda: _opener())
+    stop: Event = field(default_factory=Event)
 
     def fetch(self, download: Download) -> tuple[str, str]:
         """The outcome ("fetched", "present" or "failed") and why it failed.
@@ -166,19 +167,19 @@ class _Fetcher:
         Raises:
             UserError: The file cannot be written.
         """
-        if not is_sha256(download.sha256):
+        if not SHA256.fullmatch(download.sha256):
             return "failed", "sha256: must be 64 hex digits"
         if not _URL.match(download.url):
             return "failed", "url: must begin with http:// or https:// and a host"
         if download.path.exists():
             return "present", ""
-        pause = self._pause
-        for attempt in range(1, self._num_attempts + 1):
+        pause = self.pause
+        for attempt in range(1, self.num_attempts + 1):
             try:
                 self._try(download)
                 break
             except _Failure as failure:
-                if attempt == self._num_attempts or not failure.is_passing or self.stop.wait(pause):
+                if attempt == self.num_attempts or not failure.is_passing or self.stop.wait(pause):
                     return "failed", str(failure)
             pause *= 2
         return "fetched", ""
@@ -193,7 +194,7 @@ class _Fetcher:
         draft = download.path.with_name(f".{download.path.name}.{uuid.uuid4().hex}{_DRAFT}")
         try:
             address = request.Request(quote(download.url, safe=_URL_MARKS), headers=_HEADERS)
-            with self._opener.open(address, timeout=self._timeout) as response:
+            with self.opener.open(address, timeout=self.timeout) as response:
                 digest = _write(draft, self._chunks(response))
             if digest != download.sha256:
                 raise _Failure(f"the content is another: its SHA-256 is {digest}", is_passing=False)
@@ -219,13 +220,13 @@ class _Fetcher:
         """
         header = response.headers.get("Content-Length", "")
         length = int(header) if header.isdecimal() and not response.chunked else None
-        end = time.monotonic() + _PATIENCE * self._timeout
+        end = time.monotonic() + _PATIENCE * self.timeout
         size = 0
         while length is None or size < length:
-            if max(size, length or 0) > self._max_bytes:
-                raise _Failure(f"is larger than {self._max_bytes} bytes", is_passing=False)
+            if max(size, length or 0) > self.max_bytes:
+                raise _Failure(f"is larger than {self.max_bytes} bytes", is_passing=False)
             if time.monotonic() > end or self.stop.is_set():
-                raise _Failure(f"is not there after {_PATIENCE * self._timeout:g} seconds", is_passing=False)
+                raise _Failure(f"is not there after {_PATIENCE * self.timeout:g} seconds", is_passing=False)
             chunk = response.read1(_CHUNK if length is None else min(_CHUNK, length - size))
             if not chunk:
                 break
@@ -238,16 +239,10 @@ class _Fetcher:
 def _opener() -> request.OpenerDirector:
     """Knows http and https, proxies and redirects, and nothing else: no files, no FTP, no data in the URL."""
     opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler,
-        request.UnknownHandler,
-        request.HTTPHandler,
-        request.HTTPSHandler,
-        request.HTTPDefaultErrorHandler,
-        request.HTTPRedirectHandler,
-        request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
+    for protocol in (request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler):
+        opener.add_handler(protocol())
+    for rule in (request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor):
+        opener.add_handler(rule())
     return opener
 
 

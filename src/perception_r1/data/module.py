@@ -217,13 +217,12 @@ class TaskDataModule(LightningDataModule):
         return _digest("\n".join(parts))
 
     def _check_settings(self) -> None:
-        sizes = {f"num_{split}": size for split, size in self.num_scenes.items()}
-        for name, value in {**sizes, "batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        for name, value in {"num_workers": self.num_workers, "seed": self.seed}.items():
-            if value < 0:
-                raise UserError(f"{name} must not be negative, got {value}")
+        positive = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
+        positive |= {f"num_{split}": size for split, size in self.num_scenes.items()}
+        for settings, least in ((positive, 1), ({"num_workers": self.num_workers, "seed": self.seed}, 0)):
+            for name, value in settings.items():
+                if value < least:
+                    raise UserError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.held_out_share < 0.5:
             raise UserError(f"held_out_share must be more than 0 and less than 0.5, got {self.held_out_share}")
 

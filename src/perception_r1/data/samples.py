@@ -1,8 +1,8 @@
 """From the rows of a source to samples: every row is checked before training starts, and built when it is asked for.
 
-The check covers the task's own keys, the image itself, which is decoded once, in a pool of threads (a header says nothing
-about a file that was cut off), and what the model can take, where somebody says. A bad row is an error, or left out and
-counted when asked for; it is never replaced by another row.
+The check covers the task's own keys, what the model can take, and the image itself, which is decoded once, in a pool of
+threads: a header says nothing about a file that was cut off. A bad row is an error, or left out and counted when asked
+for; it is never replaced by another row.
 """
 
 import logging
@@ -48,12 +48,10 @@ class CheckedRow(Generic[TargetT]):
     """A row after its check.
 
     Attributes:
-        row: The row.
         sample: Its sample; None where the row is bad.
         problem: Why it is bad, with its location.
     """
 
-    row: SourceRow
     sample: UnloadedSample[TargetT] | None = None
     problem: str | None = None
 
@@ -191,9 +189,9 @@ def check(
                     sample = _checked_sample(row, task, sizes, ids)
                     if check_sample is not None:
                         check_sample(sample)
-                    yield CheckedRow(row=row, sample=sample)
+                    yield CheckedRow(sample=sample)
                 except (RowError, UserError) as error:
-                    yield CheckedRow(row=row, problem=" ".join(f"{row.location}: {error}".splitlines()))
+                    yield CheckedRow(problem=" ".join(f"{row.location}: {error}".splitlines()))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -214,7 +212,7 @@ def _checked_sample(
         RowError: The row is bad.
     """
     if row.image is None:
-        raise RowError(row.problem or "image: is missing")
+        raise RowError(row.problem or "image: is missing, the row needs a text here")
     size = sizes[str(row.image)]
     if isinstance(size, ImageError):
         raise RowError(f"image: {size}")

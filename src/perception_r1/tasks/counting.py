@@ -90,11 +90,6 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     row_keys = ("label", "points", "count", "boxes")
 
     def __post_init__(self) -> None:
-        """Refuse options that make no sense.
-
-        Raises:
-            UserError: The matching is unknown.
-        """
         check_matching(self.matching)
 
     def read_row(self, row: Row) -> tuple[str, CountingTarget]:
@@ -209,13 +204,7 @@ def _square(point: Point) -> Box:
 
 
 class CountingData(TaskDataModule):
-    """Images with the objects of one kind, as points or as a number.
-
-    Args:
-        task: Options of the task.
-        world: The synthetic scenes.
-        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
-    """
+    """Images with the objects of one kind, as points or as a number."""
 
     def __init__(self, task: Counting = Counting(), world: CountingWorld = CountingWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
         super().__init__(task, world, **kwargs)

@@ -113,11 +113,6 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
     row_keys = ("objects",)
 
     def __post_init__(self) -> None:
-        """Refuse options that make no sense.
-
-        Raises:
-            UserError: There are no categories, one is there twice, the matching is unknown or a weight is negative.
-        """
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise UserError("categories must hold at least one name, and none twice")
         check_matching(self.matching)
@@ -256,11 +251,6 @@ class DetectionData(TaskDataModule):
     """Images with all their labelled objects.
 
     Without `task.categories` the known names are those of the synthetic scenes or, with sources, those of the sources.
-
-    Args:
-        task: Options of the task.
-        world: The synthetic scenes.
-        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
     """
 
     def __init__(self, task: Detection = Detection(), world: DetectionWorld = DetectionWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen

@@ -17,6 +17,9 @@ from perception_r1.errors import UserError
 from perception_r1.records import ImageSource
 from perception_r1.rows import object_labels
 
+SHA256 = re.compile(r"[0-9a-f]{64}")
+"""A digest in hex."""
+
 
 class DataError(UserError):
     """Data that cannot be used; the message names file, line and key, all in one line."""
@@ -57,11 +60,6 @@ class Download:
     url: str
     sha256: str
     path: Path
-
-
-def is_sha256(text: str) -> bool:
-    """Whether a text has the form of a SHA-256 digest in hex, which no path has."""
-    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 class Source(ABC):
@@ -125,7 +123,7 @@ class Source(ABC):
         size = len(self._rows)
         try:
             return resolve_take(self.take, size, self.seed)
-        except ValueError as error:
+        except UserError as error:
             raise DataError(f"{self}: {error}") from error
 
     def __len__(self) -> int:
@@ -152,14 +150,14 @@ def resolve_take(take: str, size: int, seed: int) -> Sequence[int]:
     [1, 2, 4]
 
     Raises:
-        ValueError: There are not so many rows.
+        UserError: There are not so many rows.
     """
     kind, number, is_percent = _parse_take(take)
     if kind == "all":
         return range(size)
     count = max(1, round(size * number / 100)) if is_percent else int(number)
     if count > size:
-        raise ValueError(f"take: {take!r} asks for {count} rows, but there are only {size}")
+        raise UserError(f"take: {take!r} asks for {count} rows, but there are only {size}")
     if kind == "random":
         return sorted(random.Random(seed).sample(range(size), count))
     return range(count) if kind == "first" else range(size - count, size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perception_r1.data.sources.base import DataError, Source, SourceRow
-from perception_r1.data.sources.json_files import Unit
+from perception_r1.data.sources.json_files import Unit, point_pairs
 from perception_r1.errors import UserError
 from perception_r1.records import ImageBytes, ImageSource
 from perception_r1.rows import RowError
@@ -151,7 +151,7 @@ class Hub(Source):
         if "boxes" in row and isinstance(row["boxes"], list):
             row["boxes"] = [self._box(box) for box in row["boxes"]]
         if "points" in row:
-            row["points"] = _points(row["points"])
+            row["points"] = point_pairs(row["points"])
         if "objects.box" in found:
             boxes, labels = found["objects.box"], found["objects.label"]
             if not isinstance(boxes, list) or not isinstance(labels, list) or len(boxes) != len(labels):
@@ -202,12 +202,12 @@ class Hub(Source):
         return is_own or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
     def _bytes(self, number: int) -> bytes:
-        cell = self._images[number][self.columns["image"]]
+        cell: Any = self._images[number][self.columns["image"]]
         if isinstance(cell, Mapping):
             path, cell = cell.get("path"), cell["bytes"]
             if cell is None and path is not None:
                 cell = ((self.images or Path()) / path).read_bytes()
-        if cell is None:
+        if not isinstance(cell, bytes):
             raise ValueError("its cell is empty")
         return cell
 
@@ -311,18 +311,6 @@ def _follow(entry: Any, column: str) -> Any:
         else:
             entry = entry.get(part) if isinstance(entry, Mapping) else None
     return entry
-
-
-def _points(value: Any) -> object:
-    """Points as pairs, from pairs, from `{"x": ..., "y": ...}` each, or from all x and all y."""
-    if isinstance(value, Mapping):
-        xs, ys = value.get("x"), value.get("y")
-        if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
-            return None if xs is ys is None else value
-        return [list(pair) for pair in zip(xs, ys, strict=True)]
-    if isinstance(value, list):
-        return [[item.get("x"), item.get("y")] if isinstance(item, Mapping) else item for item in value]
-    return value
 
 
 def _is_number(value: object) -> bool:

@@ -5,15 +5,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from perception_r1.data.sources.base import DataError, Download, is_sha256
+from perception_r1.data.sources.base import SHA256, DataError, Download
 from perception_r1.data.sources.hub import Hub
 
 
 class PixMoCount(Hub):
     """PixMo-Count: objects of one kind, with points in pixels or only their number.
 
-    `perception-r1 data fetch` puts the images into a folder, each under the SHA-256 of its file; the rows of images that
-    are not there cannot be used.
+    `perception-r1 data fetch` puts the images into a folder, each under the SHA-256 of its file; a row whose image is
+    not there cannot be used.
 
     Args:
         images: Folder of the fetched images.
@@ -66,5 +66,5 @@ class PixMoCount(Hub):
             url, sha256 = (entry[column] or "" for column in columns)
             if sha256 not in seen:
                 seen.add(sha256)
-                name = sha256 if is_sha256(sha256) else f"malformed-{number + 1}"  # may be any path
+                name = sha256 if SHA256.fullmatch(sha256) else f"malformed-{number + 1}"  # may be any path
                 yield Download(url=url, sha256=sha256, path=self.images / name)

@@ -98,9 +98,8 @@ class _Sentences(Sequence[SourceRow]):
             "height": height,
             "tolerance": TOLERANCE,
         }
-        return SourceRow(
-            location=f"{self._path}:{index + 1}", number=index + 1, values=values, image=self._folder / name
-        )
+        location, image = f"{self._path}:{index + 1}", self._folder / name
+        return SourceRow(location=location, number=index + 1, values=values, image=image)
 
 
 class _PlainUnpickler(pickle.Unpickler):

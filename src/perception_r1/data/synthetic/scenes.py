@@ -49,10 +49,6 @@ class SyntheticScenes:
             return self._draw(index, self._draws[index])
         return self._next(index, set())[1]
 
-    def fingerprint(self) -> str:
-        """A hex digest of everything that determines the scenes."""
-        return scene_fingerprint(self.world, self.split, self.seed, self.size)
-
     def _draws_without_repeats(self) -> list[int]:
         """For every index, the number of the draw that is in the split and shows a new picture."""
         seen: set[bytes] = set()
@@ -77,7 +73,7 @@ class SyntheticScenes:
 
 
 def scene_fingerprint(world: World, split: Split, seed: int, size: int) -> str:
-    """A hex digest of everything that determines the scenes of a `SyntheticScenes`, which need not be built for it."""
+    """A hex digest of everything that determines the scenes, which need not be built for it."""
     return _digest(f"{_settings(world, split, seed)} {size}".encode()).hex()
 
 
