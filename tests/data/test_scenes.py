@@ -90,7 +90,7 @@ def test_splits_stay_disjoint_and_unique_in_a_world_that_repeats_itself():
 
 
 def test_a_world_with_too_few_pictures_is_an_error():
-    with pytest.raises(ValueError, match="too few different pictures for 50 val scenes"):
+    with pytest.raises(ValueError, match="too few different images for 50 val scenes"):
         SyntheticScenes(DetectionWorld(tint=0, num_colours=1, max_objects=1), "val", 0, 50)
 
 

@@ -78,5 +78,5 @@ def _explained(source: ImageSource, error: Exception) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
         return ImageError(f"{source} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, make it smaller")
     if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory where there is no file
-        return ImageError(f"cannot read {source} as a picture (it has none of the known forms)")
-    return ImageError(f"cannot read {source} as a picture ({str(error) or type(error).__name__})")
+        return ImageError(f"cannot read {source} as an image (it has none of the known forms)")
+    return ImageError(f"cannot read {source} as an image ({str(error) or type(error).__name__})")

@@ -170,7 +170,7 @@ class TaskDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Full training batches for this device, resumable."""
         samples = self.samples("train")
-        rank, world_size = self._place()
+        rank, world_size = self._ranks()
         batches = TrainBatchSampler(
             len(samples),
             batch_size=self.batch_size,
@@ -261,11 +261,11 @@ class TaskDataModule(LightningDataModule):
         return parts[0] if len(parts) == 1 else ConcatSamples(parts)
 
     def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
-        rank, world_size = self._place()
+        rank, world_size = self._ranks()
         batches = EvalBatchSampler(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
         return eval_loader(BatchDataset(samples), batches, self.num_workers)
 
-    def _place(self) -> tuple[int, int]:
+    def _ranks(self) -> tuple[int, int]:
         """Rank of this process and number of processes.
 
         Raises:

@@ -191,7 +191,7 @@ def test_an_image_column_of_the_library_may_hold_paths_only(tmp_path):
     ("cell", "sentence"),
     [
         (b"", "has none of the known forms"),
-        (b"no picture", r"cannot read .*a\.parquet:2 as a picture \(it has none of the known forms\)"),
+        (b"no picture", r"cannot read .*a\.parquet:2 as an image \(it has none of the known forms\)"),
         (None, "its cell is empty"),
         ("half", "cannot read"),
     ],

@@ -1,7 +1,7 @@
-"""Worlds: what can be in a synthetic picture, drawn with exact annotations as rows of the project's own data format.
+"""Worlds: what can be in a synthetic image, drawn with exact annotations as rows of the project's own data format.
 
 Objects sit on a grid, so their boxes are whole pixels that a patch-based model can name exactly. The background carries
-the position (red grows to the right, green grows downwards) and differs a little from picture to picture.
+the position (red grows to the right, green grows downwards) and differs a little from image to image.
 """
 
 import random
@@ -17,10 +17,10 @@ from perception_r1.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One synthetic picture with its annotation.
+    """One synthetic image with its annotation.
 
     Attributes:
-        image: The picture in RGB.
+        image: The image in RGB.
         values: The row in the task's own data format, without the image: boxes and points in pixels.
     """
 
@@ -30,10 +30,10 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class World(ABC):
-    """What can be in a picture.
+    """What can be in an image.
 
     Attributes:
-        tint: Largest random shift of the background colour from picture to picture, in steps of 0 to 255.
+        tint: Largest random shift of the background colour from image to image, in steps of 0 to 255.
     """
 
     tint: int = 8
@@ -56,7 +56,7 @@ class ShapeWorld(World):
     """Coloured shapes of one size, which never overlap, on a grid.
 
     Attributes:
-        image_size: Width and height of the picture in pixels.
+        image_size: Width and height of the image in pixels.
         grid: Every object's corner is a multiple of this many pixels.
         object_size: Width and height of an object in pixels, a multiple of the grid.
         num_colours: How many colours there are: red, green, blue, yellow, in this order.
@@ -132,7 +132,7 @@ class ShapeWorld(World):
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingWorld(ShapeWorld):
-    """One object is asked for; the others, if any, look different.
+    """One object is asked for; the others, if any, are of other kinds.
 
     Attributes:
         max_distractors: Largest number of other objects.
@@ -195,7 +195,7 @@ class DetectionWorld(ShapeWorld):
     """Any objects; all of them are asked for.
 
     Attributes:
-        empty_share: Share of the pictures without any object.
+        empty_share: Share of the images without any object.
         max_objects: Largest number of objects.
     """
 
@@ -225,10 +225,10 @@ class TextWorld(World):
     """Lines of random characters, each in a cell of its own, on paper.
 
     Attributes:
-        alphabet: The characters; the default leaves out those that look alike (O, Q, I, S, Z ...).
+        alphabet: The characters; the default leaves out those that are easily confused (O, Q, I, S, Z ...).
         min_chars: Fewest characters in a line.
-        max_chars: Most characters in a line; it sets the width of the picture.
-        num_lines: Lines of text; it sets the height of the picture.
+        max_chars: Most characters in a line; it sets the width of the image.
+        num_lines: Lines of text; it sets the height of the image.
         cell_width: Width of a character's cell in pixels.
         cell_height: Height of a character's cell in pixels.
         font_size: Size of the font in pixels.
