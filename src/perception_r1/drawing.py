@@ -218,7 +218,7 @@ def _draw_caption(
     unit: int,
     occupied: list[Rectangle],
 ) -> None:
-    """Write an overlay's caption on a tag of its colour where there is room beside it, and add the tag to `occupied`."""
+    """Write an overlay's caption on a tag of its colour where there is room for it; add the tag to `occupied`."""
     font_size, padding = 12 + 2 * unit, 3 * unit
     font = font_for(overlay.caption, font_size)
     text = shorten(overlay.caption, font=font, width=size[0] * _CAPTION_SHARE - 2 * padding)

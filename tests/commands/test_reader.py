@@ -5,8 +5,7 @@ import pytest
 
 from perception_r1.cli import main
 from perception_r1.commands.reader import load_reader
-from perception_r1.data.module import TaskDataModule
-from perception_r1.embedded.warmup import EmbeddedConfig
+from perception_r1.embedded.warmup import EmbeddedConfig, build_unwarmed
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.tasks.grounding import GroundingData
@@ -56,12 +55,14 @@ def test_or_stops_before_any_weight_is_read(fit, monkeypatch):
         assert error.startswith("perception-r1: error: rows.jsonl:2: A picture has 4100 x 20 pixels")
 
 
-def test_the_embedded_policy_counts_as_its_warm_start_will(tmp_path, folder):
-    """It is built without its warm start, and gone when its processor is there."""
-    data: TaskDataModule = GroundingData(num_train=300)
-    _, processor = load_reader(PolicyConfig(name="tiny"), EmbeddedConfig(), data, seed=0)
-    again = load_reader(PolicyConfig(name="tiny"), EmbeddedConfig(), data, seed=1)[1]
-    assert processor.tokenizer.get_vocab() == again.tokenizer.get_vocab()
-    codec, other = load_reader(PolicyConfig(name=str(folder)), None, data, seed=0)
-    assert codec.name == "qwen2_vl"
-    assert other.tokenizer.get_vocab() != processor.tokenizer.get_vocab()
+def test_the_embedded_policy_reads_as_its_warm_start_will(tmp_path):
+    data, config = GroundingData(num_train=300), EmbeddedConfig(family="qwen2_5_vl", whole_tokens=["red circle"])
+    build_unwarmed(tmp_path, config, data.synthetic(batch_size=1), seed=0)
+    codec, processor = load_reader(PolicyConfig(name="tiny", max_pixels=50_000), config, data)
+    known_codec, known = load_reader(PolicyConfig(name=str(tmp_path), max_pixels=50_000), None, data)
+    assert codec is known_codec
+    assert codec.name == "qwen2_5_vl"
+    assert processor.tokenizer.get_vocab() == known.tokenizer.get_vocab()
+    assert processor.tokenizer.chat_template == known.tokenizer.chat_template
+    assert processor.image_size(640, 480) == known.image_size(640, 480)
+    assert processor.image_size(640, 480).resized_width < 300

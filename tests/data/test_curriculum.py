@@ -99,7 +99,7 @@ def test_several_devices_share_the_steps_of_a_curriculum(task, tmp_path, monkeyp
     for rank in (0, 1):
         module = data(task, curriculum=path, batch_size=2)
         module.setup("fit")
-        monkeypatch.setattr(module, "_place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(module, "_ranks", lambda rank=rank: (rank, 2))
         shown.append([[sample.id for sample in batch] for batch in module.train_dataloader()])
     steps = [one + other for one, other in zip(*shown, strict=True)]
     assert [name for step in steps for name in step] == order[:16]

@@ -92,7 +92,7 @@ class _DataCLI(PerceptionCLI):
         """How the model reads."""
         config = cast(PolicyModule, self.model).policy_config
         embedded = self.config_init.embedded if config.name == EMBEDDED else None
-        return load_reader(config, embedded, self.data, seed=int(self.config.seed_everything or 0))
+        return load_reader(config, embedded, self.data)
 
 
 def main(argv: Sequence[str]) -> int:

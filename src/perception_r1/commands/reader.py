@@ -8,27 +8,25 @@ from typing import Any
 from perception_r1.codecs import CODECS, Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import SampleCheck
-from perception_r1.embedded.warmup import EmbeddedConfig, build_unwarmed
+from perception_r1.embedded.warmup import EmbeddedConfig, embedded_processor
 from perception_r1.policy.load import CODEC_BY_FAMILY, PolicyConfig, model_family
 from perception_r1.policy.processor import Processor
 from perception_r1.records import Sample
 from perception_r1.task import Task
 
 
-def load_reader(
-    policy: PolicyConfig, embedded: EmbeddedConfig | None, data: TaskDataModule, *, seed: int
-) -> tuple[Codec, Processor]:
-    """Codec and processor of a model; the embedded one (None: any other model) is built for the occasion.
+def load_reader(policy: PolicyConfig, embedded: EmbeddedConfig | None, data: TaskDataModule) -> tuple[Codec, Processor]:
+    """Codec and processor of a model; those of the embedded one (None: any other model) are built for the occasion.
 
     Raises:
         UserError: The model has no usable processor.
     """
+    bounds = {"min_pixels": policy.min_pixels, "max_pixels": policy.max_pixels}
+    if embedded is None:
+        return CODECS[CODEC_BY_FAMILY[model_family(policy.name)]], Processor.load(policy.name, **bounds)
     with TemporaryDirectory() as folder:
-        name = policy.name if embedded is None else folder
-        if embedded is not None:
-            build_unwarmed(Path(folder), embedded, data.synthetic(batch_size=1), seed=seed)
-        processor = Processor.load(name, min_pixels=policy.min_pixels, max_pixels=policy.max_pixels)
-        return CODECS[CODEC_BY_FAMILY[model_family(name)]], processor
+        embedded_processor(embedded, data.synthetic(batch_size=1)).save(Path(folder))
+        return CODECS[CODEC_BY_FAMILY[embedded.family]], Processor.load(folder, **bounds)
 
 
 def sample_check(processor: Processor, task: Task[Any, Any], max_prompt_length: int | None) -> SampleCheck:

@@ -102,9 +102,7 @@ class PerceptionCLI(LightningCLI):
         is_embedded = self.model.policy_config.name == EMBEDDED
         embedded = self.config_init[self.subcommand].embedded if is_embedded else None
         if self.datamodule.sources:  # synthetic scenes suit every model
-            _, processor = load_reader(
-                self.model.policy_config, embedded, self.datamodule, seed=int(config.seed_everything or 0)
-            )
+            _, processor = load_reader(self.model.policy_config, embedded, self.datamodule)
             max_prompt_length = self.model.policy_config.max_prompt_length
             self.datamodule.check_sample = sample_check(processor, self.datamodule.task, max_prompt_length)
         if embedded is None:
