@@ -43,7 +43,7 @@ def test_a_run_leaves_out_what_its_model_cannot_take(fit, caplog):
     assert fit("--data.on_bad_row=skip") == (0, "")
     assert "rows.jsonl: 2 of 6 rows cannot be used and are left out" in caplog.text
     assert "rows.jsonl:2: A picture has 4100 x 20 pixels" in caplog.text
-    assert "rows.jsonl:5: The prompt has" in caplog.text
+    assert "rows.jsonl:5: A prompt has" in caplog.text
 
 
 def test_or_stops_before_any_weight_is_read(fit, monkeypatch):

@@ -9,7 +9,7 @@ from perception_r1.codecs import CODECS, Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import SampleCheck
 from perception_r1.embedded.warmup import EmbeddedConfig, embedded_processor
-from perception_r1.policy.load import CODEC_BY_FAMILY, PolicyConfig, model_family
+from perception_r1.policy.load import PolicyConfig, model_family
 from perception_r1.policy.processor import Processor
 from perception_r1.records import Sample
 from perception_r1.task import Task
@@ -23,10 +23,10 @@ def load_reader(policy: PolicyConfig, embedded: EmbeddedConfig | None, data: Tas
     """
     bounds = {"min_pixels": policy.min_pixels, "max_pixels": policy.max_pixels}
     if embedded is None:
-        return CODECS[CODEC_BY_FAMILY[model_family(policy.name)]], Processor.load(policy.name, **bounds)
+        return CODECS[model_family(policy.name)], Processor.load(policy.name, **bounds)
     with TemporaryDirectory() as folder:
         embedded_processor(embedded, data.synthetic(batch_size=1)).save(Path(folder))
-        return CODECS[CODEC_BY_FAMILY[embedded.family]], Processor.load(folder, **bounds)
+        return CODECS[embedded.family], Processor.load(folder, **bounds)
 
 
 def sample_check(processor: Processor, task: Task[Any, Any], max_prompt_length: int | None) -> SampleCheck:
