@@ -60,10 +60,14 @@ def test_a_card_is_drawn_for_any_completion(completion: str):
     assert sample_card(ToyTask(), scored, step=3).width == 960
 
 
-def test_a_sample_whose_image_is_not_loaded_is_named():
-    scored = toy_outcome(replace(toy_samples(1)[0], image=Path("a.png")))
-    with pytest.raises(TypeError, match="toy-0"):
-        sample_card(ToyTask(), scored, step=0)
+def test_the_card_is_the_same_whether_or_not_the_image_is_loaded(tmp_path: Path):
+    loaded = toy_samples(1)[0]
+    loaded.image.save(tmp_path / "a.png")
+    cards = [
+        sample_card(ToyTask(), toy_outcome(sample), step=0)
+        for sample in (loaded, replace(loaded, image=tmp_path / "a.png"))
+    ]
+    assert cards[0].tobytes() == cards[1].tobytes()
 
 
 def test_targets_in_words():

@@ -7,7 +7,7 @@ device gets the same number of batches.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample, Sample, TargetT
 
 
 class LoaderState(TypedDict):
@@ -28,14 +28,14 @@ class LoaderState(TypedDict):
 class Batch:
     """A few samples on their way to the module, which gets them as a list (`TaskDataModule.transfer_batch_to_device`).
 
-    It is no sequence: Lightning's precision plugins take sequences and dataclasses apart, look for tensors and then
+    It is no sequence: Lightning's precision plugins take sequences and dataclasses apart in search of tensors and then
     fail to put frozen ones together again.
     """
 
-    def __init__(self, samples: list[Sample[Any]]) -> None:
+    def __init__(self, samples: list[LoadedSample[Any]]) -> None:
         self.samples = samples
 
-    def __iter__(self) -> Iterator[Sample[Any]]:
+    def __iter__(self) -> Iterator[LoadedSample[Any]]:
         return iter(self.samples)
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Batch:
 
 
 class BatchDataset(Dataset[Batch]):
-    """Samples by lists of indices, with their pictures loaded."""
+    """Samples by lists of indices, with their images loaded."""
 
     def __init__(self, samples: Sequence[Sample[Any]]) -> None:
         self.samples = samples
@@ -184,6 +184,11 @@ class _Sized(Dataset[None]):
         return self.size
 
 
-def load_sample_image(sample: Sample[Any]) -> Sample[Any]:
-    """The sample with its picture loaded."""
-    return sample if isinstance(sample.image, Image.Image) else replace(sample, image=load_image(sample.image))
+def load_sample_image(sample: Sample[TargetT]) -> LoadedSample[TargetT]:
+    """The sample with its image loaded, if it is not.
+
+    Raises:
+        ImageError: The image cannot be read.
+    """
+    image = sample.image if isinstance(sample.image, Image.Image) else load_image(sample.image)
+    return cast(LoadedSample[TargetT], replace(sample, image=image))
