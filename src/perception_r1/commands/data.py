@@ -1,4 +1,4 @@
-"""`perception-r1 data check|stats|convert|fetch`: look at data before a run, with the configuration of that run.
+"""`perception-r1 data check|stats|convert|fetch`: inspect data before a run, with the configuration of that run.
 
 check    every row and picture; names each bad row, and shows three samples as the model is to answer them
 stats    sizes, tokens, objects
@@ -13,13 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 from rich import get_console
 from rich.table import Table
 
 from perception_r1.codecs import CODECS, Codec
+from perception_r1.commands.compose import compose
+from perception_r1.commands.configuration import EMBEDDED, ConfiguredCLI
+from perception_r1.commands.options import new_parser, parse, run_command
 from perception_r1.commands.statistics import (
     DatasetStatistics,
     collect_statistics,
@@ -27,7 +29,6 @@ from perception_r1.commands.statistics import (
     share_over,
     spread,
 )
-from perception_r1.commands.training import EMBEDDED, PerceptionCLI
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
 from perception_r1.data.loading import load_sample_image
@@ -47,25 +48,18 @@ _NUM_SHOWN = 3
 """Samples whose answer is written out and drawn."""
 
 
-class _DataCLI(PerceptionCLI):
-    """The command line of a run, of which only data, task and the model's processor are used."""
+class DataCLI(ConfiguredCLI):
+    """The configuration of a run, of which only data, task and the model's processor are used.
+
+    There is no trainer: the data of a run on eight devices can be inspected on a laptop.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options besides those of a run."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="Rows to look at.")
+        parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="Rows to read.")
         parser.add_argument("--to", type=Path | None, default=None, help="Folder for what is written.")
         parser.add_argument("--num_threads", type=int, default=16, help="Pictures that are fetched at once.")
-
-    def before_instantiate_classes(self) -> None:
-        """There is no checkpoint."""
-
-    def after_instantiate_classes(self) -> None:
-        """There is no warm start."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """There is none: the data of a run on eight devices can be looked at on a laptop."""
-        return cast(Trainer, None)
 
     @property
     def data(self) -> TaskDataModule:
@@ -106,18 +100,18 @@ class _DataCLI(PerceptionCLI):
 
 def main(argv: Sequence[str]) -> int:
     """Run one verb; the result is the exit status: 1 where `check` found a bad row or `fetch` failed on a picture."""
+    return run_command("data", _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     verbs = {"check": _check, "stats": _stats, "convert": _convert, "fetch": _fetch}
-    if argv[:1] in (["-h"], ["--help"]):
-        sys.stdout.write(f"usage: perception-r1 data {{{','.join(verbs)}}} [CONFIGURATION OF A RUN]\n\n{__doc__}")
-        return 0
-    if not argv or argv[0] not in verbs:
-        what = f"no verb {argv[0]!r}" if argv else "to be told what to do"
-        sys.stderr.write(f"perception-r1: error: data has {what}: give one of {', '.join(verbs)}\n")
-        return 2
-    return verbs[argv[0]](_DataCLI.of(list(argv[1:]), run=False))
+    parser = new_parser("data", "Inspect data before a run, with the configuration of that run.")
+    parser.add_argument("verb", choices=verbs)
+    verb = verbs[parse(parser, argv[:1]).verb]
+    return verb(DataCLI(compose(argv[1:]), run=False, description=__doc__ or ""))
 
 
-def _check(cli: _DataCLI) -> int:
+def _check(cli: DataCLI) -> int:
     num_rows = num_bad = 0
     shown: list[Sample[Any]] = []
     for source in cli.sources().values():
@@ -134,7 +128,7 @@ def _check(cli: _DataCLI) -> int:
     return 1 if num_bad else 0
 
 
-def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
+def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
     """Write out and draw what the model is to answer; the drawn answer was read back from that text."""
     cards, task = [], cli.data.task
     with cli.reader() as (codec, processor):
@@ -163,7 +157,7 @@ def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
         sys.stdout.write(f"drawn in {path}\n")
 
 
-def _stats(cli: _DataCLI) -> int:
+def _stats(cli: DataCLI) -> int:
     data = cli.data
     with cli.reader() as (codec, processor):
         if data.sources:
@@ -212,7 +206,7 @@ def _table(title: str, found: DatasetStatistics, *, max_prompt_length: int | Non
     return table
 
 
-def _convert(cli: _DataCLI) -> int:
+def _convert(cli: DataCLI) -> int:
     if cli.config.to is None:
         raise UserError("convert needs --to FOLDER")
     for name, source in cli.sources().items():
@@ -223,7 +217,7 @@ def _convert(cli: _DataCLI) -> int:
     return 0
 
 
-def _fetch(cli: _DataCLI) -> int:
+def _fetch(cli: DataCLI) -> int:
     num_failed = 0
     for source in cli.sources().values():
         if not isinstance(source, PixMoCount):

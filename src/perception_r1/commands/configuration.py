@@ -1,0 +1,103 @@
+"""What the trainer's verbs and those of `data` share: the options of a run, its data module and its module.
+
+It joins the other parts: it makes the tasks known and hands the data module's task to the module.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf.errors import OmegaConfBaseException
+
+from perception_r1.callbacks.before_after import BeforeAfter
+from perception_r1.callbacks.checkpoints import Checkpoints
+from perception_r1.callbacks.log_samples import LogSamples
+from perception_r1.callbacks.progress import Progress
+from perception_r1.callbacks.run_card import RunCard
+from perception_r1.commands.compose import PARTS
+from perception_r1.commands.options import parse
+from perception_r1.data.module import TaskDataModule
+from perception_r1.embedded.warmup import EmbeddedConfig
+from perception_r1.errors import UserError
+from perception_r1.evaluation.callback import Evaluation
+from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
+from perception_r1.modules.base import PolicyModule
+from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the short names known
+
+EMBEDDED = "tiny"
+"""Name of the embedded policy."""
+
+_PARTS = "The configuration is made of parts, which other options override: " + "; ".join(
+    f"--{part} NAME, {text}" for part, text in PARTS.items()
+)
+
+
+class ConfiguredCLI(LightningCLI):
+    """The options of a run with this project's callbacks, links and names; data module and module, but no trainer.
+
+    Args:
+        args: Options, the parts of the configuration already in their place (`compose`).
+        run: Whether the first of them is a verb of the trainer, to be run at the end.
+        description: What `--help` says first.
+        epilog: What it says last.
+        save_config_callback: What writes the configuration down.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        *,
+        run: bool,
+        description: str,
+        epilog: str | None = None,
+        save_config_callback: type[SaveConfigCallback] | None = None,
+    ) -> None:
+        mode: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
+        verbs = {verb: mode | {"description": f"{_PARTS}."} for verb in self.subcommands()} if run else {}
+        super().__init__(
+            PolicyModule,
+            TaskDataModule,
+            save_config_callback=save_config_callback,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=mode | {"description": description, "epilog": epilog if run else f"{_PARTS}."} | verbs,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=list(args),
+            run=run,
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options besides trainer, model and data."""
+        parser.add_argument("--task", type=str | None, default=None, help="Name of the task.")
+        parser.add_argument("--run_name", type=str, default="run", help="Name of the folder under logs/ for the runs.")
+        parser.add_class_arguments(EmbeddedConfig, "embedded")
+        for callback, group in (
+            (Progress, "progress"),
+            (Checkpoints, "checkpoints"),
+            (LogSamples, "log_samples"),
+            (RunCard, "run_card"),
+            (BeforeAfter, "before_after"),
+            (Evaluation, "evaluation"),
+        ):
+            parser.add_lightning_class_args(callback, group)
+        parser.link_arguments("data.task", "model.init_args.task", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the options.
+
+        Raises:
+            UserError: One is wrong, or refers to a setting that is not there.
+        """
+        try:
+            self.config = parse(parser, args)
+        except OmegaConfBaseException as error:
+            raise UserError(" ".join(str(error).split())) from error
+
+    def instantiate_classes(self) -> None:
+        """Make the data module and the module."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
