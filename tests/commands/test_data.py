@@ -38,7 +38,6 @@ from perception_r1.tasks.ocr import Ocr
 from tests.policy.oracle import noise
 from tests.public_data import coco_file, coco_image, hub_refcoco, instance, picture, write_json
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = {"question": "cup", "box": [10, 20, 50, 80]}
 
 
@@ -49,11 +48,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
     def call(verb: str, *more: object, task: str = "grounding") -> tuple[int, str, str]:
-        names = ("default.yaml", f"task/{task}.yaml", "model/tiny.yaml", f"tiny/{task}.yaml")
         capsys.readouterr()
-        status = main(
-            ["data", verb, *(word for name in names for word in ("-c", str(CONFIGS / name))), *map(str, more)]
-        )
+        status = main(["data", verb, "--task", task, *map(str, more)])
         return status, *capsys.readouterr()
 
     return call
@@ -144,20 +140,28 @@ def test_a_row_without_an_answer_to_learn_from_is_told_and_is_not_bad(run, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "data has to be told what to do: give one of check, stats, convert, fetch"),
-        (["count"], "data has no verb 'count': give one of check, stats, convert, fetch"),
+        ([], "the following arguments are required: verb"),
+        (["count"], "invalid choice: 'count' (choose from 'check', 'stats', 'convert', 'fetch')"),
+        (["check"], "--task is needed, one of counting, detection, grounding, ocr; or -c with"),
     ],
 )
 def test_an_unknown_verb_is_one_sentence(capsys, words, message):
     assert main(["data", *words]) == 2
-    assert capsys.readouterr() == ("", f"perception-r1: error: {message}\n")
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.startswith("perception-r1 data: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
 
 
 def test_help_tells_the_verbs(capsys):
     assert main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     assert "usage: perception-r1 data {check,stats,convert,fetch}" in text
-    assert all(f"\n{verb}  " in text for verb in ("check", "stats", "convert", "fetch"))
+    assert all(f" {verb}: " in text for verb in ("check", "stats", "convert", "fetch"))
+    assert main(["data", "check", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert [word for word in ("--task NAME", "--split", "--to", "--data.train_file") if word not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,7 @@ def test_what_a_user_can_get_wrong_is_one_sentence(run, tmp_path, verb, options,
     status, out, errors = run(verb, *options)
     assert (status, out) == (2, "")
     assert message in errors
-    assert errors.startswith("perception-r1: error: ")
+    assert errors.startswith("perception-r1 data: error: ")
     assert errors.count("\n") == 1
 
 

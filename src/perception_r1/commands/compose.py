@@ -3,8 +3,8 @@
     fit --task counting --model tiny --data coco --recipe detection --variant lora
 
 stands for default.yaml, task/counting.yaml, model/tiny.yaml, tiny/counting.yaml (what this model needs for this task,
-where there is such a file), data/coco.yaml, recipes/detection.yaml and variant/lora.yaml. `--model` may also be a hub id
-or a folder, `--data` a file of JSON lines to train on. A file is looked up in ./configs, then in the checkout.
+where there is such a file), data/coco.yaml, recipes/detection.yaml and variant/lora.yaml. `--model` may also be a hub
+id or a folder, `--data` a file of JSON lines to train on. A file is looked up in ./configs, then in the checkout.
 """
 
 import re
@@ -57,11 +57,12 @@ def compose(argv: Sequence[str]) -> list[str]:
             raise UserError(f"--task is needed, one of {tasks}; or -c with a complete configuration")
         return rest
     configs: list[_Config] = [{}]
+    merged: _Config = {}
     for layer in _layers(parts):
-        if _changes_class(configs[-1], layer):  # the parser then leaves out what the new class does not take
-            configs.append(layer)
-        else:
-            configs[-1] = _plain(OmegaConf.merge(configs[-1], layer))
+        if _changes_class(merged, layer):  # a configuration of its own: the parser then leaves out what the new
+            configs.append({})  # class does not take
+        configs[-1] = _plain(OmegaConf.merge(configs[-1], layer))
+        merged = _plain(OmegaConf.merge(merged, layer))
     return [f"--config={OmegaConf.to_yaml(OmegaConf.create(config))}" for config in configs] + rest
 
 

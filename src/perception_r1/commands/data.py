@@ -1,10 +1,4 @@
-"""`perception-r1 data check|stats|convert|fetch`: inspect data before a run, with the configuration of that run.
-
-check    every row and picture; names each bad row, and shows three samples as the model is to answer them
-stats    sizes, tokens, objects
-convert  any source to JSON lines of the project's own form
-fetch    the pictures that a source names by URL
-"""
+"""`perception-r1 data check|stats|convert|fetch`: inspect data before a run, with the configuration of that run."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,6 +38,12 @@ from perception_r1.policy.load import CODEC_BY_FAMILY, model_family
 from perception_r1.policy.processor import Processor
 from perception_r1.records import Sample
 
+_DESCRIPTION = "Inspect data before a run, with the configuration of that run."
+_VERBS = (
+    "check: read every row and picture, name each bad row, show three samples as the model is to answer them; "
+    "stats: sizes, tokens, objects; convert: any source to JSON lines of the project's own form; "
+    "fetch: the pictures that a source names by URL"
+)
 _NUM_SHOWN = 3
 """Samples whose answer is written out and drawn."""
 
@@ -105,10 +105,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     verbs = {"check": _check, "stats": _stats, "convert": _convert, "fetch": _fetch}
-    parser = new_parser("data", "Inspect data before a run, with the configuration of that run.")
-    parser.add_argument("verb", choices=verbs)
+    parser = new_parser("data", _DESCRIPTION, "`perception-r1 data check --help` shows the options.")
+    parser.add_argument("verb", choices=verbs, help=_VERBS)
     verb = verbs[parse(parser, argv[:1]).verb]
-    return verb(DataCLI(compose(argv[1:]), run=False, description=__doc__ or ""))
+    return verb(DataCLI(compose(argv[1:]), run=False, description=_DESCRIPTION))
 
 
 def _check(cli: DataCLI) -> int:
