@@ -27,9 +27,8 @@ from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the sho
 EMBEDDED = "tiny"
 """Name of the embedded policy."""
 
-_PARTS = "The configuration is made of parts, which other options override: " + "; ".join(
-    f"--{part} NAME, {text}" for part, text in PARTS.items()
-)
+_USAGE = "%(prog)s --task NAME [--model NAME] [--data NAME] [--recipe NAME] [--variant NAME ...] [--OPTION VALUE ...]"
+_PARTS = "The parts of the configuration: " + "; ".join(f"--{part}, {text}" for part, text in PARTS.items()) + "."
 
 
 class ConfiguredCLI(LightningCLI):
@@ -37,29 +36,40 @@ class ConfiguredCLI(LightningCLI):
 
     Args:
         args: Options, the parts of the configuration already in their place (`compose`).
-        run: Whether the first of them is a verb of the trainer, to be run at the end.
+        prog: What is called on the command line.
         description: What `--help` says first.
         epilog: What it says last.
+        run: Whether the first of `args` is a verb of the trainer, to be run at the end.
         save_config_callback: What writes the configuration down.
     """
+
+    datamodule: TaskDataModule
+    model: PolicyModule
 
     def __init__(
         self,
         args: Sequence[str],
         *,
-        run: bool,
+        prog: str,
         description: str,
         epilog: str | None = None,
+        run: bool = False,
         save_config_callback: type[SaveConfigCallback] | None = None,
     ) -> None:
-        mode: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
-        verbs = {verb: mode | {"description": f"{_PARTS}."} for verb in self.subcommands()} if run else {}
+        common: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
+        options = common | {"usage": _USAGE, "epilog": _PARTS}
+        parser_kwargs: dict[str, Any] = {"prog": prog, "description": description}
+        if run:
+            parser_kwargs |= common | {"epilog": epilog}
+            parser_kwargs |= {verb: dict(options) for verb in self.subcommands()}
+        else:
+            parser_kwargs |= options
         super().__init__(
             PolicyModule,
             TaskDataModule,
             save_config_callback=save_config_callback,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs=mode | {"description": description, "epilog": epilog if run else f"{_PARTS}."} | verbs,
+            parser_kwargs=parser_kwargs,
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=list(args),

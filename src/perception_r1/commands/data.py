@@ -26,14 +26,11 @@ from perception_r1.commands.statistics import (
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
 from perception_r1.data.loading import load_sample_image
-from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import check, load
 from perception_r1.data.sources import PixMoCount, Source
-from perception_r1.data.synthetic.scenes import Split
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.embedded.warmup import build_unwarmed
 from perception_r1.errors import UserError
-from perception_r1.modules.base import PolicyModule
 from perception_r1.policy.load import CODEC_BY_FAMILY, model_family
 from perception_r1.policy.processor import Processor
 from perception_r1.records import Sample
@@ -61,39 +58,31 @@ class DataCLI(ConfiguredCLI):
         parser.add_argument("--to", type=Path | None, default=None, help="Folder for what is written.")
         parser.add_argument("--num_threads", type=int, default=16, help="Pictures that are fetched at once.")
 
-    @property
-    def data(self) -> TaskDataModule:
-        """The data module of the configuration."""
-        return self.datamodule
-
-    @property
-    def split(self) -> Split:
-        """Rows to look at."""
-        return self.config.split
-
     def sources(self) -> dict[str, Source]:
         """Sources of the split by name.
 
         Raises:
             UserError: The configuration has synthetic scenes.
         """
-        if not self.data.sources:
-            raise UserError("synthetic scenes need no check and no conversion; give DATA, or --data.train_file")
-        found = self.data.sources.get(self.split) or self.data.sources.get("train")
+        if not self.datamodule.sources:
+            raise UserError("synthetic scenes need no check and no conversion; give --data, a name or a file of JSON lines")
+        found = self.datamodule.sources.get(self.config.split) or self.datamodule.sources.get("train")
         if found is None:
-            known = " or ".join(f"--split {split}" for split in self.data.sources)
-            raise UserError(f"the configuration has no {self.split} rows; give {known}")
+            known = " or ".join(f"--split {split}" for split in self.datamodule.sources)
+            raise UserError(f"the configuration has no {self.config.split} rows; give {known}")
         return found
 
     @contextmanager
     def reader(self) -> Iterator[tuple[Codec, Processor]]:
         """How the model reads: codec and processor; those of the embedded policy are built for the occasion."""
-        config = cast(PolicyModule, self.model).policy_config
+        config = self.model.policy_config
         with TemporaryDirectory() as folder:
             name, seed = config.name, int(self.config.seed_everything or 0)
             if name == EMBEDDED:
                 name = folder
-                build_unwarmed(Path(folder), self.config_init.embedded, self.data.synthetic(batch_size=1), seed=seed)
+                build_unwarmed(
+                    Path(folder), self.config_init.embedded, self.datamodule.synthetic(batch_size=1), seed=seed
+                )
             processor = Processor.load(name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
             yield CODECS[CODEC_BY_FAMILY[model_family(name)]], processor
 
@@ -107,15 +96,15 @@ def _run(argv: Sequence[str]) -> int:
     verbs = {"check": _check, "stats": _stats, "convert": _convert, "fetch": _fetch}
     parser = new_parser("data", _DESCRIPTION, "`perception-r1 data check --help` shows the options.")
     parser.add_argument("verb", choices=verbs, help=_VERBS)
-    verb = verbs[parse(parser, argv[:1]).verb]
-    return verb(DataCLI(compose(argv[1:]), run=False, description=_DESCRIPTION))
+    verb: str = parse(parser, argv[:1]).verb
+    return verbs[verb](DataCLI(compose(argv[1:]), prog=f"perception-r1 data {verb}", description=_DESCRIPTION))
 
 
 def _check(cli: DataCLI) -> int:
     num_rows = num_bad = 0
     shown: list[Sample[Any]] = []
     for source in cli.sources().values():
-        for checked in check(source, cli.data.task, cli.data.image_check):
+        for checked in check(source, cli.datamodule.task, cli.datamodule.image_check):
             num_rows += 1
             if checked.sample is None:
                 num_bad += 1
@@ -130,7 +119,7 @@ def _check(cli: DataCLI) -> int:
 
 def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
     """Write out and draw what the model is to answer; the drawn answer was read back from that text."""
-    cards, task = [], cli.data.task
+    cards, task = [], cli.datamodule.task
     with cli.reader() as (codec, processor):
         for sample in samples:
             try:
@@ -158,7 +147,7 @@ def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
 
 
 def _stats(cli: DataCLI) -> int:
-    data = cli.data
+    data = cli.datamodule
     with cli.reader() as (codec, processor):
         if data.sources:
             groups: dict[str, Iterator[Sample[Any]]] = {
@@ -167,15 +156,14 @@ def _stats(cli: DataCLI) -> int:
             }
         else:
             data.setup()
-            groups = {"synthetic scenes": iter(data.samples(cli.split))}
+            groups = {"synthetic scenes": iter(data.samples(cli.config.split))}
         for name, samples in groups.items():
-            module = cast(PolicyModule, cli.model)
             get_console().print(
                 _table(
-                    name or cli.split,
+                    name or cli.config.split,
                     collect_statistics(samples, data.task, codec, processor),
-                    max_prompt_length=module.policy_config.max_prompt_length,
-                    max_new_tokens=module.max_new_tokens,
+                    max_prompt_length=cli.model.policy_config.max_prompt_length,
+                    max_new_tokens=cli.model.max_new_tokens,
                 )
             )
     return 0
@@ -211,7 +199,9 @@ def _convert(cli: DataCLI) -> int:
         raise UserError("convert needs --to FOLDER")
     for name, source in cli.sources().items():
         folder = cli.config.to / name
-        samples = load(source, cli.data.task, on_bad_row=cli.data.on_bad_row, image_check=cli.data.image_check)
+        samples = load(
+            source, cli.datamodule.task, on_bad_row=cli.datamodule.on_bad_row, image_check=cli.datamodule.image_check
+        )
         num_rows = convert(samples, folder)
         sys.stdout.write(f"{num_rows} rows in {folder / ROWS}\n")
     return 0

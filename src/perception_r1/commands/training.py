@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich import get_console
 
 from perception_r1.callbacks.checkpoints import FOLDER
@@ -44,7 +44,14 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     args = [argv[0], *compose(argv[1:])] if argv and argv[0] in _VERBS else argv
-    PerceptionCLI(args, run=True, description=_DESCRIPTION, epilog=_EPILOG, save_config_callback=SaveSettings)
+    PerceptionCLI(
+        args,
+        prog="perception-r1",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        run=True,
+        save_config_callback=SaveSettings,
+    )
     return 0
 
 
@@ -105,23 +112,23 @@ class PerceptionCLI(ConfiguredCLI):
 
     def after_instantiate_classes(self) -> None:
         """Check all that needs no model; then put the warmed-up folder where the configuration says `tiny`."""
-        config = self.config[self.subcommand]
+        verb = str(self.subcommand)
         is_embedded = self.model.policy_config.name == EMBEDDED
         check_devices(self.trainer)
-        self.datamodule.trainer = self.trainer  # it tells in how many processes the samples are divided
-        if self.subcommand == "fit":
+        self.datamodule.trainer = self.trainer  # it tells among how many processes the samples are divided
+        if verb == "fit":
             self.model.check_trainer(self.trainer)
-        if self.subcommand == "fit" or is_embedded:
-            self.datamodule.setup(self.subcommand)  # a bad data file is found before minutes of warm start
-        if self.subcommand == "fit":
-            self.datamodule.train_dataloader()
+        if verb == "fit" or is_embedded:
+            self.datamodule.setup(verb)
+        if verb == "fit":
+            self.datamodule.train_dataloader()  # refuses what does not fill a step
         if self.trainer.is_global_zero:
-            get_console().print(describe_devices(self.trainer, _VERBS[self.subcommand]), highlight=False)
+            get_console().print(describe_devices(self.trainer, _VERBS[verb]), highlight=False)
         if is_embedded:
             folder = warm_policy(
-                self.config_init[self.subcommand].embedded,
+                self.config_init[verb].embedded,
                 self.datamodule,
-                seed=config.seed_everything,
+                seed=self.config[verb].seed_everything,
                 max_new_tokens=self.model.max_new_tokens,
                 callbacks=lambda: [WarmStartProgress(metrics=["train/loss"])],
             )
