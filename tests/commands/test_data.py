@@ -1,4 +1,4 @@
-"""`perception-r1 data`: looking at data with the configuration of a run."""
+"""`perception-r1 data`: inspecting data with the configuration of a run."""
 
 import http.server
 import io
@@ -93,7 +93,7 @@ def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch)
     (size, target, predicted, fields), (_, *nothing, _) = drawn
     assert size == (200, 100)
     assert nothing == [[], []]
-    assert [mark.caption for mark in predicted] == ["dog", "cat"]
+    assert [overlay.caption for overlay in predicted] == ["dog", "cat"]
     for one, other in zip(target, predicted, strict=True):
         assert one.shape != other.shape or one.caption == "cat"  # the answer has whole pixels of the resized image
         assert one.shape == pytest.approx(other.shape, abs=1 / 84)
@@ -238,7 +238,7 @@ def test_stats_are_those_worked_out_by_hand(run, tmp_path, folder):
     assert found["prompt tokens"].endswith("; 100.00% over 1")
 
 
-def test_stats_of_made_scenes_count_each_scene_once(run):
+def test_stats_of_synthetic_scenes_count_each_scene_once(run):
     status, text, _ = run("stats", "--data.num_val=30", "--split", "val", "--data.eval_split", "train")
     found = table_of(text)
     assert status == 0
@@ -296,7 +296,7 @@ def test_shares_over_a_limit():
     assert share_over([], 3) is None
 
 
-def test_a_survey_opens_no_picture(folder):
+def test_statistics_open_no_picture(folder):
     target = CountingTarget(count=2, points=((0.5, 0.5), (0.1, 0.1)))
     names = ["a", "b", "a"]
     samples = [
@@ -447,7 +447,7 @@ def server(tmp_path):
         found.shutdown()
 
 
-def test_fetch_puts_the_pictures_where_the_rows_look_for_them(run, tmp_path, monkeypatch, server):
+def test_fetch_puts_the_pictures_where_the_rows_expect_them(run, tmp_path, monkeypatch, server):
     data = io.BytesIO()
     Image.new("RGB", (200, 100)).save(data, "PNG")
     (tmp_path / "web" / "a").write_bytes(data.getvalue())

@@ -47,7 +47,7 @@ class Bars:
     """
 
     def __init__(self, console: Console) -> None:
-        self._progress = _FiguredProgress(
+        self._progress = _ProgressWithMetrics(
             progress.TextColumn("{task.description:<10}"),
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
@@ -84,7 +84,7 @@ class Bars:
         self._progress.stop()
 
 
-class _FiguredProgress(progress.Progress):
+class _ProgressWithMetrics(progress.Progress):
     """Rich's progress bars with one more line."""
 
     metrics = Text()
@@ -97,7 +97,7 @@ class _FiguredProgress(progress.Progress):
 
 @dataclass(slots=True)
 class _Work:
-    """What plain lines remember of one work."""
+    """What plain lines know of one work."""
 
     done_at_start: int
     total: int | None

@@ -1,4 +1,4 @@
-"""Facts about the machine and the code that a run depends on, as plain data."""
+"""The machine and the code that a run depends on, as plain data."""
 
 import os
 import platform

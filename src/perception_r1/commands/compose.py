@@ -4,7 +4,7 @@
 
 stands for default.yaml, task/counting.yaml, model/tiny.yaml, tiny/counting.yaml (what this model needs for this task,
 where there is such a file), data/coco.yaml, recipes/detection.yaml and variant/lora.yaml. `--model` may also be a hub
-id or a folder, `--data` a file of JSON lines to train on. A file is looked up in ./configs, then in the checkout.
+id or a folder, `--data` a file of JSON lines to train on. A file of ./configs comes before that of the checkout.
 """
 
 import re

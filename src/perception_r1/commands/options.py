@@ -112,7 +112,7 @@ def first_options(argv: Sequence[str], *names: str) -> tuple[dict[str, list[str]
 
 
 def option_value(argv: Sequence[str], option: str) -> str | None:
-    """The last value of an option, looked up before the parser that would know it can be made.
+    """The last value of an option, read before the parser that would know it can be made.
 
     >>> option_value(["a.jsonl", "--task", "ocr", "--think=true"], "--task")
     'ocr'
