@@ -17,8 +17,8 @@ DEFAULT_METRICS = ("train/reward", "train/kl", "train/completion_length", "train
 class Progress(ProgressBar):
     """Show steps, time gone, time left and metrics of the whole fit, and each validation on a bar of its own.
 
-    Lightning's RichProgressBar counts the batches of one epoch, tells the time left of that epoch alone, and writes into
-    a file only when all is over. Steps are those of the optimiser where `trainer.max_steps` is set, else batches of all epochs.
+    Steps are those of the optimiser where `trainer.max_steps` is set, else batches of all epochs. (Lightning's own
+    RichProgressBar knows one epoch only, and writes nothing into a log file before the end.)
 
     Args:
         metrics: Tags of the metrics to show, those that are logged.
