@@ -61,65 +61,59 @@ def compose(argv: Sequence[str]) -> list[str]:
     for layer in _layers(parts):
         if _changes_class(merged, layer):  # a configuration of its own: the parser then leaves out what the new
             configs.append({})  # class does not take
-        configs[-1] = _plain(OmegaConf.merge(configs[-1], layer))
-        merged = _plain(OmegaConf.merge(merged, layer))
+        configs[-1], merged = _merge(configs[-1], layer), _merge(merged, layer)
     return [f"--config={OmegaConf.to_yaml(OmegaConf.create(config))}" for config in configs] + rest
 
 
 def _layers(parts: Mapping[str, Sequence[str]]) -> Iterator[_Config]:
     """The configurations of the parts, in the order in which they are merged."""
     task, model = parts["task"][-1], parts.get("model", [_DEFAULT_MODEL])[-1]
-    yield _load("default.yaml")
-    yield _named("task", task)
-    if _find(f"model/{model}.yaml") is None and ("/" in model or Path(model).is_dir()):
+    yield _read("default")
+    yield _read(f"task/{task}", "--task")
+    if _find(f"model/{model}") is None and ("/" in model or Path(model).is_dir()):
         yield {"model": {"init_args": {"policy": {"name": model}}}}
     else:
-        yield _named("model", model, ", a hub id such as Qwen/Qwen2-VL-2B-Instruct, or a folder")
-    if _find(f"{model}/{task}.yaml") is not None:
-        yield _load(f"{model}/{task}.yaml")
+        others = ", a hub id such as Qwen/Qwen2-VL-2B-Instruct, or a folder; a class is given as --model.class_path"
+        yield _read(f"model/{model}", "--model", others)
+    if _find(f"{model}/{task}") is not None:
+        yield _read(f"{model}/{task}")
     for data in parts.get("data", [])[-1:]:
-        if _find(f"data/{data}.yaml") is None and (Path(data).suffix or Path(data).is_file()):
+        if _find(f"data/{data}") is None and (Path(data).suffix or Path(data).is_file()):
             yield {"data": {"init_args": {"train_file": data}}}
         else:
-            yield _named("data", data, ", or a file of JSON lines")
+            yield _read(f"data/{data}", "--data", ", or a file of JSON lines; a class is given as --data.class_path")
     for recipe in parts.get("recipe", [])[-1:]:
-        yield _named("recipe", recipe, folder="recipes")
+        yield _read(f"recipes/{recipe}", "--recipe")
     for variant in parts.get("variant", []):
-        yield _named("variant", variant)
+        yield _read(f"variant/{variant}", "--variant")
 
 
-def _named(part: str, name: str, others: str = "", folder: str | None = None) -> _Config:
-    """The configuration of a part.
-
-    Raises:
-        UserError: There is no file of this name.
-    """
-    path = f"{folder or part}/{name}.yaml"
-    if _find(path) is None:
-        known = ", ".join(_known(folder or part))
-        by_class = f"; a class is given as --{part}.class_path" if part in ("model", "data") else ""
-        raise UserError(f"--{part} {name}: there is no configs/{path}; give one of {known}{others}{by_class}")
-    return _load(path)
-
-
-def _load(name: str) -> _Config:
+def _read(name: str, option: str = "", others: str = "") -> _Config:
     """A file of the configuration.
 
+    Args:
+        name: Folder and name.
+        option: The option that names it.
+        others: What the option may also be.
+
     Raises:
-        UserError: It cannot be read, or holds something else.
+        UserError: There is no such file, it cannot be read, or it holds something else.
     """
-    path = _find(name)
+    path, (folder, _, value) = _find(name), name.rpartition("/")
+    if path is None and not option:
+        raise UserError(f"there is no configs/{name}.yaml, here or beside the package: work in a checkout, or give -c")
     if path is None:
-        raise UserError(f"there is no configs/{name}, here or beside the package: work in a checkout, or give -c")
+        known = ", ".join(_known(folder))
+        raise UserError(f"{option} {value}: there is no configs/{name}.yaml; give one of {known}{others}")
     try:
-        return _plain(OmegaConf.load(path))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        return _merge(OmegaConf.load(path), {})
+    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is no configuration ({' '.join(str(error).split())})") from error
 
 
 def _find(name: str) -> Path | None:
     """The file of this name in the first of the folders that has it."""
-    return next((folder / name for folder in _FOLDERS if (folder / name).is_file()), None)
+    return next((path for folder in _FOLDERS if (path := folder / f"{name}.yaml").is_file()), None)
 
 
 def _known(folder: str) -> list[str]:
@@ -127,18 +121,14 @@ def _known(folder: str) -> list[str]:
     return sorted({path.stem for configs in _FOLDERS for path in configs.glob(f"{folder}/*.yaml")})
 
 
-def _plain(config: Any) -> _Config:
-    """As dictionaries, with what refers to other settings as it is written."""
-    found = OmegaConf.to_container(config, resolve=False)
-    if not isinstance(found, dict):
-        raise ValueError("it must have names and values")
-    return cast(_Config, found)
+def _merge(config: Any, layer: _Config) -> _Config:
+    """Both as dictionaries, with what refers to other settings left as it is written."""
+    return cast(_Config, OmegaConf.to_container(OmegaConf.merge(config, layer)))
 
 
 def _changes_class(config: Any, layer: Any) -> bool:
     """Whether a layer puts another class where a configuration has one."""
-    if not (isinstance(config, Mapping) and isinstance(layer, Mapping)):
+    if not (isinstance(config, dict) and isinstance(layer, dict)):
         return False
-    if config.get("class_path", layer.get("class_path")) != layer.get("class_path", config.get("class_path")):
-        return True
-    return any(_changes_class(config[key], layer[key]) for key in layer if key in config)
+    paths = {part["class_path"] for part in (config, layer) if "class_path" in part}
+    return len(paths) > 1 or any(_changes_class(config[key], layer[key]) for key in layer if key in config)

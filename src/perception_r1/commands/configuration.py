@@ -6,7 +6,7 @@ It joins the other parts: it makes the tasks known and hands the data module's t
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
 from perception_r1.callbacks.before_after import BeforeAfter
@@ -27,8 +27,13 @@ from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the sho
 EMBEDDED = "tiny"
 """Name of the embedded policy."""
 
-_USAGE = "%(prog)s --task NAME [--model NAME] [--data NAME] [--recipe NAME] [--variant NAME ...] [--OPTION VALUE ...]"
-_PARTS = "The parts of the configuration: " + "; ".join(f"--{part}, {text}" for part, text in PARTS.items()) + "."
+PARSER: dict[str, Any] = {
+    "parser_mode": "omegaconf+",
+    "exit_on_error": False,
+    "usage": "%(prog)s --task NAME [--model NAME] [--data NAME] [--recipe NAME] [--variant NAME] [--ANY.OPTION VALUE]",
+    "epilog": "Parts of the configuration: " + "; ".join(f"--{part}, {text}" for part, text in PARTS.items()) + ".",
+}
+"""Settings of a parser of these options."""
 
 
 class ConfiguredCLI(LightningCLI):
@@ -36,46 +41,15 @@ class ConfiguredCLI(LightningCLI):
 
     Args:
         args: Options, the parts of the configuration already in their place (`compose`).
-        prog: What is called on the command line.
-        description: What `--help` says first.
-        epilog: What it says last.
-        run: Whether the first of `args` is a verb of the trainer, to be run at the end.
-        save_config_callback: What writes the configuration down.
+        options: Of LightningCLI.
     """
 
     datamodule: TaskDataModule
     model: PolicyModule
 
-    def __init__(
-        self,
-        args: Sequence[str],
-        *,
-        prog: str,
-        description: str,
-        epilog: str | None = None,
-        run: bool = False,
-        save_config_callback: type[SaveConfigCallback] | None = None,
-    ) -> None:
-        common: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
-        options = common | {"usage": _USAGE, "epilog": _PARTS}
-        parser_kwargs: dict[str, Any] = {"prog": prog, "description": description}
-        if run:
-            parser_kwargs |= common | {"epilog": epilog}
-            parser_kwargs |= {verb: dict(options) for verb in self.subcommands()}
-        else:
-            parser_kwargs |= options
-        super().__init__(
-            PolicyModule,
-            TaskDataModule,
-            save_config_callback=save_config_callback,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs=parser_kwargs,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=list(args),
-            run=run,
-            auto_configure_optimizers=False,
-        )
+    def __init__(self, args: Sequence[str], **options: Any) -> None:
+        options |= {"subclass_mode_model": True, "subclass_mode_data": True, "auto_configure_optimizers": False}
+        super().__init__(PolicyModule, TaskDataModule, args=list(args), **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options besides trainer, model and data."""

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from perception_r1.codecs import CODECS, Codec
 from perception_r1.commands.compose import compose
-from perception_r1.commands.configuration import EMBEDDED, ConfiguredCLI
+from perception_r1.commands.configuration import EMBEDDED, PARSER, ConfiguredCLI
 from perception_r1.commands.options import new_parser, parse, run_command
 from perception_r1.commands.statistics import (
     DatasetStatistics,
@@ -65,7 +65,9 @@ class DataCLI(ConfiguredCLI):
             UserError: The configuration has synthetic scenes.
         """
         if not self.datamodule.sources:
-            raise UserError("synthetic scenes need no check and no conversion; give --data, a name or a file of JSON lines")
+            raise UserError(
+                "synthetic scenes need no check and no conversion; give --data, a name or a file of JSON lines"
+            )
         found = self.datamodule.sources.get(self.config.split) or self.datamodule.sources.get("train")
         if found is None:
             known = " or ".join(f"--split {split}" for split in self.datamodule.sources)
@@ -97,7 +99,8 @@ def _run(argv: Sequence[str]) -> int:
     parser = new_parser("data", _DESCRIPTION, "`perception-r1 data check --help` shows the options.")
     parser.add_argument("verb", choices=verbs, help=_VERBS)
     verb: str = parse(parser, argv[:1]).verb
-    return verbs[verb](DataCLI(compose(argv[1:]), prog=f"perception-r1 data {verb}", description=_DESCRIPTION))
+    parser_kwargs = PARSER | {"prog": f"perception-r1 data {verb}", "description": _DESCRIPTION}
+    return verbs[verb](DataCLI(compose(argv[1:]), run=False, save_config_callback=None, parser_kwargs=parser_kwargs))
 
 
 def _check(cli: DataCLI) -> int:

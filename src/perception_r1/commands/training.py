@@ -20,7 +20,7 @@ from rich import get_console
 from perception_r1.callbacks.checkpoints import FOLDER
 from perception_r1.callbacks.progress import WarmStartProgress
 from perception_r1.commands.compose import compose
-from perception_r1.commands.configuration import EMBEDDED, ConfiguredCLI
+from perception_r1.commands.configuration import EMBEDDED, PARSER, ConfiguredCLI
 from perception_r1.commands.options import run_command
 from perception_r1.embedded.warmup import warm_policy
 from perception_r1.errors import UserError
@@ -44,13 +44,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     args = [argv[0], *compose(argv[1:])] if argv and argv[0] in _VERBS else argv
+    parsers = {verb: dict(PARSER) for verb in _VERBS}
     PerceptionCLI(
         args,
-        prog="perception-r1",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        run=True,
         save_config_callback=SaveSettings,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs=PARSER | {"usage": None, "description": _DESCRIPTION, "epilog": _EPILOG} | parsers,
     )
     return 0
 
@@ -123,7 +122,7 @@ class PerceptionCLI(ConfiguredCLI):
         if verb == "fit":
             self.datamodule.train_dataloader()  # refuses what does not fill a step
         if self.trainer.is_global_zero:
-            get_console().print(describe_devices(self.trainer, _VERBS[verb]), highlight=False)
+            get_console().print(f"{_VERBS[verb]} on {describe_devices(self.trainer)}.", highlight=False)
         if is_embedded:
             folder = warm_policy(
                 self.config_init[verb].embedded,
@@ -146,18 +145,10 @@ def check_devices(trainer: Trainer) -> None:
         raise UserError(f"trainer.devices is {trainer.num_devices}, and this machine has {cores} cores: give fewer")
 
 
-def describe_devices(trainer: Trainer, doing: str) -> str:
-    """One line on what a run computes with.
-
-    Args:
-        trainer: Of the run.
-        doing: What it does.
-
-    Returns:
-        For example "Training on cpu, 1 device, 32-true."
-    """
+def describe_devices(trainer: Trainer) -> str:
+    """What a run computes with: "cpu, 1 device, 32-true"."""
     number = trainer.world_size
-    return f"{doing} on {trainer.accelerator.name()}, {number} device{'s' * (number > 1)}, {trainer.precision}."
+    return f"{trainer.accelerator.name()}, {number} device{'s' * (number > 1)}, {trainer.precision}"
 
 
 def find_checkpoint(runs: Path, name: str) -> Path:
