@@ -31,7 +31,7 @@ CONFIG += $(if $(DATA),$(if $(wildcard configs/data/$(DATA).yaml),-c configs/dat
 CONFIG += $(RECIPE:%=-c configs/recipes/%.yaml) $(VARIANT:%=-c configs/variant/%.yaml)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install train sft eval check stats fetch convert predict export tensorboard test lint format clean
+.PHONY: help install train sft eval check stats fetch convert predict export tensorboard test lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -86,6 +86,10 @@ lint: $(INSTALLED) ## Check style and types
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED) ## Build the documentation as a site in site/
+	$(BIN)/mkdocs build --quiet --strict
 
 clean: ## Remove caches and the environment, keep logs
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
