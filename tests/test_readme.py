@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -23,8 +22,9 @@ from perception_r1.cli import main
 from perception_r1.data.samples import load
 from perception_r1.data.sources import JsonLines
 from perception_r1.tasks import TASKS
-from tests.public_data import from_the_hub, make_coco, make_fox, make_pageocr, make_refcoco
-from tests.readme import DOCUMENTS, ROOT, blocks, commands, file_blocks, names, table
+from tests.public_data import from_the_hub
+from tests.readme import DOCUMENTS, ROOT, commands, names, table
+from tests.readme_data import example_rows, option, task_of, write_data, write_rows
 
 COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))
 SMALL = shlex.split(
@@ -45,20 +45,8 @@ FAMILIES = {
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
 }
 """Hub ids of the documentation; a tiny model of the same family stands for each."""
-KEYS = {"grounding": "question", "counting": "label", "detection": "objects", "ocr": "text"}
-"""A key by which an example row can be told from those of other tasks."""
-PUBLIC: dict[str, Callable[[Path], None]] = {
-    "coco": make_coco,
-    "refcoco": make_refcoco,
-    "fox": make_fox,
-    "pageocr": make_pageocr,
-    "pixmo_count": lambda root: None,
-}
-"""What makes the public data sets of commands."""
 EXPORTED = "supervised"
 """The folder that a command exports a model to and another one trains."""
-EXAMPLE_FILES = file_blocks("docs/configuration.md")
-"""Configurations that commands of the documentation name."""
 FIFTH_TASK = "TASK=colour"
 """The task that is not in the repository; `test_fifth_task.py` runs its command."""
 
@@ -327,12 +315,6 @@ RULES: dict[str, Callable[[list[str]], None]] = {
 """How programs that are not run here are checked."""
 
 
-def option(arguments: Sequence[str], name: str) -> str | None:
-    """The last value of an option."""
-    values = [value for key, value in pairwise(arguments) if key == name]
-    return values[-1] if values else None
-
-
 def policy_name(arguments: Sequence[str]) -> str:
     """The model of a command line: that of its file in configs/model, or the hub id or folder itself."""
     model = option(arguments, "--model") or "tiny"
@@ -343,51 +325,6 @@ def policy_name(arguments: Sequence[str]) -> str:
 def model_name(path: Path) -> str:
     """The model that a file of configs/model names."""
     return str(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]["name"])
-
-
-# ------------------------------------------------------------------------------------------------ documents
-
-
-def example_rows() -> list[dict[str, Any]]:
-    """The rows of all JSON blocks, each once."""
-    lines = [line for document in DOCUMENTS for block in blocks(document, "json") for line in block.splitlines()]
-    return [json.loads(line) for line in dict.fromkeys(lines)]
-
-
-def task_of(row: dict[str, Any]) -> str:
-    (task,) = (task for task, key in KEYS.items() if key in row)
-    return task
-
-
-def write_data(arguments: Sequence[str], place: Path) -> None:
-    """Every file that a command names: examples as they stand, rows of its task, and public data sets in small."""
-    for path, text in EXAMPLE_FILES.items():
-        if path in arguments:
-            (place / path).write_text(text, encoding="utf-8")
-            arguments = [*arguments, *re.findall(r"[\w.]+\.jsonl", text)]
-    if option(arguments, "--data") in PUBLIC:
-        PUBLIC[str(option(arguments, "--data"))](place / "data")
-    is_score = arguments[0] == "score"
-    task = option(arguments, "--task")
-    rows = [row for row in example_rows() if task_of(row) == task and ("completion" in row) == is_score]
-    for path in [place / argument for argument in arguments if argument.endswith(".jsonl")]:
-        copies = 1 if is_score else max(2, 6 // len(rows))
-        write_rows(path, [numbered(row, path.stem, copy) for copy in range(copies) for row in rows])
-
-
-def numbered(row: dict[str, Any], stem: str, copy: int) -> dict[str, Any]:
-    """The row with an image of its own, so that images can be held out."""
-    return {**row, "image": f"{stem}-{copy}-{row['image']}"} if "image" in row else row
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A data file and its pictures."""
-    for index, row in enumerate(rows):
-        if "image" in row:
-            image = path.parent / row["image"]
-            image.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (420, 252), (index % 256, 90, 160)).save(image)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def first_cells(header: str) -> list[str]:
