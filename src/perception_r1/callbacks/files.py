@@ -13,7 +13,7 @@ Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 
 def run_folder(trainer: Trainer) -> Path | None:
-    """The folder of this run, with events, checkpoints and pictures; None when the run keeps nothing.
+    """The folder of this run, with events, checkpoints and samples; None when the run keeps nothing.
 
     To be called on all ranks at once: they agree on the folder of rank zero.
     """

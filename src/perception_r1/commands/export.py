@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers.utils import VIDEO_PROCESSOR_NAME, cached_file
+from transformers.utils import VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 
 from perception_r1.commands.model_card import model_card
 from perception_r1.commands.options import check_unused, known, new_parser, parse, run_command
@@ -101,7 +102,7 @@ def _copy_video_settings(name: str, folder: Path) -> None:
 
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside another, which takes its place once all is written; a failure leaves nothing of it."""
+    """A new folder beside another, which replaces it once all is written; a failure leaves nothing of it."""
     draft = folder.with_name(f".{folder.name}-{os.getpid()}.part")
     try:
         draft.mkdir(parents=True)

@@ -22,7 +22,7 @@ def model_card(run: Run, *, checkpoint: Path, step: int, is_adapter: bool) -> st
     """
     base = _base_name(run.policy.name)
     kind = "LoRA adapter" if is_adapter else "model, LoRA adapter merged" if run.policy.lora else "model"
-    facts = {
+    summary = {
         "base model": base,
         "training": run.training,
         "task": run.task.name,
@@ -33,7 +33,7 @@ def model_card(run: Run, *, checkpoint: Path, step: int, is_adapter: bool) -> st
         "commit": _commit(run.card["git"]),
         "versions": ", ".join(f"{name} {run.card['versions'].get(name)}" for name in _VERSIONS),
     }
-    rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
+    rows = [f"| {name} | {_cell(value)} |" for name, value in summary.items()]
     sections = [
         _metadata(base, Path(run.policy.name).is_dir(), is_adapter=is_adapter),
         f"# {base} on {run.task.name}",
@@ -48,7 +48,7 @@ def model_card(run: Run, *, checkpoint: Path, step: int, is_adapter: bool) -> st
 
 
 def _base_name(name: str) -> str:
-    """A hub id as it is; of a folder its name alone, for its place on a machine means nothing elsewhere."""
+    """A hub id as it is; of a folder its name alone, for a path means nothing on another machine."""
     return Path(name).name if Path(name).is_dir() else name
 
 

@@ -151,7 +151,7 @@ def build_model(family: Family, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
         tie_word_embeddings=True,
         initializer_range=_INIT_STD,
     )
-    model = model_class(config)
+    model: PreTrainedModel = model_class(config)
     model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]
     model.generation_config.pad_token_id = token("<|endoftext|>")
     return model
