@@ -20,7 +20,8 @@ from perception_r1.tasks import TASKS
 from tests.readme import DOCUMENTS, PAGES, ROOT, blocks, names, prose, read, table
 
 PACKAGE = ROOT / "src" / "perception_r1"
-MADE_UP = {"NAME.py", "NAME.yaml", "kitchen.yaml", "configs/task/colour.yaml", "src/perception_r1/tasks/colour.py"}
+MADE_UP = {"NAME.py", "NAME.yaml", "kitchen.yaml", "colour.py", "colour.yaml"}
+MADE_UP |= {"configs/task/colour.yaml", "src/perception_r1/tasks/colour.py"}
 """Paths of examples."""
 MADE_UP_OPTION = "data.task.strict"
 WRITTEN = re.compile(r"(logs|site|data|checkpoints|samples|train|val)/.*|(config|hparams)\.yaml|report\.md")

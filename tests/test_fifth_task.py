@@ -67,18 +67,17 @@ def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
 
 def test_the_files_may_lie_outside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "colour.py").write_text(FILES[SOURCE], encoding="utf-8")
+    (tmp_path / CONFIG).parent.mkdir(parents=True)
     config = FILES[CONFIG].replace("ColourData", "colour.ColourData")
-    (tmp_path / "colour.yaml").write_text(config, encoding="utf-8")
+    (tmp_path / CONFIG).write_text(config, encoding="utf-8")
     write_rows(tmp_path / "rows.jsonl")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["perception-r1"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
-    configs = [str(ROOT / "configs" / name) for name in ("default.yaml", "model/tiny.yaml")]
-    files = [part for name in (*configs, "colour.yaml") for part in ("-c", name)]
-    options = [*SMALL, "--embedded.cache_dir", "cache", "--data.train_file", "rows.jsonl"]
+    options = [*SMALL, "--embedded.cache_dir", "cache", "--data", "rows.jsonl"]
     try:
-        assert main(["fit", *files, *options]) == 0
+        assert main(["fit", "--task", "colour", *options]) == 0
     finally:
         sys.modules.pop("colour", None)
     card = json.loads((tmp_path / "logs/colour/version_0/run.json").read_text(encoding="utf-8"))
