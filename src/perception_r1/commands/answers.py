@@ -12,6 +12,7 @@ from PIL import Image
 
 from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Sample
 from perception_r1.task import Task
@@ -92,7 +93,7 @@ def _answer(
     if not samples:
         return []
     try:
-        prompts = policy.encode(task, samples)
+        prompts = encode_prompts(policy, task, samples)
     except UserError as error:
         if len(samples) == 1:
             return [UserError(f"{samples[0].id}: {error}")]

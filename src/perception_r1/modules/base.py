@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
 from perception_r1.metrics import SourceMetrics, score_means, task_metrics, update_metrics
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
@@ -225,7 +226,7 @@ class PolicyModule(LightningModule):
         """Greedy completions of loaded samples, in their order, scored with the metrics of evaluation."""
         if not samples:
             return []
-        prompts = self.policy.encode(self.task, samples)
+        prompts = encode_prompts(self.policy, self.task, samples)
         scored_completions: dict[int, ScoredCompletion] = {}
         for places in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
             micro_batch = prompts.select(places)

@@ -19,6 +19,7 @@ from torch import Tensor
 from perception_r1.errors import UserError
 from perception_r1.grpo import LossType, group_advantages, grpo_loss, has_zero_std, token_weights
 from perception_r1.modules.base import LRSchedulerConfig, PolicyModule, tag_metrics
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
@@ -152,7 +153,7 @@ class GRPO(PolicyModule):
         self.group_size = self.planned_group_size()
         seconds_before = dict(self.phase_seconds)
         with self.phase("encode"):
-            prompts = self.policy.encode(self.task, batch)
+            prompts = encode_prompts(self.policy, self.task, batch)
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
             with self.phase("vision"):
                 prompts = self.policy.encode_images(prompts)
