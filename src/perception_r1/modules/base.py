@@ -24,7 +24,7 @@ from perception_r1.policy.checkpoint import check_entries, check_origin, trained
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
 from perception_r1.policy.policy import Policy
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 
@@ -222,7 +222,7 @@ class PolicyModule(LightningModule):
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def score_greedy(self, samples: Sequence[Sample[Any]]) -> list[ScoredCompletion]:
+    def score_greedy(self, samples: Sequence[LoadedSample[Any]]) -> list[ScoredCompletion]:
         """Greedy completions of loaded samples, in their order, scored with the metrics of evaluation."""
         if not samples:
             return []
@@ -250,7 +250,7 @@ class PolicyModule(LightningModule):
             scored_completions |= zip(places, scored, strict=True)
         return [scored_completions[place] for place in range(len(samples))]
 
-    def evaluate(self, batches: Iterable[list[Sample[Any]]]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[list[LoadedSample[Any]]]) -> dict[str, float]:
         """Greedy metrics over a whole data set, outside of any loop of the trainer."""
         metrics = task_metrics(self.task).to(self.policy.device)
         was_training = self.policy.training
@@ -261,7 +261,7 @@ class PolicyModule(LightningModule):
         return {name: float(value) for name, value in metrics.compute().items()}
 
     def validation_step(  # type: ignore[override]  # they are for the callbacks, not for Lightning
-        self, batch: list[Sample[Any]], batch_idx: int
+        self, batch: list[LoadedSample[Any]], batch_idx: int
     ) -> list[ScoredCompletion]:
         """Answer greedily and accumulate."""
         scored_completions = self.score_greedy(batch)
@@ -279,7 +279,7 @@ class PolicyModule(LightningModule):
         names = getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
         self.test_metrics = SourceMetrics(self.task, names, self.device)
 
-    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]
+    def test_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]
         """As `validation_step`, source by source; a batch may be empty where little is left for many devices."""
         scored_completions = self.score_greedy(batch)
         self.test_metrics.update(scored_completions)
