@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install train sft eval check stats fetch convert predict export tensorboard test lint format clean
+.PHONY: help install train sft eval check stats fetch convert predict export tensorboard test lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -79,6 +79,10 @@ lint: $(INSTALLED) ## Check style and types
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED) ## Build the documentation as a site in site/
+	$(BIN)/mkdocs build --quiet --strict
 
 clean: ## Remove caches and the environment, keep logs
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
