@@ -1,4 +1,4 @@
-"""`perception-r1 data`: looking at data with the configuration of a run."""
+"""`perception-r1 data`: inspecting data with the configuration of a run."""
 
 import http.server
 import io
@@ -26,8 +26,7 @@ from perception_r1.commands import data as command
 from perception_r1.commands.statistics import DatasetStatistics, collect_statistics, log10_mean_factorial, share_over
 from perception_r1.data.convert import convert
 from perception_r1.data.samples import load
-from perception_r1.data.sources import Coco, Hub, JsonLines
-from perception_r1.data.sources.pixmo import Download
+from perception_r1.data.sources import Coco, Download, Hub, JsonLines, PixMoCount
 from perception_r1.errors import UserError
 from perception_r1.policy.processor import Processor
 from perception_r1.records import ImageBytes, Sample
@@ -38,7 +37,6 @@ from perception_r1.tasks.ocr import Ocr
 from tests.policy.oracle import noise
 from tests.public_data import coco_file, coco_image, hub_refcoco, instance, picture, write_json
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = {"question": "cup", "box": [10, 20, 50, 80]}
 
 
@@ -49,11 +47,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
     def call(verb: str, *more: object, task: str = "grounding") -> tuple[int, str, str]:
-        names = ("default.yaml", f"task/{task}.yaml", "model/tiny.yaml", f"tiny/{task}.yaml")
         capsys.readouterr()
-        status = main(
-            ["data", verb, *(word for name in names for word in ("-c", str(CONFIGS / name))), *map(str, more)]
-        )
+        status = main(["data", verb, "--task", task, *map(str, more)])
         return status, *capsys.readouterr()
 
     return call
@@ -97,7 +92,7 @@ def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch)
     (size, target, predicted, fields), (_, *nothing, _) = drawn
     assert size == (200, 100)
     assert nothing == [[], []]
-    assert [mark.caption for mark in predicted] == ["dog", "cat"]
+    assert [overlay.caption for overlay in predicted] == ["dog", "cat"]
     for one, other in zip(target, predicted, strict=True):
         assert one.shape != other.shape or one.caption == "cat"  # the answer has whole pixels of the resized image
         assert one.shape == pytest.approx(other.shape, abs=1 / 84)
@@ -132,32 +127,49 @@ def test_check_goes_through_all_sources_of_a_split(run, tmp_path):
 
 def test_a_row_without_an_answer_to_learn_from_is_told_and_is_not_bad(run, tmp_path):
     path = write_rows(tmp_path, [{"label": "cup", "count": 2}, {"label": "cup", "points": [[10, 20]]}])
-    picture(tmp_path / "thin.png", size=(1000, 4))
-    path.write_text(path.read_text() + json.dumps({"image": "thin.png", "label": "cup", "points": [[10, 2]]}) + "\n")
     status, text, _ = run("check", "--data.train_file", path, task="counting")
     assert status == 0
     assert "1: has no answer to learn from (sample 1: an answer to learn from needs points or boxes" in text
     assert "2: <|object_ref_start|>cup" in text
-    assert "3: has no answer to learn from (A picture has 1000 x 4 pixels" in text
+
+
+def test_check_tells_what_the_model_cannot_take(run, tmp_path):
+    long = GOOD | {"question": "cup " * 100}
+    path = write_rows(tmp_path, [GOOD, GOOD | {"image": "thin.png", "box": [10, 2, 50, 8]}, long])
+    picture(tmp_path / "thin.png", size=(4100, 20))
+    status, text, _ = run("check", "--data.train_file", path, "--model.policy.max_prompt_length", 300)
+    assert status == 1
+    lines = text.splitlines()
+    assert lines[0].startswith(f"{path}:2: A picture has 4100 x 20 pixels")
+    assert re.match(rf"{path}:3: A prompt has \d+ tokens but max_prompt_length is 300", lines[1])
+    assert lines[2] == "3 rows, 2 of them bad"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "data has to be told what to do: give one of check, stats, convert, fetch"),
-        (["count"], "data has no verb 'count': give one of check, stats, convert, fetch"),
+        ([], "the following arguments are required: verb"),
+        (["count"], "invalid choice: 'count' (choose from 'check', 'stats', 'convert', 'fetch')"),
+        (["check"], "--task is needed, one of counting, detection, grounding, ocr; or -c with"),
     ],
 )
 def test_an_unknown_verb_is_one_sentence(capsys, words, message):
     assert main(["data", *words]) == 2
-    assert capsys.readouterr() == ("", f"perception-r1: error: {message}\n")
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.startswith("perception-r1 data: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
 
 
 def test_help_tells_the_verbs(capsys):
     assert main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     assert "usage: perception-r1 data {check,stats,convert,fetch}" in text
-    assert all(f"\n{verb}  " in text for verb in ("check", "stats", "convert", "fetch"))
+    assert all(f" {verb}: " in text for verb in ("check", "stats", "convert", "fetch"))
+    assert main(["data", "check", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert [word for word in ("perception-r1 data check --task NAME", "--split", "--to", "--data.help") if word not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -170,7 +182,7 @@ def test_help_tells_the_verbs(capsys):
         (
             "fetch",
             ["--data.train_file", "rows.jsonl"],
-            "rows.jsonl names no pictures by URL, there is nothing",
+            "rows.jsonl names no images by URL, there is nothing",
         ),
         ("check", ["--data.train_file", "none.jsonl"], "none.jsonl: cannot be read"),
         ("check", ["--data.test_file", "rows.jsonl"], "the configuration has no train rows; give --split test"),
@@ -184,7 +196,7 @@ def test_what_a_user_can_get_wrong_is_one_sentence(run, tmp_path, verb, options,
     status, out, errors = run(verb, *options)
     assert (status, out) == (2, "")
     assert message in errors
-    assert errors.startswith("perception-r1: error: ")
+    assert errors.startswith("perception-r1 data: error: ")
     assert errors.count("\n") == 1
 
 
@@ -234,7 +246,7 @@ def test_stats_are_those_worked_out_by_hand(run, tmp_path, folder):
     assert found["prompt tokens"].endswith("; 100.00% over 1")
 
 
-def test_stats_of_made_scenes_count_each_scene_once(run):
+def test_stats_of_synthetic_scenes_count_each_scene_once(run):
     status, text, _ = run("stats", "--data.num_val=30", "--split", "val", "--data.eval_split", "train")
     found = table_of(text)
     assert status == 0
@@ -291,7 +303,7 @@ def test_shares_over_a_limit():
     assert share_over([], 3) is None
 
 
-def test_a_survey_opens_no_picture(folder):
+def test_statistics_open_no_picture(folder):
     target = CountingTarget(count=2, points=((0.5, 0.5), (0.1, 0.1)))
     names = ["a", "b", "a"]
     samples = [
@@ -349,13 +361,13 @@ def test_what_is_converted_reads_back_to_the_same_samples(tmp_path, monkeypatch,
         assert [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
         if isinstance(other.image, ImageBytes):
             assert one.image.read_bytes() == other.image.read()
-            assert one.image.parent == folder / "pictures"
+            assert one.image.parent == folder / "images"
         else:
             assert one.image.resolve() == other.image.resolve()
             assert not Path(rows[one.id]).is_absolute()  # the folders may be moved together
     blobs = {str(sample.image) for sample in samples if isinstance(sample.image, ImageBytes)}
-    assert len(list(folder.glob("pictures/*"))) == len(blobs)
-    assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl"] + (["pictures"] if blobs else [])
+    assert len(list(folder.glob("images/*"))) == len(blobs)
+    assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl"] + (["images"] if blobs else [])
     assert convert(load(JsonLines(folder / "data.jsonl"), task), tmp_path / "again") == len(samples)
     again = list(load(JsonLines(tmp_path / "again" / "data.jsonl"), task))
     assert [sample.target for sample in again] == [sample.target for sample in samples]
@@ -442,13 +454,13 @@ def server(tmp_path):
         found.shutdown()
 
 
-def test_fetch_puts_the_pictures_where_the_rows_look_for_them(run, tmp_path, monkeypatch, server):
+def test_fetch_puts_the_pictures_where_the_rows_expect_them(run, tmp_path, monkeypatch, server):
     data = io.BytesIO()
     Image.new("RGB", (200, 100)).save(data, "PNG")
     (tmp_path / "web" / "a").write_bytes(data.getvalue())
     digest = sha256(data.getvalue()).hexdigest()
     wanted = [Download(url=f"{server}/a", sha256=digest, path=tmp_path / "images" / digest)]
-    monkeypatch.setattr(command.PixMoCount, "downloads", lambda source: iter(wanted))
+    monkeypatch.setattr(PixMoCount, "downloads", lambda source: iter(wanted))
     source = {"class_path": "PixMoCount", "init_args": {"images": str(tmp_path / "images"), "split": "train"}}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"train": {"p": source}}}}))
     words = ("fetch", "-c", "data.yaml", "--num_threads", 2)

@@ -14,7 +14,7 @@ from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
 from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.policy import Policy
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample, Sample
 from perception_r1.task import Task
 
 BATCH_SIZE = 8
@@ -32,7 +32,7 @@ class Answer:
         description: The prediction as JSON-ready data, coordinates in pixels of the upright picture.
     """
 
-    sample: Sample[None]
+    sample: LoadedSample[None]
     completion: str
     prediction: Any
     description: Any
@@ -78,7 +78,7 @@ def predict_images(
         yield [next(answers) if isinstance(sample, Sample) else sample for sample in loaded]
 
 
-def _sample(path: Path, query: str) -> Sample[None] | UserError:
+def _sample(path: Path, query: str) -> LoadedSample[None] | UserError:
     try:
         image = load_image(path)
     except UserError as error:
@@ -87,7 +87,7 @@ def _sample(path: Path, query: str) -> Sample[None] | UserError:
 
 
 def _answer(
-    policy: Policy, task: Task[Any, Any], samples: Sequence[Sample[None]], max_new_tokens: int
+    policy: Policy, task: Task[Any, Any], samples: Sequence[LoadedSample[None]], max_new_tokens: int
 ) -> list[Answer | UserError]:
     """Answers to loaded pictures; when some picture is not for this model, each of them is asked about alone."""
     if not samples:

@@ -23,16 +23,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 import perception_r1
 from perception_r1.data.module import TaskDataModule
-from perception_r1.embedded.model import Family, build_model_folder
+from perception_r1.embedded.model import Family, build_image_processor, build_model_folder, build_tokenizer
 from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.modules.sft import SFT
 from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.processor import Processor
 
-_SHAPING_CODE = (
-    *("embedded", "policy", "modules/base.py", "modules/sft.py"),
-    *("task.py", "records.py", "codecs.py", "data/synthetic/scenes.py", "data/synthetic/render.py"),
-)
-"""Files of the package that decide what the warm start is, besides the task's own."""
+_WITHOUT_EFFECT = ("commands", "callbacks", "cli.py", "__main__.py")
+"""What of the package the warm start does not use: all other files may decide what it is."""
 _LOSS_MEMORY = 0.95
 """Decay of the moving average of the training loss."""
 _NUM_CORPUS_SAMPLES = 256
@@ -108,9 +106,13 @@ def build_unwarmed(folder: Path, config: EmbeddedConfig, scenes: TaskDataModule,
         scenes: Synthetic scenes of its task; their prompts make the vocabulary.
         seed: Of the weights.
     """
-    scenes.setup("fit")
-    corpus = [message["content"][1]["text"] for i in range(_NUM_CORPUS_SAMPLES) for message in _chat(scenes, i)]
-    build_model_folder(folder, family=config.family, seed=seed, corpus=corpus, whole_tokens=config.whole_tokens)
+    corpus, tokens = _corpus(scenes), config.whole_tokens
+    build_model_folder(folder, family=config.family, seed=seed, corpus=corpus, whole_tokens=tokens)
+
+
+def embedded_processor(config: EmbeddedConfig, scenes: TaskDataModule) -> Processor:
+    """Tokenizer and image processor of the embedded policy, which its warm start leaves as they are."""
+    return Processor(build_tokenizer(_corpus(scenes), config.whole_tokens), build_image_processor(config.family))
 
 
 class StopAtLoss(Callback):
@@ -184,20 +186,22 @@ def _build(
     module.policy.save(folder)
 
 
-def _chat(scenes: TaskDataModule, index: int) -> list[dict[str, Any]]:
-    return scenes.task.messages(scenes.samples("train")[index])
+def _corpus(scenes: TaskDataModule) -> list[str]:
+    """Prompts of scenes."""
+    scenes.setup("fit")
+    samples = [scenes.samples("train")[index] for index in range(_NUM_CORPUS_SAMPLES)]
+    return [message["content"][1]["text"] for sample in samples for message in scenes.task.messages(sample)]
 
 
 def _fingerprint(config: EmbeddedConfig, scenes: TaskDataModule, seed: int) -> str:
     """Hex digest of everything that shapes the warm start."""
     settings = {name: value for name, value in asdict(config).items() if name != "cache_dir"}
     package = Path(perception_r1.__file__).parent
-    files = [file for part in _SHAPING_CODE for file in sorted([package / part, *(package / part).glob("*.py")])]
-    task_files = {Path(inspect.getfile(type(part))) for part in (scenes.task, scenes.world)}
+    files = {path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in _WITHOUT_EFFECT}
+    files |= {Path(inspect.getfile(type(part))) for part in (scenes.task, scenes.world)}  # they may lie elsewhere
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(f"{seed} {scenes.task} {scenes.fingerprint()} {version('torch')} {version('transformers')}".encode())
-    for file in [*files, *sorted(task_files)]:
-        if file.is_file():
-            digest.update(file.read_bytes())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -24,7 +24,7 @@ from perception_r1.policy.checkpoint import check_entries, check_origin, trained
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
 from perception_r1.policy.policy import Policy
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 
@@ -157,19 +157,32 @@ class PolicyModule(LightningModule):
             UserError: Gradients are clipped or accumulated, or half precision is asked for, by the trainer.
         """
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_trainer()
+            self.check_trainer(self.trainer)
         return []
 
-    def _check_trainer(self) -> None:
-        if self.trainer.gradient_clip_val is not None:
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Refuse a trainer or an optimiser that cannot train this, before any weight is read.
+
+        Raises:
+            UserError: A setting would have no effect, or a wrong one.
+        """
+        if trainer.gradient_clip_val is not None:
             raise UserError("trainer.gradient_clip_val has no effect here; set model.max_grad_norm instead.")
-        if self.trainer.accumulate_grad_batches != 1:
+        if trainer.accumulate_grad_batches != 1:
             raise UserError(
                 "trainer.accumulate_grad_batches has no effect here; set data.batch_size to the prompts of one step "
                 "and model.micro_batch_tokens to what is computed at once."
             )
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise UserError(f"trainer.precision {self.trainer.precision} is not supported; use bf16-mixed or 32-true.")
+        if trainer.precision in ("16-mixed", "16-true"):
+            raise UserError(f"trainer.precision {trainer.precision} is not supported; use bf16-mixed or 32-true.")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UserError(f"trainer.strategy {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
+        if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
+            raise UserError("Set trainer.max_steps or max_epochs: the learning rate decays over a known length.")
+        try:
+            self.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.optimizer: {error}") from error
 
     # -------------------------------------------------------------------------------------------- one update
 
@@ -222,7 +235,7 @@ class PolicyModule(LightningModule):
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def score_greedy(self, samples: Sequence[Sample[Any]]) -> list[ScoredCompletion]:
+    def score_greedy(self, samples: Sequence[LoadedSample[Any]]) -> list[ScoredCompletion]:
         """Greedy completions of loaded samples, in their order, scored with the metrics of evaluation."""
         if not samples:
             return []
@@ -250,7 +263,7 @@ class PolicyModule(LightningModule):
             scored_completions |= zip(places, scored, strict=True)
         return [scored_completions[place] for place in range(len(samples))]
 
-    def evaluate(self, batches: Iterable[list[Sample[Any]]]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[list[LoadedSample[Any]]]) -> dict[str, float]:
         """Greedy metrics over a whole data set, outside of any loop of the trainer."""
         metrics = task_metrics(self.task).to(self.policy.device)
         was_training = self.policy.training
@@ -261,7 +274,7 @@ class PolicyModule(LightningModule):
         return {name: float(value) for name, value in metrics.compute().items()}
 
     def validation_step(  # type: ignore[override]  # they are for the callbacks, not for Lightning
-        self, batch: list[Sample[Any]], batch_idx: int
+        self, batch: list[LoadedSample[Any]], batch_idx: int
     ) -> list[ScoredCompletion]:
         """Answer greedily and accumulate."""
         scored_completions = self.score_greedy(batch)
@@ -279,7 +292,7 @@ class PolicyModule(LightningModule):
         names = getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
         self.test_metrics = SourceMetrics(self.task, names, self.device)
 
-    def test_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]
+    def test_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]
         """As `validation_step`, source by source; a batch may be empty where little is left for many devices."""
         scored_completions = self.score_greedy(batch)
         self.test_metrics.update(scored_completions)

@@ -25,7 +25,7 @@ from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 
@@ -147,7 +147,7 @@ class GRPO(PolicyModule):
         if is_needed and self.reference is None:
             self.reference = Policy.load(self.policy_config, is_trained=False)
 
-    def training_step(self, batch: list[Sample[Any]], batch_idx: int) -> None:
+    def training_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> None:
         """Roll out, score, compare within the group, update, log."""
         started = time.perf_counter()
         self.group_size = self.planned_group_size()
@@ -198,7 +198,7 @@ class GRPO(PolicyModule):
         return rollout
 
     def score_rollout(
-        self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout
+        self, samples: Sequence[LoadedSample[Any]], prompts: PromptBatch, rollout: Rollout
     ) -> list[ScoredCompletion]:
         """Judge every completion against its prompt's target."""
         rows = [index for index in range(len(samples)) for _ in range(self.group_size)]
