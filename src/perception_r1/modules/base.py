@@ -160,12 +160,16 @@ class PolicyModule(LightningModule):
             self.check_trainer(self.trainer)
         return []
 
-    def check_trainer(self, trainer: Trainer) -> None:
+    def check_trainer(self, trainer: Trainer, *, is_training: bool = True) -> None:
         """Refuse a trainer or an optimiser that cannot train this, before any weight is read.
 
         Raises:
             UserError: A setting would have no effect, or a wrong one.
         """
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UserError(f"trainer.strategy {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
+        if not is_training:
+            return
         if trainer.gradient_clip_val is not None:
             raise UserError("trainer.gradient_clip_val has no effect here; set model.max_grad_norm instead.")
         if trainer.accumulate_grad_batches != 1:
@@ -175,8 +179,6 @@ class PolicyModule(LightningModule):
             )
         if trainer.precision in ("16-mixed", "16-true"):
             raise UserError(f"trainer.precision {trainer.precision} is not supported; use bf16-mixed or 32-true.")
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise UserError(f"trainer.strategy {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
         if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
             raise UserError("Set trainer.max_steps or max_epochs: the learning rate decays over a known length.")
         try:
