@@ -21,17 +21,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# MODEL is the name of a file in configs/model, a hub id or a folder; configs/MODEL/TASK.yaml holds what both deviate in.
-CONFIG := -c configs/default.yaml -c configs/task/$(TASK).yaml
-CONFIG += $(if $(wildcard configs/model/$(MODEL).yaml),-c configs/model/$(MODEL).yaml,--model.policy.name $(MODEL))
-CONFIG += $(addprefix -c ,$(wildcard configs/$(MODEL)/$(TASK).yaml))
-# DATA is the name of a file in configs/data, or a file of JSON lines to train on; empty, there are synthetic scenes.
-CONFIG += $(if $(DATA),$(if $(wildcard configs/data/$(DATA).yaml),-c configs/data/$(DATA).yaml,--data.train_file $(DATA)))
-# RECIPE and VARIANT are names of files in configs/recipes and configs/variant; there may be several variants.
-CONFIG += $(RECIPE:%=-c configs/recipes/%.yaml) $(VARIANT:%=-c configs/variant/%.yaml)
+CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install train sft eval check stats fetch convert predict export tensorboard test lint format clean
+.PHONY: help install train sft eval check stats fetch convert predict export tensorboard test lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,7 +42,7 @@ train: $(INSTALLED) ## Train TASK with GRPO
 	$(BIN)/perception-r1 fit $(CONFIG) $(OPTIONS)
 
 sft: $(INSTALLED) ## Train TASK with supervised fine-tuning
-	$(BIN)/perception-r1 fit $(CONFIG) -c configs/variant/sft.yaml $(OPTIONS)
+	$(BIN)/perception-r1 fit $(CONFIG) --variant sft $(OPTIONS)
 
 eval: $(INSTALLED) ## Evaluate CKPT of TASK on the test split, greedily
 	$(BIN)/perception-r1 test $(CONFIG) --ckpt_path $(CKPT) $(OPTIONS)
@@ -72,7 +65,7 @@ predict: $(INSTALLED) ## Answer IMAGES with RUN
 export: $(INSTALLED) ## Write RUN as a model folder TO
 	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)
 
-tensorboard: $(INSTALLED) ## Look at all runs
+tensorboard: $(INSTALLED) ## Show all runs
 	$(BIN)/tensorboard --logdir logs
 
 test: $(INSTALLED) ## Run the tests
@@ -86,6 +79,10 @@ lint: $(INSTALLED) ## Check style and types
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED) ## Build the documentation as a site in site/
+	$(BIN)/mkdocs build --quiet --strict
 
 clean: ## Remove caches and the environment, keep logs
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

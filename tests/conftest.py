@@ -63,9 +63,7 @@ def folder(model_folders: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def runs(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of short trainings on grounding that change weights: "full" of all of them, "lora" of an adapter."""
-    configs = Path(__file__).parents[1] / "configs"
-    files = [configs / name for name in ("default.yaml", "task/grounding.yaml", "model/tiny.yaml", "variant/sft.yaml")]
-    options = [f"--config={file}" for file in files] + [f"--model.policy.name={model_folders['qwen2_vl']}"]
+    options = ["--task=grounding", "--variant=sft", f"--model.policy.name={model_folders['qwen2_vl']}"]
     options += ["--trainer.max_steps=3", "--trainer.val_check_interval=2", "--log_samples.num_samples=0"]
     options += ["--data.batch_size=2", "--data.num_val=2", "--data.num_test=2"]
     options += ["--model.max_new_tokens=6", "--model.optimizer.lr=0.003"]
@@ -75,7 +73,7 @@ def runs(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         monkeypatch.chdir(tmp_path_factory.mktemp("runs"))
         monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
         for name, more in {"full": [], "lora": adapter}.items():
-            arguments = ["fit", *options, f"--task={name}", *more]
+            arguments = ["fit", *options, f"--run_name={name}-sft", *more]
             monkeypatch.setattr(sys, "argv", ["perception-r1", *arguments])
             assert main(arguments) == 0
             found[name] = Path.cwd() / "logs" / f"{name}-sft" / "version_0"

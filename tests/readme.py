@@ -1,18 +1,30 @@
-"""How the tests read the documentation: fenced blocks, commands, and the files that blocks stand for."""
+"""How the tests read the documentation: fenced blocks, commands, tables, and the files that blocks stand for."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
+"""Every document whose commands are run."""
 
 _BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE_BLOCK = re.compile(r"^`(?P<path>[^`\n]+)`:\n\n```\w+\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+def read(document: str) -> str:
+    """The text of a document of the repository."""
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def prose(document: str) -> str:
+    """The text without its fenced blocks."""
+    return _BLOCK.sub("", read(document))
+
+
 def blocks(document: str, language: str) -> list[str]:
-    """The fenced blocks of a language in a document of the repository, in order."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    return [match["text"] for match in _BLOCK.finditer(text) if match["language"] == language]
+    """The fenced blocks of a language in a document, in order."""
+    return [match["text"] for match in _BLOCK.finditer(read(document)) if match["language"] == language]
 
 
 def commands(document: str) -> list[str]:
@@ -23,5 +35,17 @@ def commands(document: str) -> list[str]:
 
 def file_blocks(document: str) -> dict[str, str]:
     """The blocks that follow a path and a colon: path -> text."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    return {match["path"]: match["text"] for match in _FILE_BLOCK.finditer(text)}
+    return {match["path"]: match["text"] for match in _FILE_BLOCK.finditer(read(document))}
+
+
+def table(document: str, header: str) -> list[list[str]]:
+    """The cells of the first table whose header line begins with these words, header and rule left out."""
+    lines = read(document).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith(header)) + 2
+    end = next(index for index in range(start, len(lines) + 1) if not "".join(lines[index : index + 1]).startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+
+
+def names(cell: str) -> list[str]:
+    """What stands in backquotes."""
+    return re.findall(r"`([^`]+)`", cell)

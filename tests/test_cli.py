@@ -1,6 +1,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perception_r1.cli import main
 from perception_r1.commands.training import PerceptionCLI, find_checkpoint
@@ -21,27 +25,17 @@ OWN_COMMANDS = ("data", "predict", "export", "score")
 """What is not a verb of the trainer."""
 
 
-def compose(task="counting", *more):
-    """Config files as the Makefile gives them for the embedded policy."""
-    files = [CONFIGS / "default.yaml", CONFIGS / "task" / f"{task}.yaml", CONFIGS / "model" / "tiny.yaml"]
-    files += [CONFIGS / "tiny" / f"{task}.yaml", *(CONFIGS / name for name in more)]
-    return [argument for file in files for argument in ("-c", str(file))]
+COUNTING = ["--task", "counting"]
 
 
 def print_config(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *arguments, "--print_config"])
-    assert not stop.value.code
+    assert main(["fit", *arguments, "--print_config"]) == 0
     return yaml.safe_load(capsys.readouterr().out)
 
 
 def fails(capsys, *arguments):
     """Exit status and what is written to standard error."""
-    try:
-        status = main(list(arguments))
-    except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().err
+    return main(list(arguments)), capsys.readouterr().err
 
 
 @pytest.fixture
@@ -53,10 +47,10 @@ def fitted(monkeypatch, tmp_path, folder):
     def record(trainer, model=None, datamodule=None, ckpt_path=None, **kwargs):
         seen.update(trainer=trainer, model=model, datamodule=datamodule, ckpt_path=ckpt_path)
 
-    def run(*arguments, command="fit", task="counting", more=()):
+    def run(*arguments, command="fit", task="counting"):
         for name in ("fit", "validate", "test"):
             monkeypatch.setattr(Trainer, name, record)
-        assert main([command, *compose(task, *more), "--model.policy.name", str(folder), *arguments]) == 0
+        assert main([command, "--task", task, "--model.policy.name", str(folder), *arguments]) == 0
         return type("Seen", (), dict(seen))
 
     return run
@@ -66,39 +60,25 @@ def fitted(monkeypatch, tmp_path, folder):
     ("arguments", "words"),
     [
         (["--help"], ["fit", "validate", "test", *(f"perception-r1 {name} --help" for name in OWN_COMMANDS)]),
-        (["fit", "--help"], ["--task", "--embedded.stop_loss", "--checkpoints.enabled", "--trainer.max_steps"]),
+        (
+            ["fit", "--help"],
+            [
+                "--task NAME",
+                "--variant NAME",
+                "--run_name",
+                "--embedded.stop_loss",
+                "--checkpoints.enabled",
+                "--trainer.max_steps",
+            ],
+        ),
         (["fit", "--model.help", "GRPO"], ["--model.group_size", "Completions of each prompt (G)", "--model.kl_coef"]),
         (["fit", "--data.help", "CountingData"], ["--data.train_file", "--data.batch_size", "--data.on_bad_row"]),
     ],
 )
 def test_help_names_the_options_and_explains_them(capsys, arguments, words):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
+    assert main(arguments) == 0
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert stop.value.code == 0
     assert [word for word in words if word not in text] == []
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_files_of_a_task_and_a_model_compose(capsys, task):
-    config = print_config(capsys, *compose(task))
-    assert config["task"] == task
-    assert config["trainer"]["logger"]["init_args"]["name"] == task
-    assert config["data"]["class_path"].endswith(f".{task.capitalize()}Data")
-    assert config["model"]["init_args"]["policy"]["name"] == "tiny"
-    assert config["model"]["init_args"]["max_new_tokens"] == 96
-    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 3e-4
-    assert config["embedded"]["stop_loss"] > 0
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in (CONFIGS / "model").iterdir()))
-def test_every_model_file_composes_with_every_kind_of_training(capsys, name):
-    files = [CONFIGS / "default.yaml", CONFIGS / "task" / "grounding.yaml", CONFIGS / "model" / name]
-    arguments = [argument for file in files for argument in ("-c", str(file))]
-    for more in ([], ["-c", str(CONFIGS / "variant/sft.yaml")]):
-        config = print_config(capsys, *arguments, *more)
-        assert config["model"]["class_path"].endswith("SFT" if more else "GRPO")
-        assert config["model"]["init_args"]["policy"]["name"]
 
 
 def test_the_command_line_has_the_last_word(fitted):
@@ -135,10 +115,16 @@ def test_the_module_gets_the_task_of_the_data(fitted):
     assert run.model.task == TASKS["grounding"](iou_weight=3.0, think=True)
 
 
-def test_sft_is_one_file_more(fitted):
-    run = fitted(more=["variant/sft.yaml"])
+def test_sft_is_a_variant_with_runs_of_its_own(fitted):
+    run = fitted("--variant", "sft")
     assert isinstance(run.model, SFT)
     assert run.model.max_new_tokens == 96
+    assert Path(run.trainer.log_dir).parent == Path("logs/counting-sft")
+
+
+@pytest.mark.parametrize("variant", [[], ["--variant", "sft"]])
+def test_the_name_of_a_run_is_that_of_its_folder(fitted, variant):
+    assert Path(fitted(*variant, "--run_name", "mine").trainer.log_dir) == Path("logs/mine/version_0")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +142,7 @@ def test_sft_is_one_file_more(fitted):
 )
 def test_what_a_user_can_get_wrong_is_one_clear_sentence(capsys, tmp_path, monkeypatch, folder, arguments, message):
     monkeypatch.chdir(tmp_path)
-    status, text = fails(capsys, "fit", *compose(), "--model.policy.name", str(folder), *arguments)
+    status, text = fails(capsys, "fit", *COUNTING, "--model.policy.name", str(folder), *arguments)
     assert status == 2
     assert message in text
     assert "Traceback" not in text
@@ -165,13 +151,14 @@ def test_what_a_user_can_get_wrong_is_one_clear_sentence(capsys, tmp_path, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "--nonsense", "1"], "nonsense"),
-        (["fit", *compose(), "--model.nonsense", "1"], "nonsense"),
-        (["fit", *compose(), "--data.task.nonsense", "1"], "nonsense"),
+        (["fit", *COUNTING, "--nonsense", "1"], "nonsense"),
+        (["fit", *COUNTING, "--run_name", "${oc.env:NOT_THERE}"], "NOT_THERE"),
+        (["fit", *COUNTING, "--model.nonsense", "1"], "nonsense"),
+        (["fit", *COUNTING, "--data.task.nonsense", "1"], "nonsense"),
         (["fit", "-c", "configs/task/no_such_task.yaml"], "no_such_task.yaml"),
-        (["fit", *compose(), "--model.group_size", "many"], "group_size"),
-        (["fit", *compose(), "--model.loss_type", "median"], "loss_type"),
-        (["fit", *compose(), "--trainer.precision", "7"], "precision"),
+        (["fit", *COUNTING, "--model.group_size", "many"], "group_size"),
+        (["fit", *COUNTING, "--model.loss_type", "median"], "loss_type"),
+        (["fit", *COUNTING, "--trainer.precision", "7"], "precision"),
         (["train"], "invalid choice: 'train'"),
     ],
 )
@@ -180,7 +167,66 @@ def test_an_option_that_does_not_exist_or_fit_is_an_error(capsys, tmp_path, monk
     status, text = fails(capsys, *arguments)
     assert status == 2
     assert message in text
-    assert "Traceback" not in text
+    assert text.startswith("perception-r1")
+    assert text.count("\n") == 1
+
+
+EARLY = [
+    (["--trainer.accelerator", "foo"], "trainer: You selected an invalid accelerator name: `accelerator='foo'`"),
+    (["--trainer.devices", "99"], "trainer.devices is 99, and this machine has "),
+    (["--trainer.devices", "0"], "value is not a valid input"),
+    (["--trainer.strategy", "foo"], "trainer: You selected an invalid strategy name: `strategy='foo'`"),
+    (["--trainer.strategy", "fsdp"], "requires a GPU"),
+    (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val has no effect here"),
+    (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches has no effect here"),
+    (["--trainer.max_steps", "-1"], "max_steps or max_epochs"),
+    (["--trainer.overfit_batches", "2"], "overfit_batches is not supported"),
+    (["--model.optimizer.lr", "-1"], "Invalid learning rate: -1.0"),
+    (["--model.max_grad_norm", "0"], "max_grad_norm is 0.0; it must be above 0."),
+    (["--data.batch_size", "9000"], "8192 training samples do not fill one step of 9000"),
+    (["--data.batch_size", "5000", "--trainer.devices", "2"], "do not fill one step of 10000"),
+    (["--data.train_file", "none.jsonl"], "none.jsonl: cannot be read"),
+]
+
+
+@pytest.mark.parametrize("model", ["tiny", "folder"])
+@pytest.mark.parametrize(("arguments", "message"), EARLY)
+def test_what_needs_no_model_is_checked_before_one_is_made(
+    capsys, tmp_path, monkeypatch, folder, model, arguments, message
+):
+    def too_late(*args, **kwargs):
+        raise AssertionError("a model is made before the check")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr("perception_r1.commands.training.warm_policy", too_late)
+    monkeypatch.setattr("perception_r1.policy.policy.Policy.load", too_late)
+    policy = [] if model == "tiny" else ["--model.policy.name", str(folder)]
+    status, text = fails(capsys, "fit", *COUNTING, *policy, *arguments)
+    assert status == 2
+    assert message in text
+    assert text.startswith("perception-r1 fit: error: ")
+    assert text.count("\n") == 1
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_evaluation_of_few_rows_does_not_ask_for_a_training_step(capsys, tmp_path, fitted):
+    for number in range(4):
+        Image.new("RGB", (60, 40)).save(tmp_path / f"{number}.png")
+    row = {"label": "cup", "points": [[3, 4]]}
+    rows = [json.dumps(row | {"image": f"{number}.png"}) for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    fitted("--data.test_file", "rows.jsonl", command="test")
+    status, text = fails(capsys, "fit", *COUNTING, "--data.train_file", "rows.jsonl", "--data.held_out_share", "0.3")
+    assert status == 2
+    assert re.search(r"\d training samples do not fill one step of 16", text)
+
+
+@pytest.mark.parametrize(("command", "word"), [("fit", "Training"), ("test", "Evaluating")])
+def test_one_line_tells_the_device_in_use(capfd, console, fitted, command, word):
+    fitted("--trainer.precision", "bf16-mixed", command=command)
+    assert console.file.getvalue() == f"{word} on cpu, 1 device, bf16-mixed.\n"
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch, folder):
@@ -190,7 +236,7 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch, fold
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "fit", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        main(["fit", *compose(), "--model.policy.name", str(folder)])
+        main(["fit", *COUNTING, "--model.policy.name", str(folder)])
 
 
 def test_a_stop_by_sigterm_has_its_own_status(capsys, tmp_path, monkeypatch, folder):
@@ -199,15 +245,28 @@ def test_a_stop_by_sigterm_has_its_own_status(capsys, tmp_path, monkeypatch, fol
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "fit", stop)
-    assert main(["fit", *compose(), "--model.policy.name", str(folder)]) == 143
+    assert main(["fit", *COUNTING, "--model.policy.name", str(folder)]) == 143
     assert "--ckpt_path last" in capsys.readouterr().err
+
+
+def test_a_stop_by_the_keyboard_says_how_to_go_on(capsys, tmp_path, monkeypatch, folder):
+    def stop(*args, **kwargs):  # as Lightning does it
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "fit", stop)
+    assert main(["fit", *COUNTING, "--model.policy.name", str(folder)]) == 1
+    assert "Stopped by Ctrl-C; --ckpt_path last" in capsys.readouterr().err
 
 
 def test_a_traceback_is_there_for_who_asks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PERCEPTION_R1_TRACEBACK", "1")
     with pytest.raises(UserError):
-        main(["fit", *compose(), "--ckpt_path", "last"])
+        main(["fit", *COUNTING, "--ckpt_path", "last"])
 
 
 def make_checkpoint(folder, version, name, *, age):
@@ -249,14 +308,18 @@ def test_checkpoints_are_looked_for_where_the_logger_writes(fitted, tmp_path):
     assert Path(run.ckpt_path).resolve() == newest
 
 
-def test_the_embedded_policy_is_warmed_up_once_and_a_run_goes_on(tmp_path, monkeypatch):
+SMALL = ["--embedded.max_steps", "2", "--embedded.batch_size", "2", "--before_after.enabled", "false"]
+SMALL += ["--data.batch_size", "2", "--data.num_val", "2", "--model.max_new_tokens", "4"]
+
+
+def test_the_embedded_policy_is_warmed_up_once_and_a_run_goes_on(tmp_path, monkeypatch, console):
     monkeypatch.chdir(tmp_path)
-    small = ["--embedded.max_steps", "2", "--embedded.batch_size", "2", "--before_after.enabled", "false"]
-    small += ["--data.batch_size", "2", "--data.num_val", "2", "--model.max_new_tokens", "4"]
-    assert main(["fit", *compose(), *small, "--trainer.max_steps", "1"]) == 0
+    assert main(["fit", *COUNTING, *SMALL, "--trainer.max_steps", "1"]) == 0
+    lines = console.file.getvalue().splitlines()
+    assert [" ".join(line.split()[:2]) for line in lines[:3]] == ["Training on", "warm start", "training 1/1"]
     (warm,) = (tmp_path / ".cache" / "tiny").iterdir()
     made = warm.stat().st_mtime_ns
-    assert main(["fit", *compose(), *small, "--trainer.max_steps", "2", "--ckpt_path", "last"]) == 0
+    assert main(["fit", *COUNTING, *SMALL, "--trainer.max_steps", "2", "--ckpt_path", "last"]) == 0
     assert (*(tmp_path / ".cache" / "tiny").iterdir(),) == (warm,)
     assert warm.stat().st_mtime_ns == made
     assert [path.name for path in (tmp_path / "logs" / "counting").iterdir()] == ["version_0"]
@@ -265,10 +328,36 @@ def test_the_embedded_policy_is_warmed_up_once_and_a_run_goes_on(tmp_path, monke
     assert card["resumed_from"].endswith("last.ckpt")
 
 
+def test_a_run_keeps_its_settings_and_they_make_another_run(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    policy = ["--model.policy.name", str(folder), "--trainer.max_steps", "1"]
+    assert main(["fit", *COUNTING, *SMALL, *policy, "--model.group_size", "3"]) == 0
+    run = tmp_path / "logs" / "counting" / "version_0"
+    settings = yaml.safe_load((run / "hparams.yaml").read_text())
+    assert settings == yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["model"]["init_args"]["group_size"], settings["data"]["init_args"]["batch_size"]) == (3, 2)
+    assert (settings["task"], settings["run_name"]) == ("counting", "counting")
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert "hp_metric" not in events.Tags()["scalars"]
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not checkpoint.get("hyper_parameters")
+    assert main(["fit", "-c", str(run / "config.yaml"), "--run_name", "again"]) == 0
+    again = yaml.safe_load((tmp_path / "logs" / "again" / "version_0" / "config.yaml").read_text())
+    assert again == settings | {"run_name": "again"}
+
+
+def test_a_training_writes_what_is_asked_for_and_nothing_else(tmp_path):
+    words = [sys.executable, "-m", "perception_r1", "fit", *COUNTING, *SMALL, "--trainer.max_steps", "1"]
+    done = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    assert text.splitlines()[0] == "Training on cpu, 1 device, 32-true."
+    assert [word for word in ("GPU", "TPU", "Tip", "Warning", "warn(", "Seed", "stopped") if word in text] == []
+
+
 def test_the_trainer_s_own_predict_is_no_subcommand(capsys):
     assert set(PerceptionCLI.subcommands()) == {"fit", "validate", "test"}
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    assert main(["--help"]) == 0
     assert "{fit,validate,test}" in capsys.readouterr().out
 
 

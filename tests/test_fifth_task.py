@@ -1,4 +1,4 @@
-"""A fifth task is one Python file and one YAML file: those of the README, as they stand there."""
+"""A fifth task is one short Python file and one YAML file: those of the documentation, as they stand there."""
 
 import json
 import os
@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from perception_r1.cli import main
-from tests.readme import ROOT, file_blocks
-from tests.test_readme import FIFTH_TASK, SMALL, expanded
+from tests.readme import ROOT, commands, file_blocks
+from tests.test_readme import SMALL, expanded
 
-FILES = file_blocks("README.md")
+PAGE = "docs/own-task.md"
+FILES = file_blocks(PAGE)
 SOURCE, CONFIG = "src/perception_r1/tasks/colour.py", "configs/task/colour.yaml"
 RUN_ALL = """
 import json, sys
@@ -25,33 +26,29 @@ for arguments in json.loads(sys.argv[1]):
 """Runs several command lines in one process, whose start is most of the time."""
 
 
-def test_the_readme_shows_one_python_file_and_one_yaml_file() -> None:
+def test_a_task_is_a_python_file_of_at_most_60_lines_and_a_yaml_file() -> None:
     assert set(FILES) == {SOURCE, CONFIG}
+    assert len(FILES[SOURCE].splitlines()) <= 60
 
 
 def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
-    """In a copy of the project, so that the files can lie where the README puts them."""
+    """In a copy of the project, so that the files can lie where the documentation puts them."""
     for folder in ("src", "configs"):
         copy_texts(ROOT / folder, tmp_path / folder)
     for path, text in FILES.items():
         (tmp_path / path).write_text(text, encoding="utf-8")
-    (tmp_path / "rows.jsonl").write_text(
-        '{"shape": "circle", "colour": "red", "completion": "red<|im_end|>"}\n'
-        '{"shape": "circle", "colour": "red", "completion": "blue"}\n'.replace("{", '{"width": 8, "height": 8, '),
+    write_rows(tmp_path / "shapes.jsonl")
+    (tmp_path / "answers.jsonl").write_text(
+        '{"width": 8, "height": 8, "shape": "circle", "colour": "red", "completion": "red<|im_end|>"}\n'
+        '{"width": 8, "height": 8, "shape": "circle", "colour": "red", "completion": "blue"}\n',
         encoding="utf-8",
     )
-    train = next(
-        found
-        for found in expanded(
-            f"make train {FIFTH_TASK}",
-        )
-        if "fit" in found
-    )[1:]
     small = [*SMALL, "--embedded.cache_dir", str(tmp_path / "cache")]
+    trainings = [found[1:] for command in commands(PAGE) for found in expanded(command) if "fit" in found]
     lines = [
-        [*train, *small],
-        ["validate", *train[1:], *small, "--ckpt_path", "best"],
-        ["score", "--task", "colour", "--codec", "qwen2_vl", "rows.jsonl"],
+        *([*training, *small] for training in trainings),
+        ["validate", *trainings[0][1:], *small, "--ckpt_path", "best"],
+        ["score", "--task", "colour", "--codec", "qwen2_vl", "answers.jsonl"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, json.dumps(lines)],
@@ -62,33 +59,37 @@ def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    card = json.loads((tmp_path / "logs/colour/version_0/run.json").read_text(encoding="utf-8"))
-    assert (card["status"], card["steps"]) == ("finished", 2)
-    assert {"reward", "match", "accuracy"} <= set(card["after"])
+    cards = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.glob("logs/colour/*/run.json"))]
+    assert [(card["status"], card["steps"]) for card in cards] == [("finished", 2)] * 2
+    assert {"reward", "match", "accuracy"} <= {name.removeprefix("reward/") for name in cards[0]["after"]}
     assert [json.loads(line)["reward"] for line in done.stdout.splitlines() if line.startswith("{")] == [1.0, 0.0]
 
 
 def test_the_files_may_lie_outside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "colour.py").write_text(FILES[SOURCE], encoding="utf-8")
+    (tmp_path / CONFIG).parent.mkdir(parents=True)
     config = FILES[CONFIG].replace("ColourData", "colour.ColourData")
-    (tmp_path / "colour.yaml").write_text(config, encoding="utf-8")
-    for index in range(6):
-        Image.new("RGB", (56, 56), (40 * index, 0, 0)).save(tmp_path / f"{index}.png")
-    rows = [{"image": f"{index}.png", "shape": "circle", "colour": "red"} for index in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / CONFIG).write_text(config, encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["perception-r1"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
-    configs = [str(ROOT / "configs" / name) for name in ("default.yaml", "model/tiny.yaml")]
-    files = [part for name in (*configs, "colour.yaml") for part in ("-c", name)]
-    options = [*SMALL, "--embedded.cache_dir", "cache", "--data.train_file", "rows.jsonl"]
+    options = [*SMALL, "--embedded.cache_dir", "cache", "--data", "rows.jsonl"]
     try:
-        assert main(["fit", *files, *options]) == 0
+        assert main(["fit", "--task", "colour", *options]) == 0
     finally:
         sys.modules.pop("colour", None)
     card = json.loads((tmp_path / "logs/colour/version_0/run.json").read_text(encoding="utf-8"))
     assert (card["status"], card["steps"]) == ("finished", 2)
+
+
+def write_rows(path: Path) -> None:
+    """A data file of the task, with its images."""
+    for index in range(6):
+        Image.new("RGB", (56, 56), (40 * index, 0, 0)).save(path.parent / f"{index}.png")
+    rows = [{"image": f"{index}.png", "shape": "circle", "colour": "red"} for index in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def copy_texts(source: Path, target: Path) -> None:

@@ -76,7 +76,7 @@ def test_plain_output_has_no_control_sequences_and_a_terminal_gets_bars():
     assert isinstance(display, Bars)
 
 
-def test_bars_show_steps_figures_and_several_works():
+def test_bars_show_steps_metrics_and_several_works():
     console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=100, color_system=None)
     bars = Bars(console)
     bars.start("training", 3, 10)

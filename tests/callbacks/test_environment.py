@@ -1,4 +1,4 @@
-"""Facts about code and machine."""
+"""What a run card says of code and machine."""
 
 import subprocess
 from pathlib import Path

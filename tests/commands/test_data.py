@@ -1,4 +1,4 @@
-"""`perception-r1 data`: looking at data with the configuration of a run."""
+"""`perception-r1 data`: inspecting data with the configuration of a run."""
 
 import http.server
 import io
@@ -37,7 +37,6 @@ from perception_r1.tasks.ocr import Ocr
 from tests.policy.oracle import noise
 from tests.public_data import coco_file, coco_image, hub_refcoco, instance, picture, write_json
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = {"question": "cup", "box": [10, 20, 50, 80]}
 
 
@@ -48,11 +47,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
     def call(verb: str, *more: object, task: str = "grounding") -> tuple[int, str, str]:
-        names = ("default.yaml", f"task/{task}.yaml", "model/tiny.yaml", f"tiny/{task}.yaml")
         capsys.readouterr()
-        status = main(
-            ["data", verb, *(word for name in names for word in ("-c", str(CONFIGS / name))), *map(str, more)]
-        )
+        status = main(["data", verb, "--task", task, *map(str, more)])
         return status, *capsys.readouterr()
 
     return call
@@ -96,7 +92,7 @@ def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch)
     (size, target, predicted, fields), (_, *nothing, _) = drawn
     assert size == (200, 100)
     assert nothing == [[], []]
-    assert [mark.caption for mark in predicted] == ["dog", "cat"]
+    assert [overlay.caption for overlay in predicted] == ["dog", "cat"]
     for one, other in zip(target, predicted, strict=True):
         assert one.shape != other.shape or one.caption == "cat"  # the answer has whole pixels of the resized image
         assert one.shape == pytest.approx(other.shape, abs=1 / 84)
@@ -152,20 +148,28 @@ def test_check_tells_what_the_model_cannot_take(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "data has to be told what to do: give one of check, stats, convert, fetch"),
-        (["count"], "data has no verb 'count': give one of check, stats, convert, fetch"),
+        ([], "the following arguments are required: verb"),
+        (["count"], "invalid choice: 'count' (choose from 'check', 'stats', 'convert', 'fetch')"),
+        (["check"], "--task is needed, one of counting, detection, grounding, ocr; or -c with"),
     ],
 )
 def test_an_unknown_verb_is_one_sentence(capsys, words, message):
     assert main(["data", *words]) == 2
-    assert capsys.readouterr() == ("", f"perception-r1: error: {message}\n")
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.startswith("perception-r1 data: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
 
 
 def test_help_tells_the_verbs(capsys):
     assert main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     assert "usage: perception-r1 data {check,stats,convert,fetch}" in text
-    assert all(f"\n{verb}  " in text for verb in ("check", "stats", "convert", "fetch"))
+    assert all(f" {verb}: " in text for verb in ("check", "stats", "convert", "fetch"))
+    assert main(["data", "check", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert [word for word in ("perception-r1 data check --task NAME", "--split", "--to", "--data.help") if word not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_what_a_user_can_get_wrong_is_one_sentence(run, tmp_path, verb, options,
     status, out, errors = run(verb, *options)
     assert (status, out) == (2, "")
     assert message in errors
-    assert errors.startswith("perception-r1: error: ")
+    assert errors.startswith("perception-r1 data: error: ")
     assert errors.count("\n") == 1
 
 
@@ -242,7 +246,7 @@ def test_stats_are_those_worked_out_by_hand(run, tmp_path, folder):
     assert found["prompt tokens"].endswith("; 100.00% over 1")
 
 
-def test_stats_of_made_scenes_count_each_scene_once(run):
+def test_stats_of_synthetic_scenes_count_each_scene_once(run):
     status, text, _ = run("stats", "--data.num_val=30", "--split", "val", "--data.eval_split", "train")
     found = table_of(text)
     assert status == 0
@@ -299,7 +303,7 @@ def test_shares_over_a_limit():
     assert share_over([], 3) is None
 
 
-def test_a_survey_opens_no_picture(folder):
+def test_statistics_open_no_picture(folder):
     target = CountingTarget(count=2, points=((0.5, 0.5), (0.1, 0.1)))
     names = ["a", "b", "a"]
     samples = [
@@ -450,7 +454,7 @@ def server(tmp_path):
         found.shutdown()
 
 
-def test_fetch_puts_the_pictures_where_the_rows_look_for_them(run, tmp_path, monkeypatch, server):
+def test_fetch_puts_the_pictures_where_the_rows_expect_them(run, tmp_path, monkeypatch, server):
     data = io.BytesIO()
     Image.new("RGB", (200, 100)).save(data, "PNG")
     (tmp_path / "web" / "a").write_bytes(data.getvalue())

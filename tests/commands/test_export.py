@@ -235,8 +235,8 @@ def test_the_model_card_tells_the_run(runs, exported):
         f"| reward | {card['before']['reward']:.4f} | {card['after']['reward']:.4f} |",
         "after 3 steps",
         "holds the weights of step 2",
-        "```bash\nperception-r1 fit --config=",
-        "--task=full",
+        "```bash\nperception-r1 fit --task=grounding --variant=sft ",
+        "--run_name=full-sft",
         "is that of its base model",
     ):
         assert words in text

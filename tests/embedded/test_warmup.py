@@ -1,10 +1,15 @@
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import perception_r1
 from perception_r1.data.synthetic.worlds import GroundingWorld
 from perception_r1.embedded.warmup import EmbeddedConfig, StopAtLoss, warm_policy
 from perception_r1.policy.load import PolicyConfig
@@ -74,6 +79,46 @@ def test_everything_that_shapes_it_gives_another_folder(tmp_path, untrained):
         warm(config, CountingData()),
     ]
     assert len(set(folders)) == len(folders)
+
+
+IMPORTS = """
+import sys, perception_r1
+from perception_r1.tasks.{task} import {data}
+{data}()
+from perception_r1.embedded import warmup
+print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("perception_r1")), sep="\\n")
+"""
+"""A program that makes what a warm start needs, and names the files that it imports for that."""
+
+
+def imported(task: str) -> list[str]:
+    words = [sys.executable, "-c", IMPORTS.format(task=task, data=f"{task.capitalize()}Data")]
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    package = Path(perception_r1.__file__).parent
+    return [str(Path(line).relative_to(package)) for line in output.split()]
+
+
+def test_a_change_of_any_file_that_it_imports_makes_another_warm_start(tmp_path, untrained, monkeypatch):
+    package = shutil.copytree(Path(perception_r1.__file__).parent, tmp_path / "package")
+    files = imported("grounding")
+    assert {"data/loading.py", "data/module.py", "data/synthetic/worlds.py", "rows.py", "policy/policy.py"} <= {*files}
+    monkeypatch.setattr(perception_r1, "__file__", str(package / "__init__.py"))
+    first = warm(config_of(tmp_path))
+    for file in files:
+        text = (package / file).read_text()
+        (package / file).write_text(f"{text}\n# changed\n")
+        assert warm(config_of(tmp_path)) != first, file
+        (package / file).write_text(text)
+    assert warm(config_of(tmp_path)) == first
+
+
+def test_code_that_shows_or_starts_a_run_does_not_shape_it(tmp_path, untrained, monkeypatch):
+    package = shutil.copytree(Path(perception_r1.__file__).parent, tmp_path / "package")
+    monkeypatch.setattr(perception_r1, "__file__", str(package / "__init__.py"))
+    first = warm(config_of(tmp_path))
+    for file in ("cli.py", "commands/training.py", "callbacks/progress.py"):
+        (package / file).write_text("")
+    assert warm(config_of(tmp_path)) == first
 
 
 def test_files_of_the_run_and_the_place_of_the_cache_do_not_shape_it(tmp_path, untrained):

@@ -4,8 +4,11 @@ So no number travels from the device to the host between encoding and the optimi
 the wrong one of the two.
 """
 
+import math
+
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from perception_r1.grpo import grpo_loss
 from perception_r1.policy.load import LoraConfig, PolicyConfig
@@ -91,9 +94,21 @@ def test_a_prefill_reads_nothing_back_from_the_device(policy):
     assert cache.keys[0].shape[::2] == (prompts, room)
 
 
-def test_mixed_precision_reads_nothing_back_from_the_device(policy):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        update(policy, encode(policy), 70)
+@ONE_KIND
+def test_flash_attention_in_the_tower_gets_segments_on_the_device_and_their_longest_from_the_host(policy, monkeypatch):
+    lengths = []
+
+    def attend(module, query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **kwargs):
+        assert cu_seq_lens_q.device.type == cu_seq_lens_k.device.type == "meta"
+        lengths.append((max_length_q, max_length_k))
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", attend)
+    policy.model.model.visual.config._attn_implementation = "flash_attention_2"
+    prompts = encode(policy)
+    update(policy, prompts)
+    largest = max(map(math.prod, prompts.image_grids))  # no image is larger than a window
+    assert set(lengths) == {(largest, largest)}
 
 
 PLANTED = {

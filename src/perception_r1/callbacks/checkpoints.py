@@ -155,7 +155,7 @@ def next_log_step(path: Path) -> int:
     """The step under which a run that goes on from a checkpoint logs next: batches count, not their updates."""
     checkpoint = torch.load(path, mmap=True, weights_only=True)
     num_batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"]
-    return num_batches - (checkpoint["callbacks"]["Checkpoints"].get("cut") is not None)
+    return int(num_batches) - (checkpoint["callbacks"]["Checkpoints"].get("cut") is not None)
 
 
 def _logged_metrics(trainer: Trainer) -> dict[str, float]:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 from rich import progress
 from rich.console import Console, RenderableType
@@ -18,23 +17,7 @@ _LINE_SECONDS = 1.0
 """... but not sooner than this after the line before."""
 
 
-class Display(Protocol):
-    """Something that shows several works in progress, each under a name."""
-
-    def start(self, name: str, done: int, total: int | None) -> None:
-        """Begin a work of which `done` of `total` steps are done; the total of an endless one is None."""
-
-    def advance(self, name: str, done: int, metrics: Mapping[str, float]) -> None:
-        """Show that `done` steps are done, and the metrics of the last one."""
-
-    def finish(self, name: str) -> None:
-        """End one work."""
-
-    def close(self) -> None:
-        """End all works and leave the terminal in order."""
-
-
-def open_display(console: Console, line_seconds: float) -> Display:
+def open_display(console: Console, line_seconds: float) -> "Display":
     """Bars where the console can redraw them, else plain lines at most `line_seconds` apart."""
     return Bars(console) if console.is_interactive else Lines(console, line_seconds)
 
@@ -47,7 +30,7 @@ class Bars:
     """
 
     def __init__(self, console: Console) -> None:
-        self._progress = _FiguredProgress(
+        self._progress = _ProgressWithMetrics(
             progress.TextColumn("{task.description:<10}"),
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
@@ -62,7 +45,7 @@ class Bars:
         self._progress.start()
 
     def start(self, name: str, done: int, total: int | None) -> None:
-        """Add a bar."""
+        """Add a bar of which `done` of `total` steps are done; the total of an endless work is None."""
         self.finish(name)
         self._works[name] = self._progress.add_task(name, total=total, completed=done)
 
@@ -84,7 +67,7 @@ class Bars:
         self._progress.stop()
 
 
-class _FiguredProgress(progress.Progress):
+class _ProgressWithMetrics(progress.Progress):
     """Rich's progress bars with one more line."""
 
     metrics = Text()
@@ -97,7 +80,7 @@ class _FiguredProgress(progress.Progress):
 
 @dataclass(slots=True)
 class _Work:
-    """What plain lines remember of one work."""
+    """What plain lines know of one work."""
 
     done_at_start: int
     total: int | None
@@ -150,6 +133,10 @@ class Lines:
     def close(self) -> None:
         """Forget all works."""
         self._works.clear()
+
+
+Display = Bars | Lines
+"""Something that shows several works in progress, each under a name."""
 
 
 def _count(name: str, done: int, total: int | None) -> str:

@@ -1,40 +1,18 @@
-"""Facts about the machine and the code that a run depends on, as plain data."""
+"""The machine and the code that a run depends on, as plain data."""
 
 import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TypedDict
 
 import torch
+
+from perception_r1.callbacks.files import Json
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "numpy", "perception_r1")
 _GIT_SECONDS = 10
 """A repository on a slow disk must not hold a run up."""
-
-
-class Git(TypedDict):
-    """State of a repository: the commit checked out and whether files differ from it."""
-
-    commit: str
-    is_dirty: bool
-
-
-class Gpu(TypedDict):
-    """One GPU."""
-
-    name: str
-    memory_gib: float
-
-
-class Hardware(TypedDict):
-    """The machine; memory in GiB, None where it is not known."""
-
-    cpu: str
-    cores: int | None
-    memory_gib: float | None
-    gpus: list[Gpu]
 
 
 def versions() -> dict[str, str | None]:
@@ -42,7 +20,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
-def git_state(folder: Path) -> Git | None:
+def git_state(folder: Path) -> dict[str, Json] | None:
     """Commit and dirtiness of the repository that holds a folder; None when there is none, or no git."""
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
     if commit is None or changes is None:
@@ -50,8 +28,8 @@ def git_state(folder: Path) -> Git | None:
     return {"commit": commit, "is_dirty": bool(changes)}
 
 
-def hardware() -> Hardware:
-    """CPU, memory and GPUs of this machine."""
+def hardware() -> dict[str, Json]:
+    """CPU, memory in GiB and GPUs of this machine; None for what is not known."""
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "cpu": _cpu_model(),

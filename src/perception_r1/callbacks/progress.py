@@ -17,12 +17,16 @@ DEFAULT_METRICS = ("train/reward", "train/kl", "train/completion_length", "train
 class Progress(ProgressBar):
     """Show steps, time gone, time left and metrics of the whole fit, and each validation on a bar of its own.
 
-    Steps are those of the optimiser where `trainer.max_steps` is set, else batches of all epochs.
+    Steps are those of the optimiser where `trainer.max_steps` is set, else batches of all epochs. (Lightning's own
+    RichProgressBar knows one epoch only, and writes nothing into a log file before the end.)
 
     Args:
         metrics: Tags of the metrics to show, those that are logged.
         plain_seconds: Without a terminal: the longest time between two lines while there is progress.
     """
+
+    name = "training"
+    """What the fit is called."""
 
     def __init__(self, metrics: Sequence[str] = DEFAULT_METRICS, plain_seconds: float = 20.0) -> None:
         super().__init__()
@@ -47,7 +51,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or take up where a checkpoint left off."""
-        self._start("training", *fit_progress(trainer))
+        self._start(self.name, *fit_progress(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,7 +60,7 @@ class Progress(ProgressBar):
         if self._is_enabled and self._display is not None:
             logged = trainer.callback_metrics
             metrics = {short_name(tag): float(logged[tag]) for tag in self.metrics if tag in logged}
-            self._display.advance("training", fit_progress(trainer)[0], metrics)
+            self._display.advance(self.name, fit_progress(trainer)[0], metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the terminal to those who report after training."""
@@ -121,6 +125,12 @@ class Progress(ProgressBar):
         if self._display is not None:
             self._display.close()
             self._display = None
+
+
+class WarmStartProgress(Progress):
+    """The same for the warm start of the embedded policy, which is a fit too."""
+
+    name = "warm start"
 
 
 def fit_progress(trainer: Trainer) -> tuple[int, int | None]:

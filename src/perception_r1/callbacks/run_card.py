@@ -59,7 +59,7 @@ class RunCard(Callback):
 def status_of(exception: BaseException) -> str:
     r"""How a run ended that an exception ended, in one sentence.
 
-    >>> status_of(ValueError("No images found.\nLook elsewhere."))
+    >>> status_of(ValueError("No images found.\nTry another folder."))
     'failed: ValueError: No images found.'
     """
     if isinstance(exception, SIGTERMException):

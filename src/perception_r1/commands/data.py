@@ -1,23 +1,19 @@
-"""`perception-r1 data check|stats|convert|fetch`: look at data before a run, with the configuration of that run.
-
-check    every row and picture; names each bad row, and shows three samples as the model is to answer them
-stats    sizes, tokens, objects
-convert  any source to JSON lines of the project's own form
-fetch    the pictures that a source names by URL
-"""
+"""`perception-r1 data check|stats|convert|fetch`: inspect data before a run, with the configuration of that run."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
 from rich.table import Table
 
 from perception_r1.codecs import Codec
+from perception_r1.commands.compose import compose
+from perception_r1.commands.configuration import EMBEDDED, PARSER, ConfiguredCLI
+from perception_r1.commands.options import new_parser, parse, run_command
 from perception_r1.commands.reader import load_reader, sample_check
 from perception_r1.commands.statistics import (
     DatasetStatistics,
@@ -26,52 +22,38 @@ from perception_r1.commands.statistics import (
     share_over,
     spread,
 )
-from perception_r1.commands.training import EMBEDDED, PerceptionCLI
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
 from perception_r1.data.loading import load_sample_image
-from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import check, load
 from perception_r1.data.sources import Source
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
-from perception_r1.modules.base import PolicyModule
 from perception_r1.policy.processor import Processor
-from perception_r1.records import Sample, Split
+from perception_r1.records import Sample
 
+_DESCRIPTION = "Inspect data before a run, with the configuration of that run."
+_VERBS = (
+    "check: read every row and picture, name each bad row, show three samples as the model is to answer them; "
+    "stats: sizes, tokens, objects; convert: any source to JSON lines of the project's own form; "
+    "fetch: the pictures that a source names by URL"
+)
 _NUM_SHOWN = 3
 """Samples whose answer is written out and drawn."""
 
 
-class _DataCLI(PerceptionCLI):
-    """The command line of a run, of which only data, task and the model's processor are used."""
+class DataCLI(ConfiguredCLI):
+    """The configuration of a run, of which only data, task and the model's processor are used.
+
+    There is no trainer: the data of a run on eight devices can be inspected on a laptop.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options besides those of a run."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="Rows to look at.")
+        parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="Rows to read.")
         parser.add_argument("--to", type=Path | None, default=None, help="Folder for what is written.")
         parser.add_argument("--num_threads", type=int, default=16, help="Pictures that are fetched at once.")
-
-    def before_instantiate_classes(self) -> None:
-        """There is no checkpoint."""
-
-    def after_instantiate_classes(self) -> None:
-        """There is no warm start."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """There is none: the data of a run on eight devices can be looked at on a laptop."""
-        return cast(Trainer, None)
-
-    @property
-    def data(self) -> TaskDataModule:
-        """The data module of the configuration."""
-        return self.datamodule
-
-    @property
-    def split(self) -> Split:
-        """Rows to look at."""
-        return self.config.split
 
     def sources(self) -> dict[str, Source]:
         """Sources of the split by name.
@@ -79,40 +61,43 @@ class _DataCLI(PerceptionCLI):
         Raises:
             UserError: The configuration has synthetic scenes.
         """
-        if not self.data.sources:
-            raise UserError("synthetic scenes need no check and no conversion; give DATA, or --data.train_file")
-        found = self.data.sources.get(self.split) or self.data.sources.get("train")
+        if not self.datamodule.sources:
+            raise UserError(
+                "synthetic scenes need no check and no conversion; give --data, a name or a file of JSON lines"
+            )
+        found = self.datamodule.sources.get(self.config.split) or self.datamodule.sources.get("train")
         if found is None:
-            known = " or ".join(f"--split {split}" for split in self.data.sources)
-            raise UserError(f"the configuration has no {self.split} rows; give {known}")
+            known = " or ".join(f"--split {split}" for split in self.datamodule.sources)
+            raise UserError(f"the configuration has no {self.config.split} rows; give {known}")
         return found
 
     @cached_property
     def reader(self) -> tuple[Codec, Processor]:
         """How the model reads."""
-        config = cast(PolicyModule, self.model).policy_config
+        config = self.model.policy_config
         embedded = self.config_init.embedded if config.name == EMBEDDED else None
-        return load_reader(config, embedded, self.data)
+        return load_reader(config, embedded, self.datamodule)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one verb; the result is the exit status: 1 where `check` found a bad row or `fetch` failed on a picture."""
+    return run_command("data", _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     verbs = {"check": _check, "stats": _stats, "convert": _convert, "fetch": _fetch}
-    if argv[:1] in (["-h"], ["--help"]):
-        sys.stdout.write(f"usage: perception-r1 data {{{','.join(verbs)}}} [CONFIGURATION OF A RUN]\n\n{__doc__}")
-        return 0
-    if not argv or argv[0] not in verbs:
-        what = f"no verb {argv[0]!r}" if argv else "to be told what to do"
-        sys.stderr.write(f"perception-r1: error: data has {what}: give one of {', '.join(verbs)}\n")
-        return 2
-    return verbs[argv[0]](_DataCLI.of(list(argv[1:]), run=False))
+    parser = new_parser("data", _DESCRIPTION, "`perception-r1 data check --help` shows the options.")
+    parser.add_argument("verb", choices=verbs, help=_VERBS)
+    verb: str = parse(parser, argv[:1]).verb
+    parser_kwargs = PARSER | {"prog": f"perception-r1 data {verb}", "description": _DESCRIPTION}
+    return verbs[verb](DataCLI(compose(argv[1:]), run=False, save_config_callback=None, parser_kwargs=parser_kwargs))
 
 
-def _check(cli: _DataCLI) -> int:
+def _check(cli: DataCLI) -> int:
     num_rows = num_bad = 0
     shown: list[Sample[Any]] = []
-    sources, data, (_, processor) = cli.sources(), cli.data, cli.reader
-    check_sample = sample_check(processor, data.task, cast(PolicyModule, cli.model).policy_config.max_prompt_length)
+    sources, data, (_, processor) = cli.sources(), cli.datamodule, cli.reader
+    check_sample = sample_check(processor, data.task, cli.model.policy_config.max_prompt_length)
     for source in sources.values():
         for checked in check(source, data.task, image_check=data.image_check, check_sample=check_sample):
             num_rows += 1
@@ -127,9 +112,9 @@ def _check(cli: _DataCLI) -> int:
     return 1 if num_bad else 0
 
 
-def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
+def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
     """Write out and draw what the model is to answer; the drawn answer was read back from that text."""
-    cards, task, (codec, processor) = [], cli.data.task, cli.reader
+    cards, task, (codec, processor) = [], cli.datamodule.task, cli.reader
     for sample in samples:
         image_size = processor.image_size(sample.width, sample.height)
         try:
@@ -155,8 +140,8 @@ def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
         sys.stdout.write(f"drawn in {path}\n")
 
 
-def _stats(cli: _DataCLI) -> int:
-    data, module, (codec, processor) = cli.data, cast(PolicyModule, cli.model), cli.reader
+def _stats(cli: DataCLI) -> int:
+    data, module, (codec, processor) = cli.datamodule, cli.model, cli.reader
     if data.sources:
         groups: dict[str, Iterator[Sample[Any]]] = {
             name: (found.sample for found in check(source, data.task, image_check="header") if found.sample is not None)
@@ -164,11 +149,11 @@ def _stats(cli: _DataCLI) -> int:
         }
     else:
         data.setup()
-        groups = {"synthetic scenes": iter(data.samples(cli.split))}
+        groups = {"synthetic scenes": iter(data.samples(cli.config.split))}
     for name, samples in groups.items():
         get_console().print(
             _table(
-                name or cli.split,
+                name or cli.config.split,
                 collect_statistics(samples, data.task, codec, processor),
                 max_prompt_length=module.policy_config.max_prompt_length,
                 max_new_tokens=module.max_new_tokens,
@@ -202,18 +187,20 @@ def _table(title: str, found: DatasetStatistics, *, max_prompt_length: int | Non
     return table
 
 
-def _convert(cli: _DataCLI) -> int:
+def _convert(cli: DataCLI) -> int:
     if cli.config.to is None:
         raise UserError("convert needs --to FOLDER")
     for name, source in cli.sources().items():
         folder = cli.config.to / name
-        samples = load(source, cli.data.task, on_bad_row=cli.data.on_bad_row, image_check=cli.data.image_check)
+        samples = load(
+            source, cli.datamodule.task, on_bad_row=cli.datamodule.on_bad_row, image_check=cli.datamodule.image_check
+        )
         num_rows = convert(samples, folder)
         sys.stdout.write(f"{num_rows} rows in {folder / ROWS}\n")
     return 0
 
 
-def _fetch(cli: _DataCLI) -> int:
+def _fetch(cli: DataCLI) -> int:
     sources = cli.sources().values()
     downloads = [download for source in sources for download in source.downloads()]
     if not downloads:

@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +15,16 @@ from perception_r1.errors import UserError
 from perception_r1.task import Task
 
 ValueT = TypeVar("ValueT")
+_SIGTERM_STATUS = 143
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes .*? Errors: - (.*?)"
+    r"(?: - Expected a (?:<class 'NoneType'>|NoneType))* Given value type: .*"
+)
+"""How jsonargparse tells why none of several types fits; what matters is between."""
 
 
 def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; a user's error is told in one sentence on stderr.
+    """Run a command; an error that speaks to the user ends in its sentence on stderr, any other in a traceback.
 
     Args:
         name: The command as it is called on the command line.
@@ -27,17 +32,31 @@ def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequen
         argv: The arguments.
 
     Returns:
-        The exit status: that of the command, or 2 after a user's error.
+        The exit status: that of the command, 2 after a user's error, or 143 after SIGTERM.
     """
     try:
         return command(argv)
-    except UserError as error:
-        if os.environ.get("PERCEPTION_R1_TRACEBACK"):
+    except SystemExit as end:  # --help, or Lightning's way to stop
+        is_terminated = type(end).__name__ == "SIGTERMException"  # Lightning's, which is not imported for `score`
+        if is_terminated or isinstance(end.__context__, KeyboardInterrupt):
+            what = "SIGTERM" if is_terminated else "Ctrl-C"
+            sys.stderr.write(f"Stopped by {what}; --ckpt_path last goes on from the last checkpoint.\n")
+        return _SIGTERM_STATUS if is_terminated else end.code if isinstance(end.code, int) else 0
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None or os.environ.get("PERCEPTION_R1_TRACEBACK"):
             raise
-        sys.stderr.write(f"perception-r1 {name}: error: {error}\n")
+        sys.stderr.write(f"{f'perception-r1 {name}'.strip()}: error: {sentence}\n")
         return 2
-    except SystemExit as end:  # --help
-        return int(end.code or 0)
+
+
+def _sentence(error: BaseException | None) -> str | None:
+    """What speaks to the user in an error, which the parser may have wrapped in errors of its own; None if nothing."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    told = (UserError, lightning.MisconfigurationException) if lightning else UserError
+    while error is not None and not isinstance(error, told):
+        error = error.__cause__ or error.__context__
+    return None if error is None else str(error)
 
 
 def new_parser(name: str, description: str, epilog: str | None = None) -> jsonargparse.ArgumentParser:
@@ -65,19 +84,41 @@ def plain(message: str) -> str:
     >>> plain("Parser key \"think\":\n  Expected a <class 'bool'>. Got value: maybe")
     '--think: Expected a bool. Got value: maybe'
     """
-    message = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split()))
+    message = _UNION.sub(r"\1", " ".join(message.split()))
+    message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
     return re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
 
 
+def first_options(argv: Sequence[str], *names: str) -> tuple[dict[str, list[str]], list[str]]:
+    """All values of a few options, taken out before the parser of the others can be made.
+
+    Returns:
+        The values of each option that was given, and what is left.
+
+    Raises:
+        UserError: An option has no value.
+
+    >>> first_options(["fit", "--task", "ocr", "--model.seed=1", "--task=counting"], "task", "model")
+    ({'task': ['ocr', 'counting']}, ['fit', '--model.seed=1'])
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        parser.add_argument(f"--{name}", action="append")
+    try:
+        found, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    return {name: values for name, values in vars(found).items() if values is not None}, rest
+
+
 def option_value(argv: Sequence[str], option: str) -> str | None:
-    """The last value of an option, looked up before the parser that would know it can be made.
+    """The last value of an option, read before the parser that would know it can be made.
 
     >>> option_value(["a.jsonl", "--task", "ocr", "--think=true"], "--task")
     'ocr'
     """
-    values = [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
-    values += [value for word, value in pairwise(argv) if word == option]
-    return values[-1] if values else None
+    name = option.removeprefix("--")
+    return first_options(argv, name)[0].get(name, [None])[-1]
 
 
 def first_positional(argv: Sequence[str]) -> str | None:

@@ -1,81 +1,76 @@
 """`perception-r1 fit`, `validate` and `test`: a LightningCLI.
 
-It knows every other part and joins them: it registers the tasks, hands the data module's task to the module, warms the
-embedded policy up, and finds the checkpoint that `last` and `best` mean.
+Before anything that takes long it checks what can be checked, finds the checkpoint that `last` and `best` mean, and
+warms the embedded policy up.
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from rich import get_console
 
-from perception_r1.callbacks.before_after import BeforeAfter
-from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints, next_log_step
-from perception_r1.callbacks.log_samples import LogSamples
-from perception_r1.callbacks.progress import Progress
-from perception_r1.callbacks.run_card import RunCard
+from perception_r1.callbacks.checkpoints import FOLDER, next_log_step
+from perception_r1.callbacks.progress import WarmStartProgress
+from perception_r1.commands.compose import compose
+from perception_r1.commands.configuration import EMBEDDED, PARSER, ConfiguredCLI
+from perception_r1.commands.options import run_command
 from perception_r1.commands.reader import load_reader, sample_check
-from perception_r1.data.module import TaskDataModule
-from perception_r1.embedded.warmup import EmbeddedConfig, warm_policy
+from perception_r1.embedded.warmup import warm_policy
 from perception_r1.errors import UserError
-from perception_r1.evaluation.callback import Evaluation
 from perception_r1.evaluation.key import EVALUATION, evaluation_key
-from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
-from perception_r1.modules.base import PolicyModule
-from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the short names known
 
-EMBEDDED = "tiny"
-"""Name of the embedded policy."""
-
+_VERBS = {"fit": "Training", "validate": "Validating", "test": "Evaluating"}
 _DESCRIPTION = "Post-train and evaluate vision-language models on visual perception."
 _EPILOG = (
     "Besides these: `perception-r1 data --help`, data before a run; `perception-r1 predict --help`, answers to "
     "pictures; `perception-r1 export --help`, a checkpoint as a model folder; `perception-r1 score --help`, reward and "
     "components of completions that came from anywhere."
 )
+_NUM_PROCESSES = 2
+"""Processes on the CPU that any machine may start: training on several devices can be tried out everywhere."""
 
 
-class PerceptionCLI(LightningCLI):
-    """LightningCLI with this project's callbacks, links and names."""
+def main(argv: Sequence[str]) -> int:
+    """Run a verb of the trainer; the result is the exit status."""
+    return run_command(argv[0] if argv and argv[0] in _VERBS else "", _run, argv)
 
-    @classmethod
-    def of(cls, args: list[str] | None, *, run: bool = True) -> Self:
-        """Parse a command line (None: that of the process), instantiate, and run the verb unless told otherwise."""
-        mode: dict[str, Any] = {"parser_mode": "omegaconf+"}
-        verbs = cls.subcommands() if run else ()
-        return cls(
-            PolicyModule,
-            TaskDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs=mode | {"description": _DESCRIPTION, "epilog": _EPILOG} | dict.fromkeys(verbs, mode),
-            args=args,
-            run=run,
-        )
+
+def _run(argv: Sequence[str]) -> int:
+    args = [argv[0], *compose(argv[1:])] if argv and argv[0] in _VERBS else argv
+    parsers = {verb: dict(PARSER) for verb in _VERBS}
+    PerceptionCLI(
+        args,
+        save_config_callback=SaveSettings,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs=PARSER | {"usage": None, "description": _DESCRIPTION, "epilog": _EPILOG} | parsers,
+    )
+    return 0
+
+
+class SaveSettings(SaveConfigCallback):
+    """Write the configuration of a run to config.yaml, to go on from, and to the logger, which shows it."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand the configuration to the loggers; checkpoints hold none of it, they must not change later options."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+
+
+class PerceptionCLI(ConfiguredCLI):
+    """The trainer's verbs."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The trainer's own, but for `predict`: that is a command which needs no data set."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options besides trainer, model and data."""
-        parser.add_argument("--task", type=str, default="run", help="Name of the folder under logs/ for the runs.")
-        parser.add_class_arguments(EmbeddedConfig, "embedded")
-        for callback, group in (
-            (Progress, "progress"),
-            (Checkpoints, "checkpoints"),
-            (LogSamples, "log_samples"),
-            (RunCard, "run_card"),
-            (BeforeAfter, "before_after"),
-            (Evaluation, "evaluation"),
-        ):
-            parser.add_lightning_class_args(callback, group)
-        parser.link_arguments("data.task", "model.init_args.task", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "model.init_args.seed")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
+        return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in _VERBS}
 
     def before_instantiate_classes(self) -> None:
         """Turn the checkpoint names `last` and `best` into files; what goes on does so in its own folder."""
@@ -86,7 +81,7 @@ class PerceptionCLI(LightningCLI):
         if name in ("last", "best"):
             if not has_folder:
                 raise UserError(f"--ckpt_path {name} needs one logger that writes to a folder; give the file instead.")
-            checkpoint = find_checkpoint(Path(settings.save_dir) / settings.name, name)
+            checkpoint = find_checkpoint(Path(settings.save_dir) / (settings.name or config.run_name), name)
             config.ckpt_path = str(checkpoint)
             if self.subcommand == "fit":
                 settings.version = checkpoint.parents[1].name
@@ -95,26 +90,70 @@ class PerceptionCLI(LightningCLI):
         if has_folder and self.subcommand == "test" and settings.get("version") is None:
             settings.version = EVALUATION + evaluation_key(config.as_dict())
 
-    def after_instantiate_classes(self) -> None:
-        """Put the warmed-up folder where the configuration says `tiny`."""
+    def instantiate_classes(self) -> None:
+        """Make the trainer besides; a logger without a name of its own writes to the folder of the run's name.
+
+        Raises:
+            UserError: The trainer refuses its settings.
+        """
         config = self.config[self.subcommand]
+        settings: Any = getattr(config.trainer.logger, "init_args", {})
+        is_unnamed = settings.get("name", "") is None
+        if is_unnamed:
+            settings.name = config.run_name
+        super().instantiate_classes()
+        if is_unnamed:
+            settings.name = None  # as it was: config.yaml may be run again under another name
+        try:
+            self.trainer = self.instantiate_trainer()
+        except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def after_instantiate_classes(self) -> None:
+        """Check all that needs no model; then put the warmed-up folder where the configuration says `tiny`."""
+        verb = str(self.subcommand)
         is_embedded = self.model.policy_config.name == EMBEDDED
-        embedded = self.config_init[self.subcommand].embedded if is_embedded else None
+        check_devices(self.trainer)
+        self.datamodule.trainer = self.trainer  # it tells among how many processes the samples are divided
+        if verb == "fit":
+            self.model.check_trainer(self.trainer)
+        embedded = self.config_init[verb].embedded if is_embedded else None
         if self.datamodule.sources:  # synthetic scenes suit every model
             _, processor = load_reader(self.model.policy_config, embedded, self.datamodule)
             max_prompt_length = self.model.policy_config.max_prompt_length
             self.datamodule.check_sample = sample_check(processor, self.datamodule.task, max_prompt_length)
-        if embedded is None:
-            return
-        self.datamodule.setup(self.subcommand)  # a bad data file is found before minutes of warm start
-        folder = warm_policy(
-            embedded,
-            self.datamodule,
-            seed=config.seed_everything,
-            max_new_tokens=self.model.max_new_tokens,
-            callbacks=lambda: [Progress(metrics=["train/loss"])],
-        )
-        self.model.policy_config.name = str(folder)
+        if verb == "fit" or is_embedded:
+            self.datamodule.setup(verb)
+        if verb == "fit":
+            self.datamodule.train_dataloader()  # refuses what does not fill a step
+        if self.trainer.is_global_zero:
+            get_console().print(f"{_VERBS[verb]} on {describe_devices(self.trainer)}.", highlight=False)
+        if embedded is not None:
+            folder = warm_policy(
+                embedded,
+                self.datamodule,
+                seed=self.config[verb].seed_everything,
+                max_new_tokens=self.model.max_new_tokens,
+                callbacks=lambda: [WarmStartProgress(metrics=["train/loss"])],
+            )
+            self.model.policy_config.name = str(folder)
+
+
+def check_devices(trainer: Trainer) -> None:
+    """Refuse more processes on the CPU than it has cores; of other devices the trainer itself knows the number.
+
+    Raises:
+        UserError: There are too many.
+    """
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(cores, _NUM_PROCESSES):
+        raise UserError(f"trainer.devices is {trainer.num_devices}, and this machine has {cores} cores: give fewer")
+
+
+def describe_devices(trainer: Trainer) -> str:
+    """What a run computes with: "cpu, 1 device, 32-true"."""
+    number = trainer.world_size
+    return f"{trainer.accelerator.name()}, {number} device{'s' * (number > 1)}, {trainer.precision}"
 
 
 def find_checkpoint(runs: Path, name: str) -> Path:

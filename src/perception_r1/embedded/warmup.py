@@ -29,11 +29,8 @@ from perception_r1.modules.sft import SFT
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.processor import Processor
 
-_SHAPING_CODE = (
-    *("embedded", "policy", "modules/base.py", "modules/sft.py"),
-    *("task.py", "records.py", "codecs.py", "data/synthetic/scenes.py", "data/synthetic/render.py"),
-)
-"""Files of the package that decide what the warm start is, besides the task's own."""
+_WITHOUT_EFFECT = ("commands", "callbacks", "cli.py", "__main__.py")
+"""What of the package the warm start does not use: all other files may decide what it is."""
 _LOSS_MEMORY = 0.95
 """Decay of the moving average of the training loss."""
 _NUM_CORPUS_SAMPLES = 256
@@ -200,12 +197,11 @@ def _fingerprint(config: EmbeddedConfig, scenes: TaskDataModule, seed: int) -> s
     """Hex digest of everything that shapes the warm start."""
     settings = {name: value for name, value in asdict(config).items() if name != "cache_dir"}
     package = Path(perception_r1.__file__).parent
-    files = [file for part in _SHAPING_CODE for file in sorted([package / part, *(package / part).glob("*.py")])]
-    task_files = {Path(inspect.getfile(type(part))) for part in (scenes.task, scenes.world)}
+    files = {path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in _WITHOUT_EFFECT}
+    files |= {Path(inspect.getfile(type(part))) for part in (scenes.task, scenes.world)}  # they may lie elsewhere
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(f"{seed} {scenes.task} {scenes.fingerprint()} {version('torch')} {version('transformers')}".encode())
-    for file in [*files, *sorted(task_files)]:
-        if file.is_file():
-            digest.update(file.read_bytes())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
     return digest.hexdigest()

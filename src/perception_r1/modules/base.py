@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -157,19 +157,32 @@ class PolicyModule(LightningModule):
             UserError: Gradients are clipped or accumulated, or half precision is asked for, by the trainer.
         """
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_trainer()
+            self.check_trainer(self.trainer)
         return []
 
-    def _check_trainer(self) -> None:
-        if self.trainer.gradient_clip_val is not None:
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Refuse a trainer or an optimiser that cannot train this, before any weight is read.
+
+        Raises:
+            UserError: A setting would have no effect, or a wrong one.
+        """
+        if trainer.gradient_clip_val is not None:
             raise UserError("trainer.gradient_clip_val has no effect here; set model.max_grad_norm instead.")
-        if self.trainer.accumulate_grad_batches != 1:
+        if trainer.accumulate_grad_batches != 1:
             raise UserError(
                 "trainer.accumulate_grad_batches has no effect here; set data.batch_size to the prompts of one step "
                 "and model.micro_batch_tokens to what is computed at once."
             )
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise UserError(f"trainer.precision {self.trainer.precision} is not supported; use bf16-mixed or 32-true.")
+        if trainer.precision in ("16-mixed", "16-true"):
+            raise UserError(f"trainer.precision {trainer.precision} is not supported; use bf16-mixed or 32-true.")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UserError(f"trainer.strategy {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
+        if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
+            raise UserError("Set trainer.max_steps or max_epochs: the learning rate decays over a known length.")
+        try:
+            self.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.optimizer: {error}") from error
 
     # -------------------------------------------------------------------------------------------- one update
 

@@ -4,7 +4,6 @@ The hub's own processor classes want a video processor, which wants torchvision;
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -91,28 +90,24 @@ class Processor:
             check_aspect(*image.size)
         pixels = self.image_processor(images=pictures, return_tensors="pt")
         grids: list[Grid] = [tuple(grid) for grid in pixels["image_grid_thw"].tolist()]
-        ends = list(accumulate(len(group) for group in images))
-        grids_of = [grids[end - len(group) : end] for end, group in zip(ends, images, strict=True)]
+        size = self.image_processor.merge_size
+        merged = iter([(times, rows // size, columns // size) for times, rows, columns in grids])  # in tokens
+        merged_of = [[next(merged) for _ in group] for group in images]
         texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True)
-        expanded = [
-            _expand(text, [prod(self._merged(grid)) for grid in own]) for text, own in zip(texts, grids_of, strict=True)
-        ]
+        expanded = [_expand(text, list(map(prod, own))) for text, own in zip(texts, merged_of, strict=True)]
         rows: list[list[int]] = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
         longest = max(map(len, rows))
         if max_tokens is not None and longest > max_tokens:
             raise UserError(
                 f"A prompt has {longest} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
             )
-        positions = [
-            rotary_positions(row, [self._merged(grid) for grid in own], self.image_token_id)
-            for row, own in zip(rows, grids_of, strict=True)
-        ]
+        positions = [rotary_positions(row, own, self.image_token_id) for row, own in zip(rows, merged_of, strict=True)]
         return PromptBatch(
             input_ids=tuple(torch.tensor(row) for row in rows),
             position_ids=tuple(positions),
             next_positions=tuple(int(position.max()) + 1 for position in positions),
             num_images=tuple(len(group) for group in images),
-            image_sizes=tuple(self._image_size(group[0], own[0]) for group, own in zip(images, grids_of, strict=True)),
+            image_sizes=tuple(self.image_size(*group[0].size) for group in images),
             image_grids=tuple(grids),
             pixel_values=pixels["pixel_values"].split([prod(grid) for grid in grids]),
         )
@@ -163,15 +158,6 @@ class Processor:
         rows = [completion.tolist() for completion in completions]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _merged(self, grid: Grid) -> Grid:
-        """Tokens of an image in time, height and width: of several patches each."""
-        size = self.image_processor.merge_size
-        return grid[0], grid[1] // size, grid[2] // size
-
-    def _image_size(self, image: Image.Image, grid: Grid) -> ImageSize:
-        _, rows, columns = (n * self.image_processor.patch_size for n in grid)
-        return ImageSize(width=image.width, height=image.height, resized_width=columns, resized_height=rows)
-
 
 def rotary_positions(input_ids: list[int], grids: Sequence[Grid], image_token_id: int) -> Tensor:
     """Positions in time, height and width of a prompt's tokens, as these families count them.
@@ -186,6 +172,9 @@ def rotary_positions(input_ids: list[int], grids: Sequence[Grid], image_token_id
 
     Returns:
         [3, P].
+
+    >>> rotary_positions([7, 9, 9, 7], [(1, 1, 2)], image_token_id=9).tolist()
+    [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
     """
     blocks, position, index = [], 0, 0
     for grid in grids:

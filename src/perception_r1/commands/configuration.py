@@ -1,0 +1,87 @@
+"""What the trainer's verbs and those of `data` share: the options of a run, its data module and its module.
+
+It joins the other parts: it makes the tasks known and hands the data module's task to the module.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from omegaconf.errors import OmegaConfBaseException
+
+from perception_r1.callbacks.before_after import BeforeAfter
+from perception_r1.callbacks.checkpoints import Checkpoints
+from perception_r1.callbacks.log_samples import LogSamples
+from perception_r1.callbacks.progress import Progress
+from perception_r1.callbacks.run_card import RunCard
+from perception_r1.commands.compose import PARTS
+from perception_r1.commands.options import parse
+from perception_r1.data.module import TaskDataModule
+from perception_r1.embedded.warmup import EmbeddedConfig
+from perception_r1.errors import UserError
+from perception_r1.evaluation.callback import Evaluation
+from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
+from perception_r1.modules.base import PolicyModule
+from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the short names known
+
+EMBEDDED = "tiny"
+"""Name of the embedded policy."""
+
+PARSER: dict[str, Any] = {
+    "parser_mode": "omegaconf+",
+    "exit_on_error": False,
+    "usage": "%(prog)s --task NAME [--model NAME] [--data NAME] [--recipe NAME] [--variant NAME] [--ANY.OPTION VALUE]",
+    "epilog": "Parts of the configuration: " + "; ".join(f"--{part}, {text}" for part, text in PARTS.items()) + ".",
+}
+"""Settings of a parser of these options."""
+
+
+class ConfiguredCLI(LightningCLI):
+    """The options of a run with this project's callbacks, links and names; data module and module, but no trainer.
+
+    Args:
+        args: Options, the parts of the configuration already in their place (`compose`).
+        options: Of LightningCLI.
+    """
+
+    datamodule: TaskDataModule
+    model: PolicyModule
+
+    def __init__(self, args: Sequence[str], **options: Any) -> None:
+        options |= {"subclass_mode_model": True, "subclass_mode_data": True, "auto_configure_optimizers": False}
+        super().__init__(PolicyModule, TaskDataModule, args=list(args), **options)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options besides trainer, model and data."""
+        parser.add_argument("--task", type=str | None, default=None, help="Name of the task.")
+        parser.add_argument("--run_name", type=str, default="run", help="Name of the folder under logs/ for the runs.")
+        parser.add_class_arguments(EmbeddedConfig, "embedded")
+        for callback, group in (
+            (Progress, "progress"),
+            (Checkpoints, "checkpoints"),
+            (LogSamples, "log_samples"),
+            (RunCard, "run_card"),
+            (BeforeAfter, "before_after"),
+            (Evaluation, "evaluation"),
+        ):
+            parser.add_lightning_class_args(callback, group)
+        parser.link_arguments("data.task", "model.init_args.task", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the options.
+
+        Raises:
+            UserError: One is wrong, or refers to a setting that is not there.
+        """
+        try:
+            self.config = parse(parser, args)
+        except OmegaConfBaseException as error:
+            raise UserError(" ".join(str(error).split())) from error
+
+    def instantiate_classes(self) -> None:
+        """Make the data module and the module."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
