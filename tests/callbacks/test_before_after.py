@@ -25,7 +25,7 @@ def test_the_policy_is_evaluated_before_and_after(tmp_path: Path, console: Conso
 
 def test_the_headline_comes_first_and_bold():
     table = before_after_table(
-        {"errors": 1.0, "accuracy": 0.25}, {"errors": 1.5, "accuracy": 0.5}, primary_metric="accuracy"
+        {"errors": 1.0, "accuracy": 0.25}, {"errors": 1.5, "accuracy": 0.5}, primary_metrics={"accuracy"}
     )
     console = Console(width=80, force_terminal=True)
     with console.capture() as capture:
@@ -40,7 +40,7 @@ def test_the_headline_comes_first_and_bold():
 def test_figures_that_are_not_known_are_dashes():
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(before_after_table({}, {"accuracy": 0.5}, primary_metric="accuracy"))
+        console.print(before_after_table({}, {"accuracy": 0.5}, primary_metrics={"accuracy"}))
     row = next(line for line in capture.get().splitlines() if "accuracy" in line)
     assert row.count("-") == 2
 

@@ -109,6 +109,7 @@ class ToyModule(LightningModule):
         self.fail_at = fail_at
         self.error = error or RuntimeError("The toy broke.\nBadly.")
         self.num_evaluated: list[int] = []
+        self.test_results: dict[str, dict[str, float]] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.layer.weight], lr=0.1)
@@ -125,17 +126,25 @@ class ToyModule(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
         return self.answer(batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
-        return self.answer(batch)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[ScoredCompletion]:
+        scored_completions = self.answer(batch)
+        self.tested += scored_completions
+        return scored_completions
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
         return self.answer(batch)
 
-    def evaluate(self, batches: Any) -> dict[str, float]:
-        scored_completions = [scored for batch in batches for scored in self.answer(batch)]
-        self.num_evaluated.append(len(scored_completions))
-        accuracy = sum(scored.score.metrics["accuracy"] for scored in scored_completions) / len(scored_completions)
-        return {"errors": 1.0 - accuracy, "accuracy": accuracy}
+    def on_test_start(self) -> None:
+        self.begin_test()
+
+    def begin_test(self) -> None:
+        self.tested: list[ScoredCompletion] = []
+
+    def end_test(self) -> dict[str, dict[str, float]]:
+        self.num_evaluated.append(len(self.tested))
+        accuracy = sum(scored.score.metrics["accuracy"] for scored in self.tested) / len(self.tested)
+        self.test_results = {"": {"errors": 1.0 - accuracy, "accuracy": accuracy}}
+        return self.test_results
 
 
 def toy_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:

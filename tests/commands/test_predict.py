@@ -14,6 +14,7 @@ from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_r
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
+from perception_r1.records import Sample
 from perception_r1.tasks.counting import Counting
 from perception_r1.tasks.detection import Detection
 from tests.commands.test_export import plain_inputs, trained_policy
@@ -98,7 +99,8 @@ def test_a_run_knows_its_task_and_its_checkpoint(capsys, runs, pictures, tmp_pat
 def test_an_adapter_answers_as_its_policy(capsys, runs, pictures):
     opened = open_run(runs["lora"])
     policy, _ = load_checkpoint(opened.policy, checkpoint_path(opened, "last"))
-    sample = answers._sample(pictures / "b.png", "cup")
+    image = Image.open(pictures / "b.png").convert("RGB")
+    sample = Sample(id="1", image=image, width=84, height=56, query="cup", target=None)
     prompts = policy.encode(opened.task, [sample])
     rollout = policy.generate(policy.prefill(prompts), group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
     (line,), _ = run(capsys, runs["lora"], pictures / "b.png", "--query", "cup", "--ckpt", "last")
@@ -174,8 +176,8 @@ def test_a_run_s_own_options_hold_unless_others_are_given(capsys, runs, tmp_path
     card["task"] = {"class_path": "perception_r1.tasks.detection.Detection", "init_args": init_args}
     (run_folder / "run.json").write_text(json.dumps(card))
     seen = []
-    monkeypatch.setattr(predict, "_load", lambda run, options: (None, 1))
-    monkeypatch.setattr(predict, "predict_images", lambda policy, task, *_, **options: seen.append(task) or iter([]))
+    monkeypatch.setattr(predict, "load_checkpoint", lambda config, path: (None, 0))
+    monkeypatch.setattr(predict, "answer_images", lambda module, *_, **options: seen.append(module.task))
     run(capsys, run_folder, pictures)
     run(capsys, run_folder, pictures, "--categories", '["dog"]', "--think=false")
     run(capsys, run_folder, pictures, "--task", "counting", "--query", "cup")

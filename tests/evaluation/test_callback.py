@@ -85,7 +85,8 @@ def test_figures_are_the_means_of_each_source(undisturbed):
     assert list(metrics) == list(SIZES)
     for name, values in metrics.items():
         rows = [row for row in map(json.loads, lines(undisturbed)) if row["source"] == name]
-        found = [{"reward": row["reward"], **row["components"], **row["metrics"]} for row in rows]
+        components = [{f"reward/{key}": value for key, value in row["components"].items()} for row in rows]
+        found = [{"reward": row["reward"], **more, **row["metrics"]} for row, more in zip(rows, components, strict=True)]
         assert values == {key: pytest.approx(math.fsum(row[key] for row in found) / len(rows)) for key in found[0]}
 
 
@@ -255,11 +256,11 @@ def test_each_source_has_figures_and_they_are_those_that_score_gives(by_lot, tmp
     assert 0 < metrics["one"]["reward"] < 3
     events = EventAccumulator(str(found))
     events.Reload()
-    module = DATA[task]().task
+    components = {f"reward/{name}" for name in DATA[task]().task.component_names}
     for source, values in metrics.items():
+        assert components <= values.keys()
         for name, value in values.items():
-            tag = f"test/{source}/reward/{name}" if name in module.component_names else f"test/{source}/{name}"
-            logged = events.Scalars(tag)[0].value
+            logged = events.Scalars(f"test/{source}/{name}")[0].value
             assert logged == pytest.approx(value, rel=1e-6) if value is not None else math.isnan(logged)
     capsys.readouterr()
     options = ["--categories", json.dumps(module_categories(tmp_path))] if task == "detection" else []

@@ -13,7 +13,7 @@ from perception_r1.errors import UserError
 from perception_r1.evaluation.predictions import prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.rows import Row
-from perception_r1.scoring import score_completions
+from perception_r1.scoring import parse_completions, score_completions
 from perception_r1.tasks import TASKS
 from tests.callbacks.toy import ToyTask, toy_outcome, toy_samples
 from tests.hostile import texts
@@ -35,17 +35,17 @@ def sample_of(name: str) -> Sample:
 
 
 def outcome_of(name: str, codec: str, completion: str, **options: str):
-    (scored,) = score_completions(
-        TASKS[name](**options),
+    task = TASKS[name](**options)
+    parsed = parse_completions(
+        task,
         CODECS[codec],
         samples=[sample_of(name)],
         image_sizes=[FRAME],
         completions=[completion],
         lengths=[17],
         truncated=[True],
-        is_evaluation=True,
     )
-    return scored
+    return score_completions(task, parsed, is_evaluation=True)[0]
 
 
 def test_a_row_is_the_data_row_with_all_that_is_known_about_its_answer():

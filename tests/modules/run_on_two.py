@@ -30,9 +30,9 @@ class Updating(GRPO):
         super().__init__(*args, **kwargs)
         self.experiences: list[Any] = []
 
-    def update(self, experience: Any) -> dict[str, float]:
+    def update(self, experience: Any, *logprobs: Any) -> Any:
         self.experiences.append(experience)
-        return super().update(experience)
+        return super().update(experience, *logprobs)
 
 
 def settings(kind: str, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
+from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.data.sources import JsonLines
+from perception_r1.modules import SFT
 from perception_r1.modules.base import PolicyModule
 from perception_r1.policy.policy import Policy
 from perception_r1.tasks.grounding import GroundingData
 from tests.evaluation.evaluating import answer_by_lot, write_sources
-from tests.modules.toy import make_data, make_module, make_trainer
+from tests.modules.toy import fit, make_data, make_module, make_trainer
 
 
 def odd_samples(count=7):
@@ -71,13 +73,22 @@ def test_validation_takes_all_sources_together(folder, tmp_path, monkeypatch):
     assert not any("one" in name for name in trainer.callback_metrics)
 
 
-def test_figures_before_and_after_take_all_sources_together(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("limit", "sizes"), [(1.0, {"one": 5, "two": 4}), (1, {"one": 1, "two": 2})])
+def test_metrics_before_and_after_are_those_of_a_test_source_by_source(folder, tmp_path, monkeypatch, limit, sizes):
     monkeypatch.setattr(PolicyModule, "score_greedy", answer_by_lot)
     files = write_sources(tmp_path, "grounding", {"one": 5, "two": 4})
-    data = GroundingData(test={name: JsonLines(file) for name, file in files.items()}, eval_batch_size=2)
-    data.setup("test")
-    module = make_module(folder, task=data.task)
-    module.policy = Policy.load(module.policy_config)
-    metrics = module.evaluate(batch.samples for batch in data.test_dataloader())
-    rewards = [scored.score.reward for scored in answer_by_lot(module, list(data.samples("test")))]
-    assert metrics["reward"] == pytest.approx(sum(rewards) / 9)
+    sources = {name: JsonLines(file) for name, file in files.items()}
+    data = GroundingData(train=sources, test=sources, eval_batch_size=2, batch_size=2)
+    module, callback = make_module(folder, SFT, task=data.task), BeforeAfter()
+    fit(folder, tmp_path, module, [callback], max_steps=1, data=data, limit_test_batches=limit)
+    trainer = make_trainer(tmp_path, limit_test_batches=limit)
+    trainer.test(module, data, verbose=False)
+    expected = {}
+    for name, size in sizes.items():
+        samples = [sample for sample in data.samples("test") if sample.source == name][:size]
+        rewards = [scored.score.reward for scored in answer_by_lot(module, samples)]
+        expected[f"{name}/reward"] = pytest.approx(sum(rewards) / size)
+    assert {name: callback.before[name] for name in expected} == expected
+    tested = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert {f"test/{name}": pytest.approx(value) for name, value in callback.after.items()} == tested
+    assert callback.before == callback.after

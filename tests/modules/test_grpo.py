@@ -41,7 +41,7 @@ def spoil_loss(monkeypatch, steps, value=float("nan")):
     """Make the loss of some steps `value`."""
     plain = GRPO.update
 
-    def update(self, experience):
+    def update(self, *arguments):
         def spoilt(*args, **kwargs):
             micro_batches = grpo_loss(*args, **kwargs)
             factor = value if self.global_step in steps else 1.0
@@ -50,7 +50,7 @@ def spoil_loss(monkeypatch, steps, value=float("nan")):
             )
 
         monkeypatch.setattr(grpo_module, "grpo_loss", spoilt)
-        return plain(self, experience)
+        return plain(self, *arguments)
 
     grpo_loss = grpo_module.grpo_loss
     monkeypatch.setattr(GRPO, "update", update)
@@ -147,7 +147,7 @@ def test_micro_batches_change_no_gradient(folder, tmp_path, monkeypatch, kl_coef
     """Whole groups apart, or groups split over their completions."""
     num_parts = []
     plain = GRPO.update
-    spy = lambda self, experience: num_parts.append(len(experience.micro_batches)) or plain(self, experience)  # noqa: E731
+    spy = lambda self, experience, *a: num_parts.append(len(experience.micro_batches)) or plain(self, experience, *a)  # noqa: E731
     monkeypatch.setattr(GRPO, "update", spy)
 
     def first(budget):
@@ -377,8 +377,8 @@ def test_a_step_logs_the_seconds_of_its_phases(folder, tmp_path, policy):
 def test_the_sampling_gap_is_the_mean_distance_between_sampler_and_first_update(
     folder, tmp_path, monkeypatch, budget, shift
 ):
-    def sample(self, prompts):
-        rollout = plain(self, prompts)
+    def sample(self, prompts, group_size):
+        rollout = plain(self, prompts, group_size)
         turns = [shift * (-1) ** row for row in range(len(rollout.logprobs))]
         return replace(rollout, logprobs=[row + turn for row, turn in zip(rollout.logprobs, turns, strict=True)])
 
@@ -398,8 +398,8 @@ def test_mixed_precision_points_every_gradient_where_full_precision_does(folder,
     """After a rollout in the same autocast context, whose casts of the weights know nothing of gradients."""
     plain, rollouts = GRPO.generate, []
 
-    def sample(self, prompts):
-        rollouts.append(plain(self, prompts))
+    def sample(self, prompts, group_size):
+        rollouts.append(plain(self, prompts, group_size))
         return rollouts[0]
 
     monkeypatch.setattr(GRPO, "generate", sample)

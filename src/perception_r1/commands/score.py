@@ -20,10 +20,10 @@ from perception_r1.commands.options import known, make_task, new_parser, option_
 from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.errors import UserError
-from perception_r1.metrics import SourceMetrics
+from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.records import ImageSize, Sample
 from perception_r1.rows import Row, RowError
-from perception_r1.scoring import ScoredCompletion, score_completions
+from perception_r1.scoring import ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.detection import Detection
@@ -58,9 +58,8 @@ def _score(argv: Sequence[str]) -> int:
     task, codec = _make_task(options, lines), CODECS[options.codec]
     rows = [_read_row(line, task, codec, options) for line in lines]
     samples, image_sizes, completions = zip(*rows, strict=True)
-    scored_completions = score_completions(
-        task, codec, samples=samples, image_sizes=image_sizes, completions=completions, is_evaluation=True
-    )
+    parsed = parse_completions(task, codec, samples=samples, image_sizes=image_sizes, completions=completions)
+    scored_completions = score_completions(task, parsed, is_evaluation=True)
     for line, scored in zip(lines, scored_completions, strict=True):
         sys.stdout.write(json.dumps(_described(line, scored, task), allow_nan=False) + "\n")
     sys.stderr.write(_summary(task, scored_completions))
@@ -230,13 +229,12 @@ def _described(line: _Line, scored: ScoredCompletion, task: Task[Any, Any]) -> d
 def _summary(task: Task[Any, Any], scored_completions: Sequence[ScoredCompletion]) -> str:
     """Means and metrics of each source of the file, one a line."""
     counts = Counter(scored.sample.source for scored in scored_completions)
-    metrics = SourceMetrics(task, list(counts))
-    metrics.update(scored_completions)
-    names = ("reward", *task.component_names, *task.metric_names, *task.eval_metric_names)
     text = ""
-    for source, values in metrics.compute().items():
-        own = {name: values[name] for name in names}  # first, in their order
+    for source, count in counts.items():
+        metrics = make_metrics(task)
+        update_metrics(metrics, [scored for scored in scored_completions if scored.sample.source == source])
+        values = metrics.compute()
         width = max(len(name) for name in values)
-        rows = "".join(f"  {name:<{width}}  {value:.6g}\n" for name, value in (own | values).items())
-        text += f"{task.name}{f' of {source}' if source else ''}: {counts[source]} completions\n{rows}"
+        rows = "".join(f"  {name:<{width}}  {float(value):.6g}\n" for name, value in values.items())
+        text += f"{task.name}{f' of {source}' if source else ''}: {count} completions\n{rows}"
     return text

@@ -22,7 +22,7 @@ from perception_r1.evaluation.report import write_report
 from perception_r1.scoring import ScoredCompletion
 
 if TYPE_CHECKING:
-    from perception_r1.modules.base import PolicyModule
+    from perception_r1.modules.evaluation import EvaluationModule
 
 _DIGITS = 12
 """Significant digits of a metric in metrics.json: more than that depends on the order of addition."""
@@ -66,13 +66,14 @@ class Evaluation(Callback):
         """Count the samples that are answered already, on one device; open this device's part."""
         if self._folder is None:
             return
-        module, datamodule = cast("PolicyModule", pl_module), _data(trainer)
+        module, datamodule = cast("EvaluationModule", pl_module), _data(trainer)
         if trainer.is_global_zero:
             rows = {row_key(row): row for row in read_rows(self._answers)}
             for sample in datamodule.samples(datamodule.eval_split) if rows else ():
                 row = rows.get((sample.source, sample.id))
                 if row is not None:
-                    module.test_metrics.update([rescore(module.task, module.policy.codec, sample, row)])
+                    scored = rescore(module.task, module.codec, sample, row)
+                    module.update_test([scored], datamodule.tested_sources.index(sample.source))
         self._part = (self._folder / f"answers.rank{trainer.global_rank}.jsonl").open("w", encoding="utf-8")
 
     def on_test_batch_end(
@@ -86,7 +87,7 @@ class Evaluation(Callback):
     ) -> None:
         """Write the completions of one batch to the disk."""
         if self._part is not None:
-            task = cast("PolicyModule", pl_module).task
+            task = cast("EvaluationModule", pl_module).task
             self._part.writelines(row_line(prediction_row(task, scored)) for scored in outputs)
             self._part.flush()
 
@@ -98,12 +99,12 @@ class Evaluation(Callback):
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
-        module, datamodule = cast("PolicyModule", pl_module), _data(trainer)
+        module, datamodule = cast("EvaluationModule", pl_module), _data(trainer)
         answered = self._collect(datamodule)
         write_rows(self._folder / "predictions.jsonl", answered.values())
         metrics = {
             name or "test": {metric: _rounded(value) for metric, value in values.items()}
-            for name, values in module.metrics_by_source.items()
+            for name, values in module.test_results.items()
         }
         write_json(self._folder / "metrics.json", metrics)
         write_report(
@@ -152,19 +153,19 @@ class _Rescored(Sequence[ScoredCompletion]):
     """The scored completions of all rows, scored when they are asked for."""
 
     def __init__(
-        self, module: "PolicyModule", datamodule: TaskDataModule, rows: Mapping[Key, Mapping[str, Any]]
+        self, module: "EvaluationModule", datamodule: TaskDataModule, rows: Mapping[Key, Mapping[str, Any]]
     ) -> None:
         self._module, self._rows = module, list(rows.values())
         self._samples = datamodule.samples(datamodule.eval_split)
-        names = enumerate((sample.source, sample.id) for sample in self._samples)
-        self._places = [place for place, name in names if name in rows]
+        keys = enumerate((sample.source, sample.id) for sample in self._samples)
+        self._indices = [index for index, key in keys if key in rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        sample = self._samples[self._places[index]]
-        return rescore(self._module.task, self._module.policy.codec, sample, self._rows[index])
+        sample = self._samples[self._indices[index]]
+        return rescore(self._module.task, self._module.codec, sample, self._rows[index])
 
 
 def _data(trainer: Trainer) -> TaskDataModule:

@@ -52,9 +52,9 @@ def write_report(
     lines += [f"{len(rewards)} samples of the {split} split, greedy decoding.", ""]
     rows = _rows(metrics, task.primary_metric)
     lines += [*_markdown(rows), ""]
-    for title, places in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
-        if places:
-            cards = [sample_card(task, _loaded(scored_completions[place]), step=None) for place in places]
+    for title, chosen in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
+        if chosen:
+            cards = [sample_card(task, _loaded(scored_completions[index]), step=None) for index in chosen]
             contact_sheet(cards).save(folder / f"{title}.png")
             lines += [f"## {title.capitalize()} answers", "", f"![{title} answers]({title}.png)", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
