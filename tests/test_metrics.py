@@ -257,9 +257,7 @@ def test_ids_that_are_no_numbers_have_an_order_of_their_own():
 def test_box_ap_worked_by_hand():
     cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))  # 100 x 50 pixels: medium
     target = DetectionTarget(objects=(cat,))
-    hit, miss = (
-        Image(prediction=found, target=target, image_size=SIZE, id="1") for found in (Objects((cat,)), None)
-    )
+    hit, miss = (Image(prediction=found, target=target, image_size=SIZE, id="1") for found in (Objects((cat,)), None))
     metric = BoxAP(NAMES)
     update(metric, [])
     assert all(value.isnan() for value in metric.compute().values())

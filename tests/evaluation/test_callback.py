@@ -86,7 +86,9 @@ def test_figures_are_the_means_of_each_source(undisturbed):
     for name, values in metrics.items():
         rows = [row for row in map(json.loads, lines(undisturbed)) if row["source"] == name]
         components = [{f"reward/{key}": value for key, value in row["components"].items()} for row in rows]
-        found = [{"reward": row["reward"], **more, **row["metrics"]} for row, more in zip(rows, components, strict=True)]
+        found = [
+            {"reward": row["reward"], **more, **row["metrics"]} for row, more in zip(rows, components, strict=True)
+        ]
         assert values == {key: pytest.approx(math.fsum(row[key] for row in found) / len(rows)) for key in found[0]}
 
 

@@ -1,10 +1,12 @@
 import gc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import perception_r1.modules.grpo as grpo_module
 from perception_r1.errors import UserError
@@ -12,7 +14,7 @@ from perception_r1.modules import GRPO
 from perception_r1.modules.base import MAX_SKIPPED_IN_A_ROW
 from perception_r1.policy.load import LoraConfig
 from perception_r1.policy.policy import Policy
-from tests.modules.toy import Gradients, Log, Lottery, fit, make_data, make_module, trained_weights
+from tests.modules.toy import Gradients, Log, Lottery, fit, make_data, make_module, make_trainer, trained_weights
 
 
 class Weights(Callback):
@@ -265,6 +267,50 @@ def test_memory_does_not_grow_from_step_to_step(folder, tmp_path):
 def test_trainer_settings_without_effect_are_refused(folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         fit(folder, tmp_path, **options)
+
+
+class Sharded(DDPStrategy):
+    """Stands for those that shard the model, as DeepSpeed's does."""
+
+
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy, Sharded])
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_strategy_that_would_train_apart_is_refused_in_every_verb(folder, tmp_path, strategy, verb):
+    trainer, module = make_trainer(tmp_path, strategy=strategy()), make_module(folder)
+    with pytest.raises(UserError, match=f"trainer.strategy {strategy.__name__} is not supported; use auto or ddp"):
+        getattr(trainer, verb)(module, make_data())
+    assert not hasattr(module, "policy")
+    with pytest.raises(UserError, match="use auto or ddp"):
+        make_module(Path("none")).check_trainer(make_trainer(tmp_path, strategy=strategy(), devices=2))
+    make_module(Path("none")).check_trainer(make_trainer(tmp_path, strategy="ddp", devices=2))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (partial(torch.optim.AdamW, lr=-1.0), r"model\.optimizer cannot be made: Invalid learning rate: -1\.0"),
+        (partial(torch.optim.AdamW, betas=(2.0, 0.9)), "model.optimizer cannot be made: Invalid beta parameter"),
+        (partial(torch.optim.SGD, lr=0.1, nesterov=True), "cannot be made: Nesterov momentum requires a momentum"),
+        (partial(torch.optim.SGD, momentum_=1), "cannot be made: .*unexpected keyword argument 'momentum_'"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_made_is_one_sentence_before_anything_is_loaded(
+    folder, tmp_path, optimizer, message
+):
+    module = make_module(folder)
+    module.optimizer_factory = optimizer
+    with pytest.raises(UserError, match=message) as error:
+        fit(folder, tmp_path, module)
+    assert "\n" not in str(error.value)
+    assert not hasattr(module, "policy")
+    make_trainer(tmp_path).validate(module, make_data(), verbose=False)  # which needs none
+
+
+def test_an_optimiser_that_refuses_the_weights_of_the_model_is_one_sentence(folder, tmp_path):
+    module = make_module(folder)
+    module.optimizer_factory = torch.optim.Muon  # takes matrices alone
+    with pytest.raises(UserError, match=r"model\.optimizer cannot be made: Muon only supports 2D parameters"):
+        fit(folder, tmp_path, module)
 
 
 @pytest.mark.parametrize(
