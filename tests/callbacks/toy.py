@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -109,7 +110,10 @@ class ToyModule(LightningModule):
         self.fail_at = fail_at
         self.error = error or RuntimeError("The toy broke.\nBadly.")
         self.num_evaluated: list[int] = []
-        self.test_results: dict[str, dict[str, float]] = {}
+        self.test_metrics = [SimpleNamespace(prefix="test/")]
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": {"class_path": "ToyTask"}, "policy": {"num_parameters": 3}}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.layer.weight], lr=0.1)
@@ -140,11 +144,10 @@ class ToyModule(LightningModule):
     def begin_test(self) -> None:
         self.tested: list[ScoredCompletion] = []
 
-    def end_test(self) -> dict[str, dict[str, float]]:
+    def test_results(self) -> dict[str, float]:
         self.num_evaluated.append(len(self.tested))
         accuracy = sum(scored.score.metrics["accuracy"] for scored in self.tested) / len(self.tested)
-        self.test_results = {"": {"errors": 1.0 - accuracy, "accuracy": accuracy}}
-        return self.test_results
+        return {"test/errors": 1.0 - accuracy, "test/accuracy": accuracy}
 
 
 def toy_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:

@@ -1,10 +1,14 @@
 """`perception-r1 predict`: what it asks, what it reads in the answer, what it does with pictures it cannot use."""
 
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import ExifTags, Image
 from transformers import AutoModelForImageTextToText
 
@@ -214,6 +218,33 @@ def test_batches_answer_as_single_pictures_do(capsys, folder, pictures, monkeypa
     single, _ = run(capsys, folder, pictures, *options)
     assert whole == parts == single
     assert len(whole) == 3
+
+
+def test_a_kill_stops_after_the_pictures_that_are_answered(capsys, folder, pictures, monkeypatch):
+    generate = Policy.generate
+
+    def kill(self, prompts, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(Policy, "generate", kill)
+    monkeypatch.setattr(answers, "BATCH_SIZE", 1)
+    handler = signal.getsignal(signal.SIGTERM)
+    lines, _ = run(capsys, folder, pictures, "--task", "ocr", "--max_new_tokens", 1, status=143)
+    assert len(lines) == 1
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_prompt_that_is_too_long_is_named_before_it_is_encoded(capsys, runs, pictures, tmp_path):
+    shutil.copytree(runs["full"], tmp_path / "version_0")
+    text = "Output the bounding box of the cup in the image."
+    longest = plain_inputs(open_run(runs["full"]).policy.name, text, (84, 56))["input_ids"].shape[1]
+    config = yaml.safe_load((tmp_path / "version_0" / "config.yaml").read_text())
+    config["model"]["init_args"]["policy"]["max_prompt_length"] = longest - 1
+    (tmp_path / "version_0" / "config.yaml").write_text(yaml.safe_dump(config))
+    lines, text = run(capsys, tmp_path / "version_0", pictures, "--query", "cup", "--max_new_tokens", 1, status=1)
+    assert [line["image"] for line in lines] == [str(pictures / name) for name in ("a.webp", "c.JPG")]
+    assert f"{pictures / 'b.png'}: The prompt has {longest} tokens but max_prompt_length is {longest - 1}; " in text
 
 
 def test_boxes_are_drawn_where_they_are(capsys, folder, tmp_path, says):

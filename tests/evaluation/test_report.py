@@ -33,7 +33,7 @@ def report(folder: Path, metrics, *, rewards=(1.0,), scored_completions=None, nu
         ToyTask(),
         metrics,
         split="val",
-        scored_completions=scored_completions or outcomes_of(rewards),
+        scored_completion=(scored_completions or outcomes_of(rewards)).__getitem__,
         rewards=list(rewards),
         num_samples=num_samples,
         checkpoint=None,

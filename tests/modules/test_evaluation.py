@@ -1,6 +1,6 @@
 """What a policy answers greedily, and the metrics that validation and test make of it."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.data.sources import JsonLines
 from perception_r1.modules import SFT
 from perception_r1.modules.base import PolicyModule
+from perception_r1.policy.load import LoraConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.tasks.grounding import GroundingData
 from tests.evaluation.evaluating import answer_by_lot, write_sources
-from tests.modules.toy import fit, make_data, make_module, make_trainer
+from tests.modules.toy import Lottery, fit, make_data, make_module, make_trainer
 
 
 def odd_samples(count=7):
@@ -92,3 +93,31 @@ def test_metrics_before_and_after_are_those_of_a_test_source_by_source(folder, t
     tested = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert {f"test/{name}": pytest.approx(value) for name, value in callback.after.items()} == tested
     assert callback.before == callback.after
+
+
+def test_a_module_says_what_it_trains(folder):
+    module = make_module(folder, task=Lottery(spread=0.5), policy={"lora": LoraConfig(r=2)})
+    module.policy = Policy.load(module.policy_config)
+    sizes = {name: parameter.numel() for name, parameter in module.policy.named_parameters()}
+    assert module.describe() == {
+        "task": {"class_path": "tests.modules.toy.Lottery", "init_args": asdict(Lottery(spread=0.5))},
+        "policy": {
+            "name": str(folder),
+            "num_parameters": sum(sizes.values()),
+            "num_trainable": sum(size for name, size in sizes.items() if "lora_" in name),
+        },
+    }
+    assert module.monitor == "val/reward/luck"
+
+
+def test_answers_are_given_without_dropout_and_training_goes_on_with_it(folder, monkeypatch):
+    modes, generate = [], Policy.generate
+    spy = lambda self, *a, **k: modes.append(self.model.training) or generate(self, *a, **k)  # noqa: E731
+    monkeypatch.setattr(Policy, "generate", spy)
+    module = make_module(folder)
+    module.policy = Policy.load(module.policy_config)
+    for is_training in (True, False):
+        module.policy.train(is_training)
+        module.complete(odd_samples(2))
+        assert module.policy.model.training == is_training
+    assert modes == [False, False]

@@ -55,7 +55,8 @@ class BeforeAfter(Callback):
         console = get_console()
         if self.after:
             module = cast("EvaluationModule", pl_module)
-            primary = _flat({source: {module.task.primary_metric: 0.0} for source in module.test_results})
+            tags = [f"{metrics.prefix}{module.task.primary_metric}" for metrics in module.test_metrics]
+            primary = [tag.removeprefix("test/") for tag in tags]
             console.print(before_after_table(self.before, self.after, primary_metrics=primary))
         for name, path in files.items():
             console.print(Text.assemble((f"{name:<13}", "bold"), path), soft_wrap=True)
@@ -120,16 +121,7 @@ def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[s
     with torch.no_grad():
         for step in _shown(steps, console, when, total):
             trainer.strategy.test_step(*step)
-    return _flat(module.end_test())
-
-
-def _flat(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of all sources by name; where there are several, each name begins with that of its source."""
-    return {
-        f"{source}/{name}" if len(results) > 1 else name: value
-        for source, metrics in results.items()
-        for name, value in metrics.items()
-    }
+    return {tag.removeprefix("test/"): value for tag, value in module.test_results().items()}
 
 
 def _limit(trainer: Trainer, num_batches: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -66,7 +66,8 @@ def answer_images(
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    trainer.predict(module, datamodule=_PictureData(module, paths, query), return_predictions=False)
+    batches = DataLoader(_PictureBatches(module, paths, query), batch_size=None)
+    trainer.predict(module, batches, return_predictions=False)
 
 
 class PictureBatch(Batch):
@@ -75,15 +76,6 @@ class PictureBatch(Batch):
     def __init__(self, samples: list[Sample[Any]], problems: list[str]) -> None:
         super().__init__(samples)
         self.problems = problems
-
-
-class _PictureData(LightningDataModule):
-    def __init__(self, module: EvaluationModule, paths: Sequence[Path], query: str) -> None:
-        super().__init__()
-        self.batches = _PictureBatches(module, paths, query)
-
-    def predict_dataloader(self) -> DataLoader[PictureBatch]:
-        return DataLoader(self.batches, batch_size=None)
 
 
 class _PictureBatches(Dataset[PictureBatch]):

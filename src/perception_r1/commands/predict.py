@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -13,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from rich.console import Console
 
-from perception_r1.callbacks.displays import Lines, open_display
+from perception_r1.callbacks.displays import Display, Lines, open_display
 from perception_r1.commands.answers import PictureBatch, answer_images, find_images
 from perception_r1.commands.options import (
     check_unused,
@@ -68,7 +69,16 @@ def _predict(argv: Sequence[str]) -> int:
     if options.out is not None:
         check_unused("--out", options.out)
     module, precision = _load(run, task, options)
-    with _Writer(task, len(paths), options.out) as writer:
+    files, console = [sys.stdout], Console(stderr=True)  # a bar on the terminal redirects sys.stdout
+    # bars and JSON lines on one terminal would overwrite each other
+    display = Lines(console, _LINE_SECONDS) if sys.stdout.isatty() else open_display(console, _LINE_SECONDS)
+    with ExitStack() as stack:
+        stack.callback(display.close)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            files.append(stack.enter_context((options.out / "predictions.jsonl").open("w", encoding="utf-8")))
+        display.start("pictures", 0, len(paths))
+        writer = _Writer(task, files, console, display, options.out)
         answer_images(module, paths, query=query, precision=precision, callback=writer)
     if writer.num_failed:
         sys.stderr.write(f"{writer.num_failed} of {len(paths)} pictures could not be answered.\n")
@@ -149,28 +159,11 @@ def _load(run: Run | None, task: Task[Any, Any], options: jsonargparse.Namespace
 class _Writer(Callback):
     """Writes answers as they come, problems to stderr and progress beside them."""
 
-    def __init__(self, task: Task[Any, Any], total: int, out: Path | None) -> None:
-        self.task, self.out = task, out
+    def __init__(
+        self, task: Task[Any, Any], files: Sequence[IO[str]], console: Console, display: Display, out: Path | None
+    ) -> None:
+        self.task, self.files, self.console, self.display, self.out = task, files, console, display, out
         self.num_done = self.num_failed = 0
-        self._total = total
-        self._stdout = sys.stdout  # a bar on the terminal redirects it; the lines must go where the caller wants them
-        self._console = Console(stderr=True)
-
-    def __enter__(self) -> "_Writer":
-        self._files: list[IO[str]] = [self._stdout]
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._files.append((self.out / "predictions.jsonl").open("w", encoding="utf-8"))
-        # bars and JSON lines on one terminal would overwrite each other
-        is_plain = self._stdout.isatty()
-        self._display = Lines(self._console, _LINE_SECONDS) if is_plain else open_display(self._console, _LINE_SECONDS)
-        self._display.start("pictures", 0, self._total)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._display.close()
-        for file in self._files[1:]:
-            file.close()
 
     def on_predict_batch_end(
         self,
@@ -183,12 +176,12 @@ class _Writer(Callback):
     ) -> None:
         """Write what is known about the pictures of a batch."""
         for problem in batch.problems:
-            self._console.print(problem, soft_wrap=True, highlight=False, markup=False)
+            self.console.print(problem, soft_wrap=True, highlight=False, markup=False)
         for parsed in outputs:
             self._write(parsed)
         self.num_failed += len(batch.problems)
         self.num_done += len(outputs) + len(batch.problems)
-        self._display.advance("pictures", self.num_done, {})
+        self.display.advance("pictures", self.num_done, {})
         if trainer.received_sigterm:  # the trainer itself heeds it in training and test alone
             raise SystemExit(128 + signal.SIGTERM)
 
@@ -201,7 +194,7 @@ class _Writer(Callback):
             "prediction": self.task.serialize_prediction(parsed.prediction, parsed.image_size),
         }
         line = json.dumps(record, allow_nan=False) + "\n"
-        for file in self._files:
+        for file in self.files:
             file.write(line)
             file.flush()
         if self.out is not None:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics
-from perception_r1.modules.evaluation import EvaluationModule, check_token_budget
+from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.task import Task
 
@@ -86,7 +86,8 @@ class PolicyModule(EvaluationModule):
         super().__init__(task, **kwargs)
         if max_grad_norm <= 0:
             raise UserError(f"max_grad_norm is {max_grad_norm}; it must be above 0.")
-        check_token_budget("micro_batch_tokens", micro_batch_tokens)
+        if micro_batch_tokens is not None and micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens is {micro_batch_tokens}; it must be 1 or more, or null.")
         self.automatic_optimization = False
         self.optimizer_factory = optimizer
         self.lr_scheduler = lr_scheduler
@@ -102,15 +103,7 @@ class PolicyModule(EvaluationModule):
     # ---------------------------------------------------------------------------------------------- set-up
 
     def check_trainer(self, trainer: Trainer, *, is_training: bool = True) -> None:
-        """Refuse settings with which no run is right; in training also those that would have no effect here.
-
-        Args:
-            trainer: The trainer that is to run this module.
-            is_training: It is to train it, not only to evaluate it.
-
-        Raises:
-            UserError: The strategy, clipping, accumulation or precision of the trainer, or the optimiser.
-        """
+        """Refuse settings with which no run is right; in training also those without effect, and a wrong optimiser."""
         super().check_trainer(trainer, is_training=is_training)
         if not is_training:
             return
@@ -123,6 +116,8 @@ class PolicyModule(EvaluationModule):
             )
         if trainer.precision in ("16-mixed", "16-true"):
             raise UserError(f"trainer.precision {trainer.precision} is not supported; use bf16-mixed or 32-true.")
+        if trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0):
+            raise UserError("Set trainer.max_steps or max_epochs: the learning rate decays over a known length.")
         self._make_optimizer([nn.Parameter(torch.zeros(1, 1))])  # its settings are wrong for one weight or for all
 
     def _make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
@@ -145,8 +140,6 @@ class PolicyModule(EvaluationModule):
             self.trainer.fit_loop.setup_data()  # only then is the number of batches known
             num_batches = self.trainer.num_training_batches * self.trainer.max_epochs
             planned = min(planned, num_batches * self.updates_per_batch)
-        if math.isinf(planned):
-            raise UserError("Set trainer.max_steps or max_epochs: the learning rate decays over a known length.")
         return int(planned)
 
     @property

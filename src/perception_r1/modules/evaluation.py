@@ -22,6 +22,7 @@ from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.rollout import Rollout
 from perception_r1.records import Sample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import Task
@@ -38,7 +39,7 @@ class EvaluationModule(LightningModule):
             the whole batch of the data module.
 
     Attributes:
-        test_results: Metrics of the last test by source and name.
+        test_metrics: Metrics of the last test, for each of its loaders.
     """
 
     policy: Policy
@@ -55,14 +56,14 @@ class EvaluationModule(LightningModule):
         super().__init__()
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
-        check_token_budget("eval_batch_tokens", eval_batch_tokens)
+        if eval_batch_tokens is not None and eval_batch_tokens < 1:
+            raise UserError(f"eval_batch_tokens is {eval_batch_tokens}; it must be 1 or more, or null.")
         self.task = task
         self.policy_config = policy
         self.max_new_tokens = max_new_tokens
         self.eval_batch_tokens = eval_batch_tokens
         self.val_metrics = make_metrics(task).clone(prefix="val/")
-        self.test_metrics: list[MetricCollection] = []  # of each source
-        self.test_results: dict[str, dict[str, float]] = {}
+        self.test_metrics: list[MetricCollection] = []
 
     def configure_model(self) -> None:
         """Load the policy; once, whichever of fit, validate, test and predict comes first."""
@@ -120,31 +121,44 @@ class EvaluationModule(LightningModule):
 
     # ----------------------------------------------------------------------------------------------------- the road
 
+    def encode(self, samples: Sequence[Sample[Any]]) -> PromptBatch:
+        """Prompts for loaded samples."""
+        return self.policy.encode(self.task, samples)
+
     def complete(self, samples: Sequence[Sample[Any]]) -> list[ParsedCompletion]:
         """Greedy completions of loaded samples, in their order, parsed and not scored: they need no target."""
         if not samples:
             return []
         found: dict[int, ParsedCompletion] = {}
         with evaluation_mode(self.policy):
-            prompts = self.policy.encode(self.task, samples)
+            prompts = self.encode(samples)
             for indices in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
-                parsed = self._complete_at_once(prompts.select(indices), [samples[index] for index in indices])
+                eval_batch = prompts.select(indices)
+                rollout = self.policy.generate(
+                    self.policy.prefill(eval_batch),
+                    group_size=1,
+                    max_new_tokens=self.max_new_tokens,
+                    seeds=[0] * len(indices),
+                    is_greedy=True,
+                )
+                parsed = self.parse([samples[index] for index in indices], eval_batch, rollout)
                 found |= zip(indices, parsed, strict=True)
         return [found[index] for index in range(len(samples))]
 
-    def _complete_at_once(self, prompts: PromptBatch, samples: Sequence[Sample[Any]]) -> list[ParsedCompletion]:
-        rollout = self.policy.generate(
-            self.policy.prefill(prompts),
-            group_size=1,
-            max_new_tokens=self.max_new_tokens,
-            seeds=[0] * len(samples),
-            is_greedy=True,
-        )
+    def parse(self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout) -> list[ParsedCompletion]:
+        """The completions of a rollout, as text and as predictions; each sample has as many as its group.
+
+        Args:
+            samples: B samples.
+            prompts: Their prompts.
+            rollout: N completions, those of a prompt after one another.
+        """
+        group_size = len(rollout.completions) // len(samples)
         return parse_completions(
             self.task,
             self.codec,
-            samples=samples,
-            image_sizes=prompts.image_sizes,
+            samples=[sample for sample in samples for _ in range(group_size)],
+            image_sizes=[image_size for image_size in prompts.image_sizes for _ in range(group_size)],
             completions=self.policy.processor.decode(rollout.completions),
             lengths=[len(completion) for completion in rollout.completions],
             truncated=rollout.is_truncated,
@@ -169,58 +183,32 @@ class EvaluationModule(LightningModule):
         """Begin the metrics of every source."""
         self.begin_test()
 
+    def begin_test(self) -> None:
+        """Begin the metrics of every source of the data module: test/METRIC, or of several test/SOURCE/METRIC."""
+        sources = getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
+        fresh = make_metrics(self.task).to(self.device)
+        prefixes = ["test/"] if len(sources) == 1 else [f"test/{source}/" for source in sources]
+        self.test_metrics = [fresh.clone(prefix=prefix) for prefix in prefixes]
+
     def test_step(  # type: ignore[override]  # for the callbacks
         self, batch: list[Sample[Any]], batch_idx: int, dataloader_idx: int = 0
     ) -> list[ScoredCompletion]:
         """As `validation_step`, for one source; a batch may be empty where little is left for many devices."""
         scored_completions = self.score_greedy(batch)
-        self.update_test(scored_completions, dataloader_idx)
+        update_metrics(self.test_metrics[dataloader_idx], scored_completions)
         return scored_completions
 
+    def test_results(self) -> dict[str, float]:
+        """Metrics of all sources and devices by tag."""
+        return {tag: float(value) for metrics in self.test_metrics for tag, value in metrics.compute().items()}
+
     def on_test_epoch_end(self) -> None:
-        """Log the metrics of every source, as test/METRIC or, where there are several, test/SOURCE/METRIC."""
-        self.end_test()
-        for metrics in self.test_metrics:
-            self.log_dict(metrics.compute(), batch_size=1)
+        """Log the metrics of every source."""
+        self.log_dict(self.test_results(), batch_size=1)
 
     def predict_step(self, batch: Iterable[Sample[Any]], batch_idx: int) -> list[ParsedCompletion]:
         """Answer greedily; nobody knows what would be right."""
         return self.complete(list(batch))
-
-    # ------------------------------------------------------------------------------------------- metrics of the test
-
-    def begin_test(self) -> None:
-        """Begin the metrics of every source of the data module."""
-        sources = self._test_sources()
-        fresh = make_metrics(self.task).to(self.device)
-        prefixes = ["test/"] if len(sources) == 1 else [f"test/{source}/" for source in sources]
-        self.test_metrics = [fresh.clone(prefix=prefix) for prefix in prefixes]
-
-    def update_test(self, scored_completions: Sequence[ScoredCompletion], dataloader_idx: int = 0) -> None:
-        """Count scored completions for one of the sources, by the index of its loader."""
-        update_metrics(self.test_metrics[dataloader_idx], scored_completions)
-
-    def end_test(self) -> dict[str, dict[str, float]]:
-        """Metrics of all devices together, by source and by name without stage; also kept as `test_results`."""
-        self.test_results = {
-            source: {name.removeprefix(str(metrics.prefix)): float(value) for name, value in metrics.compute().items()}
-            for source, metrics in zip(self._test_sources(), self.test_metrics, strict=True)
-        }
-        return self.test_results
-
-    def _test_sources(self) -> Sequence[str]:
-        """Names of the sources, one for each test loader."""
-        return getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
-
-
-def check_token_budget(name: str, value: int | None) -> None:
-    """Refuse a budget of tokens that holds none.
-
-    Raises:
-        UserError: Names the option.
-    """
-    if value is not None and value < 1:
-        raise UserError(f"{name} is {value}; it must be 1 or more, or null.")
 
 
 @contextmanager

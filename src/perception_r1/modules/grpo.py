@@ -26,7 +26,7 @@ from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import Sample
-from perception_r1.scoring import ScoredCompletion, parse_completions, score_completions
+from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 
 
@@ -124,13 +124,13 @@ class GRPO(PolicyModule):
         started, seconds_before = time.perf_counter(), dict(self.phase_seconds)
         group_size = self.planned_group_size()
         with self.phase("encode"):
-            prompts = self.policy.encode(self.task, batch)
+            prompts = self.encode(batch)
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
             with self.phase("vision"):
                 prompts = self.policy.encode_images(prompts)
         rollout = self.generate(prompts, group_size)
         with self.phase("reward"):
-            scored_completions = self.score_rollout(batch, prompts, rollout)
+            scored_completions = score_completions(self.task, self.parse(batch, prompts, rollout))
         dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
         rewards = torch.tensor([scored.score.reward for scored in scored_completions], dtype=dtype)
         advantages = group_advantages(rewards, group_size, scale=self.scale_rewards)
@@ -169,23 +169,6 @@ class GRPO(PolicyModule):
                     seeds=seeds,
                     temperature=self.temperature,
                 )
-
-    def score_rollout(
-        self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout
-    ) -> list[ScoredCompletion]:
-        """Score every completion against the target of its prompt."""
-        group_size = len(rollout.completions) // len(samples)
-        rows = [index for index in range(len(samples)) for _ in range(group_size)]
-        parsed = parse_completions(
-            self.task,
-            self.codec,
-            samples=[samples[row] for row in rows],
-            image_sizes=[prompts.image_sizes[row] for row in rows],
-            completions=self.policy.processor.decode(rollout.completions),
-            lengths=[len(completion) for completion in rollout.completions],
-            truncated=rollout.is_truncated,
-        )
-        return score_completions(self.task, parsed)
 
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
         """Bundle what the updates need.

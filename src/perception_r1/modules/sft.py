@@ -21,7 +21,7 @@ class SFT(PolicyModule):
         started = time.perf_counter()
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)  # dropout of an adapter, if any
         with self.phase("encode"):
-            prompts = self.policy.encode(self.task, batch)
+            prompts = self.encode(batch)
             answers = self.policy.encode_targets(self.task, batch, prompts)
         lengths = [len(answer) for answer in answers]
         num_tokens = self.mean_over_devices(sum(lengths))
