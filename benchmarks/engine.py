@@ -7,7 +7,7 @@ penalty and all weights trained. They run in processes of their own on one threa
 that a busy machine disturbs them alike; compared are medians of CPU-seconds and of peak memory. The first step of each
 is dropped. `trl_worker.py` says how to set TRL's environment up; without it TRL is left out.
 
-TRL has one handicap on a CPU: it computes vocabulary scores at the prompt's places as well. The vocabulary is kept
+TRL has one handicap on a CPU: it computes vocabulary scores of the prompt's tokens as well. The vocabulary is kept
 small on purpose, so that this costs it little.
 
 "Reached" is the share of this machine's own rate of matrix products, measured in turn with the steps, at which a step
@@ -84,9 +84,9 @@ class Cell:
         """Share of the machine's rate that this engine reaches."""
         return self.gflop / self.cpu_s["shared"] / self.matmul_gflops
 
-    def ratio(self, process: str, metrics: str = "cpu_s") -> float:
+    def ratio(self, process: str, cost: str = "cpu_s") -> float:
         """How many times more another process takes than this engine."""
-        taken: dict[str, float] = getattr(self, metrics)
+        taken: dict[str, float] = getattr(self, cost)
         return taken[process] / taken["shared"]
 
 
@@ -121,8 +121,8 @@ class Worker:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("REPORT "):
-                metrics: dict[str, Any] = json.loads(line.removeprefix("REPORT "))
-                return metrics
+                cost: dict[str, Any] = json.loads(line.removeprefix("REPORT "))
+                return cost
         self._errors.seek(0)
         raise SystemExit(f"A worker stopped:\n{self._errors.read()[-2000:]}")
 
@@ -145,9 +145,9 @@ def measure(cell: Cell, folder: Path, processes: Sequence[str], *, rounds: int, 
         for turn in range(rounds + 1):
             rates.append(matmul_rate())
             for name, worker in workers.items():
-                metrics = worker.step()
+                cost = worker.step()
                 if turn > 0:
-                    taken[name].append(metrics)
+                    taken[name].append(cost)
     finally:
         for worker in workers.values():
             worker.close()
@@ -175,7 +175,7 @@ def matmul_rate() -> float:
 def needed_operations(folder: Path, prompt: int, completion: int, group_size: int, image_tokens: int) -> float:
     """Operations of a step with all weights trained, in billions: two per weight and token, four per attended pair.
 
-    A forward pass sees the prompt once and every completion without its last token; only the places that predict
+    A forward pass sees the prompt once and every completion without its last token; only the tokens that predict
     completion tokens meet the vocabulary.
     """
     model: Any = AutoModelForImageTextToText.from_pretrained(folder)
@@ -190,18 +190,16 @@ def needed_operations(folder: Path, prompt: int, completion: int, group_size: in
     patches = image_tokens * vision.spatial_merge_size**2
     of_patches = sum(
         weight.numel()
-        for micro_batch in (model.model.visual.blocks, model.model.visual.patch_embed)
-        for weight in micro_batch.parameters()
+        for module in (model.model.visual.blocks, model.model.visual.patch_embed)
+        for weight in module.parameters()
         if weight.ndim >= 2
     )
     of_tokens = sum(weight.numel() for weight in model.model.visual.merger.parameters() if weight.ndim == 2)
-    encode_images = (
-        2 * (of_patches * patches + of_tokens * image_tokens) + 4 * vision.depth * vision.embed_dim * patches**2
-    )
+    vision = 2 * (of_patches * patches + of_tokens * image_tokens) + 4 * vision.depth * vision.embed_dim * patches**2
 
-    prefill = encode_images + 2 * per_token * prompt + 4 * wide * prompt_pairs
+    prefill = vision + 2 * per_token * prompt + 4 * wide * prompt_pairs
     decode = 2 * per_token * written + 4 * wide * (pairs - prompt_pairs) + 2 * head * group_size * completion
-    forward = encode_images + 2 * per_token * (prompt + written) + 4 * wide * pairs + 2 * head * group_size * completion
+    forward = vision + 2 * per_token * (prompt + written) + 4 * wide * pairs + 2 * head * group_size * completion
     return (prefill + decode + forward + 3 * forward) / 1e9  # reference, then policy with its backward pass
 
 

@@ -35,6 +35,7 @@ from transformers import AutoConfig, GenerationConfig, Qwen2VLForConditionalGene
 from perception_r1.codecs import CODECS
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.attention import NAME
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import LoraConfig, PolicyConfig, prepare_for_training
@@ -108,7 +109,7 @@ class Costs(Callback):
         self.steps.append(phases | {"step": sum(phases.values()), "peak_gib": peak})
 
 
-class MadeGRPO(GRPO):
+class RandomGRPO(GRPO):
     """GRPO whose weights are random and never on disk."""
 
     policy_class: type[Policy] = Policy
@@ -147,7 +148,7 @@ def run(
     config = PolicyConfig(
         name=str(folder), dtype="bfloat16" if is_lora else "float32", lora=LoraConfig() if is_lora else None
     )
-    module = MadeGRPO(
+    module = RandomGRPO(
         EvenCharacters(),
         policy=config,
         optimizer=partial(torch.optim.AdamW, lr=1e-6, fused=torch.cuda.is_available()),
@@ -207,7 +208,7 @@ def compare_graphs(folder: Path) -> dict[str, Any]:
     """A rollout of the device's own path and the eager one of the same network in float32."""
     policy = make_policy(Policy, PolicyConfig(name=str(folder))).eval()
     data = Prompts(folder, 2)
-    prompts = policy.prefill(policy.encode(EvenCharacters(), data.samples[:2]))
+    prompts = policy.prefill(encode_prompts(policy, EvenCharacters(), data.samples[:2]))
     options: dict[str, Any] = {"group_size": 4, "max_new_tokens": 32, "seeds": [1, 2]}
     graphs = policy.generate(prompts, **options)
     params = SamplingParams(

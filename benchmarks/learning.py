@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,7 +62,7 @@ class Run:
         return runs / self.task / f"{self.variant}-{self.seed}"
 
 
-def train(run: Run, runs: Path, options: list[str]) -> dict:
+def train(run: Run, runs: Path, options: list[str]) -> dict[str, Any]:
     """Train unless a finished run is there; its run.json, which names the commit."""
     folder = run.folder(runs)
     done = finished(folder)
@@ -87,7 +88,7 @@ def train(run: Run, runs: Path, options: list[str]) -> dict:
     return result
 
 
-def finished(folder: Path) -> dict | None:
+def finished(folder: Path) -> dict[str, Any] | None:
     """The run.json of a run that has ended."""
     path = folder / "run.json"
     if not path.is_file():
@@ -96,7 +97,7 @@ def finished(folder: Path) -> dict | None:
     return card if card["status"] == "finished" else None
 
 
-def row(run: Run, card: dict) -> dict:
+def row(run: Run, card: dict[str, Any]) -> dict[str, Any]:
     """The metrics of a run that the table shows."""
     metric = PRIMARY_METRICS[run.task][0]
     return asdict(run) | {
@@ -112,7 +113,7 @@ def row(run: Run, card: dict) -> dict:
     }
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per task and variant, one column per seed."""
     seeds = sorted({entry["seed"] for entry in rows})
     heads = ["task", "metric", "training", *(f"seed {seed}" for seed in seeds), "mean gain", "steps", "seconds"]
@@ -132,7 +133,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def shortfalls(rows: list[dict]) -> list[str]:
+def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
     """Where GRPO does not reach what the project claims."""
     found = []
     for task, required in REQUIRED_GAIN.items():
@@ -171,8 +172,8 @@ def main() -> int:
         cards = list(pool.map(lambda run: train(run, args.runs.resolve(), args.options), runs))
     rows = [row(run, card) for run, card in zip(runs, cards, strict=True)]
     args.results.mkdir(exist_ok=True)
-    facts = {name: cards[0][name] for name in ("versions", "hardware", "start")}
-    (args.results / "learning.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    environment = {name: cards[0][name] for name in ("versions", "hardware", "start")}
+    (args.results / "learning.json").write_text(json.dumps(environment | {"rows": rows}, indent=2) + "\n")
     text = table(rows)
     claims = shortfalls(rows) or ["Every claim holds: GRPO is better after on each seed, by the required mean gain."]
     text += "\n\n" + "\n".join(f"- {claim}" for claim in claims) + "\n"

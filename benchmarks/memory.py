@@ -76,19 +76,19 @@ def config_of(folder: Path, trained: str, *, is_checkpointed: bool = False) -> P
     )
 
 
-def count(shape: Shape, trained: str, is_checkpointed: bool, share: float, place: Path) -> int:
+def count(shape: Shape, trained: str, is_checkpointed: bool, share: float, parent: Path) -> int:
     """Bytes kept by the pass over one group, all lengths cut to a share."""
     rows, columns = shape.picture
     small = replace(
         shape, picture=(round(rows * share), columns), prompt_tokens=round(shape.prompt_tokens * share), vocabulary=2048
     )
-    folder = place / f"{small.layers}-{small.vision_layers}-{small.prompt_tokens}"
+    folder = parent / f"{small.layers}-{small.vision_layers}-{small.prompt_tokens}"
     make_folder(folder, small, has_weights=False)
     policy = make_policy(Policy, config_of(folder, trained, is_checkpointed=is_checkpointed))
     text = json.loads((folder / "prompts.jsonl").read_text().splitlines()[0])["text"]
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     picture = Image.new("RGB", (28 * small.picture[1], 28 * small.picture[0]))
-    prompts = policy.processor.encode([chat], [[picture]], max_tokens=None)
+    prompts = policy.encode([chat], [[picture]])
     if policy.is_vision_frozen:
         prompts = policy.encode_images(prompts)
     completions = [torch.zeros(round(COMPLETION * share), dtype=torch.long)] * GROUP_SIZE
@@ -101,11 +101,11 @@ def count(shape: Shape, trained: str, is_checkpointed: bool, share: float, place
 
 def activations(shape: Shape, trained: str, is_checkpointed: bool) -> float:
     """Bytes kept by the pass over one group of the full shape, from six small ones: linear in layers and lengths."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as parent:
 
         def at(layers: int, vision_layers: int, share: float) -> int:
             cut = replace(shape, layers=layers, vision_layers=vision_layers)
-            return count(cut, trained, is_checkpointed, share, Path(place))
+            return count(cut, trained, is_checkpointed, share, Path(parent))
 
         def full(layers: int, vision_layers: int) -> float:
             short, long = at(layers, vision_layers, 0.1), at(layers, vision_layers, 0.2)
@@ -124,9 +124,9 @@ def activations(shape: Shape, trained: str, is_checkpointed: bool) -> float:
 
 def numbers_of_weights(shape: Shape, trained: str) -> dict[str, int]:
     """Of the whole model, of its language model without embedding, and of what is trained."""
-    with tempfile.TemporaryDirectory() as place, torch.device("meta"):
-        make_folder(Path(place), replace(shape, prompt_tokens=100, picture=(4, 4), vocabulary=2048), has_weights=False)
-        config = AutoConfig.from_pretrained(place)
+    with tempfile.TemporaryDirectory() as parent, torch.device("meta"):
+        make_folder(Path(parent), replace(shape, prompt_tokens=100, picture=(4, 4), vocabulary=2048), has_weights=False)
+        config = AutoConfig.from_pretrained(parent)
         config.text_config.vocab_size = shape.vocabulary
         model = Qwen2VLForConditionalGeneration(config)
     everything = sum(parameter.numel() for parameter in model.parameters())
@@ -144,7 +144,7 @@ def peak_gib(shape: Shape, trained: str, is_checkpointed: bool) -> dict[str, flo
     """Parts of the peak, in GiB, with one group of completions at a time."""
     numbers = numbers_of_weights(shape, trained)
     is_lora = trained == "LoRA"
-    micro_batches = {
+    parts = {
         "weights": numbers["all"] * (2 if is_lora else 4) + (4 * numbers["trained"] if is_lora else 0),
         "gradients and moments": 12 * numbers["trained"],
         "reference": 0 if is_lora else 4 * numbers["all"],
@@ -152,8 +152,8 @@ def peak_gib(shape: Shape, trained: str, is_checkpointed: bool) -> dict[str, flo
         "activations": activations(shape, trained, is_checkpointed),
         "logits": min(_HEAD_ROWS, GROUP_SIZE * COMPLETION) * shape.vocabulary * _BYTES_PER_LOGIT,
     }
-    sizes = {name: round(size / 2**30, 1) for name, size in micro_batches.items()}
-    return sizes | {"peak": round(sum(micro_batches.values()) / 2**30, 1)}
+    sizes = {name: round(size / 2**30, 1) for name, size in parts.items()}
+    return sizes | {"peak": round(sum(parts.values()) / 2**30, 1)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

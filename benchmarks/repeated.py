@@ -35,7 +35,7 @@ class RepeatedPolicy(Policy):
         return prompts
 
     @torch.no_grad()
-    def write(
+    def generate(
         self,
         prompts: Any,
         *,
@@ -48,8 +48,9 @@ class RepeatedPolicy(Policy):
         """`generate` on repeated prompts; it samples from torch's global random state, seeded with the first seed."""
         rows = _repeat(prompts, group_size)
         torch.manual_seed(seeds[0])
+        inputs = self._inputs(rows)
         generated = self.model.generate(
-            **_inputs(rows),
+            **inputs,
             do_sample=not is_greedy,
             temperature=temperature,
             top_k=0,
@@ -58,14 +59,14 @@ class RepeatedPolicy(Policy):
             suppress_tokens=self.suppress_tokens.tolist(),
             eos_token_id=self.eos_token_ids.tolist(),
             pad_token_id=int(self.eos_token_ids[0]),
-        )[:, rows.input_ids.shape[1] :]
-        is_end = torch.isin(generated, self.eos_token_ids)
+        )[:, inputs["input_ids"].shape[1] :].cpu()
+        is_end = torch.isin(generated, self.eos_token_ids.cpu())
         has_ended = is_end.any(1)
         lengths = torch.where(has_ended, is_end.int().argmax(1) + 1, generated.shape[1]).tolist()
         completions = [row[:length] for row, length in zip(generated, lengths, strict=True)]
         return Rollout(
             completions=completions,
-            logprobs=[torch.zeros(len(row), device=row.device) for row in completions],  # generate does not tell
+            logprobs=[torch.zeros(len(row), device=self.device) for row in completions],  # generate does not tell
             is_truncated=(~has_ended).tolist(),
             entropy=float("nan"),
         )
@@ -73,19 +74,34 @@ class RepeatedPolicy(Policy):
     def forward(self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """[N, T] log-probabilities from one padded pass over prompt and completion of every row."""
         rows = _repeat(prompts, len(completions) // len(prompts))
-        written = pad_sequence(list(completions), batch_first=True)  # [N, T]
-        is_written = pad_sequence([torch.ones_like(row) for row in completions], batch_first=True)
+        written = pad_sequence(list(completions), batch_first=True).to(self.device)  # [N, T]
+        is_written = pad_sequence([torch.ones_like(row) for row in completions], batch_first=True).to(self.device)
+        inputs = self._inputs(rows)
+        behind = {
+            "input_ids": written,
+            "attention_mask": is_written,
+            "mm_token_type_ids": torch.zeros_like(written).int(),
+        }
         logits = self.model(
-            input_ids=torch.cat([rows.input_ids, written], 1),
-            attention_mask=torch.cat([rows.attention_mask, is_written], 1),
-            mm_token_type_ids=torch.cat([rows.mm_token_type_ids, torch.zeros_like(written).int()], 1),
-            pixel_values=rows.pixel_values,
-            image_grid_thw=rows.image_grid_thw,
+            **inputs | {name: torch.cat([inputs[name], values], 1) for name, values in behind.items()},
             logits_to_keep=written.shape[1] + 1,
             use_cache=False,
         ).logits[:, :-1]
         logits = process_logits(logits, suppress_tokens=self.suppress_tokens, temperature=temperature)
         return (logits.gather(-1, written[..., None])[..., 0] - logits.logsumexp(-1)) * is_written
+
+    def _inputs(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """Prompts padded on the left, as transformers takes them."""
+        ids = pad_sequence(list(prompts.input_ids), batch_first=True, padding_side="left")
+        is_token = [torch.ones_like(row) for row in prompts.input_ids]
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": pad_sequence(is_token, batch_first=True, padding_side="left"),
+            "mm_token_type_ids": (ids == self.processor.image_token_id).int(),
+            "pixel_values": torch.cat(prompts.pixel_values),
+            "image_grid_thw": torch.tensor(prompts.image_grids),
+        }
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
 
 class RepeatedGRPO(GRPO):
@@ -101,8 +117,3 @@ class RepeatedGRPO(GRPO):
 
 def _repeat(prompts: PromptBatch, times: int) -> PromptBatch:
     return prompts.select([prompt for prompt in range(len(prompts)) for _ in range(times)])
-
-
-def _inputs(prompts: PromptBatch) -> dict[str, Tensor]:
-    names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-    return {name: getattr(prompts, name) for name in names}

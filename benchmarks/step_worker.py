@@ -103,9 +103,9 @@ def ban_special_tokens(module: Any) -> None:
             policy.suppress_tokens = torch.tensor(sorted(ids), device=policy.device)
 
 
-def report(metrics: dict[str, Any]) -> None:
+def report(cost: dict[str, Any]) -> None:
     """A line for `engine.py`."""
-    print("REPORT " + json.dumps(metrics), flush=True)
+    print("REPORT " + json.dumps(cost), flush=True)
 
 
 def resident_mb() -> float:

@@ -67,9 +67,9 @@ class StepByStep(TrainerCallback):  # type: ignore[misc]
         report({"cpu_s": cpu, "wall_s": wall, "peak_mb": peak})
 
 
-def report(metrics: dict[str, Any]) -> None:
+def report(cost: dict[str, Any]) -> None:
     """A line for `engine.py`."""
-    print("REPORT " + json.dumps(metrics), flush=True)
+    print("REPORT " + json.dumps(cost), flush=True)
 
 
 def even_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:

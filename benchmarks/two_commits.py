@@ -27,9 +27,9 @@ NUM_DROPPED = 2
 """First steps of a run that are not counted."""
 
 
-def check_out(commit: str, place: Path) -> Path:
+def check_out(commit: str, parent: Path) -> Path:
     """The files of a commit in a folder of their own."""
-    folder = place / commit
+    folder = parent / commit
     folder.mkdir(parents=True)
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True)
     subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
@@ -69,8 +69,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--results", type=Path, help="Default: benchmarks/results/train_TASK.json")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folders = [check_out(commit, Path(place)) for commit in args.commits]
+    with tempfile.TemporaryDirectory() as parent:
+        folders = [check_out(commit, Path(parent)) for commit in args.commits]
         for folder in folders:
             train(folder, args.task, NUM_DROPPED + 1)  # makes the warm start
         seen: list[dict[str, list[float]]] = [{}, {}]

@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from perception_r1.cli import main
+from perception_r1.codecs import CODECS
 from perception_r1.embedded.model import build_model_folder
-from perception_r1.policy.load import CODEC_BY_FAMILY
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -29,7 +29,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model with random weights of every family, in the hub's layout."""
-    folders = {family: tmp_path_factory.mktemp(family) for family in CODEC_BY_FAMILY}
+    folders = {family: tmp_path_factory.mktemp(family) for family in CODECS}
     for family, folder in folders.items():
         build_model_folder(folder, family=family, seed=0)
     return folders

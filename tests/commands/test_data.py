@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from perception_r1.cli import main
+from perception_r1.codecs import CODECS
 from perception_r1.commands import data as command
 from perception_r1.commands.statistics import DatasetStatistics, collect_statistics, log10_mean_factorial, share_over
 from perception_r1.data.convert import convert
@@ -28,7 +29,6 @@ from perception_r1.data.samples import load
 from perception_r1.data.sources import Coco, Hub, JsonLines
 from perception_r1.data.sources.pixmo import Download
 from perception_r1.errors import UserError
-from perception_r1.policy.load import CODEC_BY_FAMILY
 from perception_r1.policy.processor import Processor
 from perception_r1.records import ImageBytes, Sample
 from perception_r1.tasks.counting import Counting, CountingTarget
@@ -224,7 +224,7 @@ def test_stats_are_those_worked_out_by_hand(run, tmp_path, folder):
     answers = [
         len(
             processor.encode_targets(
-                [task.target_text(s, CODEC["qwen2_vl"], processor.image_size(s.width, s.height))], 0
+                [task.target_text(s, CODECS["qwen2_vl"], processor.image_size(s.width, s.height))], 0
             )[0]
         )
         for s in samples[:3]
@@ -256,12 +256,11 @@ def test_stats_have_a_table_for_each_source(run, tmp_path):
     assert (table_of(first)["samples"], table_of(second)["samples"]) == ("1", "2")
 
 
-CODEC = {family: command.CODECS[CODEC_BY_FAMILY[family]] for family in CODEC_BY_FAMILY}
 SIZES = [(640, 480), (333, 1000), (5000, 200), (28, 28)]
 
 
 @pytest.mark.parametrize("bounds", [{}, {"max_pixels": 200_000}, {"min_pixels": 400_000}], ids=["own", "max", "min"])
-@pytest.mark.parametrize("family", CODEC_BY_FAMILY)
+@pytest.mark.parametrize("family", CODECS)
 def test_prompts_are_as_long_as_the_real_ones(model_folders, family, bounds):
     processor, task = Processor.load(model_folders[family], **bounds), Grounding()
     samples = [
@@ -299,7 +298,7 @@ def test_a_survey_opens_no_picture(folder):
         Sample(id=str(n), image=Path(name), width=56, height=28, query="cup", target=target)
         for n, name in enumerate(names)
     ]
-    found = collect_statistics(samples, Counting(), CODEC["qwen2_vl"], Processor.load(folder))
+    found = collect_statistics(samples, Counting(), CODECS["qwen2_vl"], Processor.load(folder))
     assert isinstance(found, DatasetStatistics)
     assert (found.widths, found.heights, found.num_objects) == ([56] * 3, [28] * 3, [2] * 3)
     assert found.images == {"a", "b"}

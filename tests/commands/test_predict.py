@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 from perception_r1.cli import main
 from perception_r1.commands import answers, predict
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
@@ -105,7 +106,7 @@ def test_an_adapter_answers_as_its_policy(capsys, runs, pictures):
     policy, _ = load_checkpoint(opened.policy, checkpoint_path(opened, "last"))
     image = Image.open(pictures / "b.png").convert("RGB")
     sample = Sample(id="1", image=image, width=84, height=56, query="cup", target=None)
-    prompts = policy.encode(opened.task, [sample])
+    prompts = encode_prompts(policy, opened.task, [sample])
     rollout = policy.generate(policy.prefill(prompts), group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
     (line,), _ = run(capsys, runs["lora"], pictures / "b.png", "--query", "cup", "--ckpt", "last")
     assert line["completion"] == policy.processor.decode(rollout.completions)[0]
@@ -140,8 +141,8 @@ def test_bounds_on_pixels_hold_for_a_run_too(capsys, runs, tmp_path, monkeypatch
     Image.new("RGB", (280, 140)).save(picture)
     encode = Policy.encode
 
-    def listen(self, task, samples):
-        prompts = encode(self, task, samples)
+    def listen(self, chats, images):
+        prompts = encode(self, chats, images)
         seen.extend((image_size.resized_width, image_size.resized_height) for image_size in prompts.image_sizes)
         return prompts
 
@@ -155,9 +156,9 @@ def test_options_of_the_task_shape_prompt_and_reading(capsys, folder, pictures, 
     asked = []
     encode = Policy.encode
 
-    def listen(self, task, samples):
-        asked.extend(task.messages(sample)[0]["content"][1]["text"] for sample in samples)
-        return encode(self, task, samples)
+    def listen(self, chats, images):
+        asked.extend(chat[0]["content"][1]["text"] for chat in chats)
+        return encode(self, chats, images)
 
     monkeypatch.setattr(Policy, "encode", listen)
     says("<think>hm</think><answer>Page one</answer><|im_end|>")
@@ -244,7 +245,7 @@ def test_a_prompt_that_is_too_long_is_named_before_it_is_encoded(capsys, runs, p
     (tmp_path / "version_0" / "config.yaml").write_text(yaml.safe_dump(config))
     lines, text = run(capsys, tmp_path / "version_0", pictures, "--query", "cup", "--max_new_tokens", 1, status=1)
     assert [line["image"] for line in lines] == [str(pictures / name) for name in ("a.webp", "c.JPG")]
-    assert f"{pictures / 'b.png'}: The prompt has {longest} tokens but max_prompt_length is {longest - 1}; " in text
+    assert f"{pictures / 'b.png'}: A prompt has {longest} tokens but max_prompt_length is {longest - 1}; " in text
 
 
 def test_boxes_are_drawn_where_they_are(capsys, folder, tmp_path, says):

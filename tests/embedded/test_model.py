@@ -2,8 +2,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from perception_r1.codecs import CODECS
 from perception_r1.embedded.model import SPECIAL_TOKENS, build_model_folder, build_tokenizer
-from perception_r1.policy.load import CODEC_BY_FAMILY, PolicyConfig
+from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
@@ -12,7 +13,7 @@ TEXT = (
 )
 
 
-@pytest.mark.parametrize("family", CODEC_BY_FAMILY)
+@pytest.mark.parametrize("family", CODECS)
 def test_transformers_loads_the_folder_by_itself(model_folders, family):
     model, report = AutoModelForImageTextToText.from_pretrained(model_folders[family], output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(model_folders[family])

@@ -395,7 +395,7 @@ def test_a_step_logs_what_sharing_prompts_saves(folder, tmp_path, monkeypatch, o
     plain, seen = GRPO.make_experience, {}
     monkeypatch.setattr(GRPO, "make_experience", make_experience)
     _, trainer = fit(folder, tmp_path, make_module(folder, **options), max_steps=1)
-    lengths, completions = seen["prompts"].attention_mask.sum(1).tolist(), seen["completions"]
+    lengths, completions = seen["prompts"].lengths, seen["completions"]
     assert lengths[0] != lengths[1]
     written = sum(len(completion) for prompt in pulled for completion in completions[4 * prompt : 4 * prompt + 4])
     packed = float(trainer.callback_metrics["train/tokens/packed"])

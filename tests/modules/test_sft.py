@@ -6,6 +6,7 @@ from PIL import Image
 
 from perception_r1.errors import UserError
 from perception_r1.modules import SFT
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.load import LoraConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.tasks.counting import Counting, CountingData
@@ -41,7 +42,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_tokens_alone(folder, tmp_p
     start, plain = Policy.load(module.policy_config), oracle.plain_model(folder, torch.float32)
     losses = []
     for sample, score_greedy in zip(samples, answers_of(module, samples), strict=True):
-        prompt = start.encode(Grounding(), [sample])
+        prompt = encode_prompts(start, Grounding(), [sample])
         with torch.no_grad():
             losses.append(-oracle.logprobs(plain, prompt, score_greedy, start.suppress_tokens, 1.0))
     assert log.steps[1]["train/loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)

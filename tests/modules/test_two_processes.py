@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from perception_r1.modules.encoding import encode_prompts, encode_targets
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.modules.toy import Lottery, make_data
@@ -80,7 +81,7 @@ def test_the_gradient_of_two_processes_is_that_of_one_over_all_their_samples(fol
     samples = {sample.id: sample for sample in data.samples("train")}
     loss, num_tokens = torch.zeros((), dtype=torch.float64), 0
     for result in results(runs / "parts"):
-        prompts = policy.encode(task, [samples[name] for name in result["ids"][0]])
+        prompts = encode_prompts(policy, task, [samples[name] for name in result["ids"][0]])
         completions = [torch.tensor(row) for row in result["completions"][0]]
         texts = policy.processor.decode(completions)
         rewards = torch.tensor([task.score(text.removesuffix("<|im_end|>"), None).reward for text in texts]).view(2, 4)
@@ -104,8 +105,8 @@ def test_the_gradient_of_sft_is_that_of_the_mean_over_the_answer_tokens_of_all_p
     loss, counts, means = torch.zeros((), dtype=torch.float64), [], []
     for result in results(runs / "sft_whole"):
         batch = [samples[name] for name in result["ids"][0]]
-        prompts = policy.encode(task, batch)
-        answers = policy.encode_targets(task, batch, prompts)
+        prompts = encode_prompts(policy, task, batch)
+        answers = encode_targets(policy, task, batch, prompts)
         own = -policy(prompts, answers).sum()
         counts.append(sum(map(len, answers)))
         means.append(float(own) / counts[-1])

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from perception_r1.policy.load import CODEC_BY_FAMILY, LoraConfig, PolicyConfig
+from perception_r1.codecs import CODECS
+from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
 
-@pytest.fixture(params=CODEC_BY_FAMILY)
+@pytest.fixture(params=CODECS)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -35,11 +35,23 @@ def chat(text: str, num_images: int = 1) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def encode(processor: Processor, places: Sequence[int] = (0, 1, 2)) -> PromptBatch:
+def encode(processor: Processor, indices: Sequence[int] = (0, 1, 2)) -> PromptBatch:
     """Some of the prompts as one batch."""
-    chosen = [CHATS[place] for place in places]
-    images = [[noise(*size, seed=place) for size in sizes] for place, (_, sizes) in zip(places, chosen, strict=True)]
+    chosen = [CHATS[index] for index in indices]
+    images = [[noise(*size, seed=index) for size in sizes] for index, (_, sizes) in zip(indices, chosen, strict=True)]
     return processor.encode([chat(text, len(sizes)) for text, sizes in chosen], images, max_tokens=None)
+
+
+def inputs(model: Any, prompt: PromptBatch, completion: Tensor | None = None) -> dict[str, Tensor]:
+    """What the plain model takes for a single prompt and what follows it."""
+    ids = torch.cat([prompt.input_ids[0], *([] if completion is None else [completion])])[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        "pixel_values": torch.cat(prompt.pixel_values),
+        "image_grid_thw": torch.tensor(prompt.image_grids),
+    }
 
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
@@ -67,15 +79,8 @@ def adapt(plain: Any, network: Any) -> Any:
 def distributions(
     model: Any, prompt: PromptBatch, completion: Tensor, suppress_tokens: Tensor, temperature: float
 ) -> Tensor:
-    """[T, V] log-probabilities of every possible token at each place of a completion of a single prompt."""
-    ids = torch.cat([prompt.input_ids, completion[None]], 1)
-    logits = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=torch.cat([prompt.mm_token_type_ids, torch.zeros_like(completion[None]).int()], 1),
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.image_grid_thw,
-    ).logits[0, prompt.input_ids.shape[1] - 1 : -1]
+    """[T, V] log-probabilities of every possible token at each step of a completion of a single prompt."""
+    logits = model(**inputs(model, prompt, completion)).logits[0, prompt.lengths[0] - 1 : -1]
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype)).index_fill(-1, suppress_tokens, float("-inf"))
     return (logits / temperature).log_softmax(-1)
 

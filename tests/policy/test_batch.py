@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import torch
 
+from perception_r1.policy.batch import move_together, to_device
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy.oracle import encode
@@ -12,17 +13,18 @@ def processor_of(folder):
 
 
 def assert_same(one, other):
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"):
-        assert torch.equal(getattr(one, name), getattr(other, name)), name
-    assert one.num_images == other.num_images
-    assert one.image_sizes == other.image_sizes
+    for name in ("input_ids", "position_ids", "pixel_values"):
+        for tensor, expected in zip(getattr(one, name), getattr(other, name), strict=True):
+            assert torch.equal(tensor, expected), name
+    for name in ("lengths", "next_positions", "num_images", "image_sizes", "image_grids"):
+        assert getattr(one, name) == getattr(other, name), name
 
 
 def test_a_selection_is_what_encoding_only_those_prompts_gives(folder):
     processor = processor_of(folder)
     batch = encode(processor)
-    for places in ([0], [1], [2], [1, 0], [2, 1], [2, 2, 0], range(1, 3)):
-        assert_same(batch.select(places), encode(processor, list(places)))
+    for indices in ([0], [1], [2], [1, 0], [2, 1], [2, 2, 0], range(1, 3)):
+        assert_same(batch.select(indices), encode(processor, list(indices)))
 
 
 def test_a_selection_of_a_selection_keeps_its_pictures(folder):
@@ -30,20 +32,35 @@ def test_a_selection_of_a_selection_keeps_its_pictures(folder):
     assert_same(encode(processor).select([2, 1]).select([1]), encode(processor, [1]))
 
 
-def test_the_lengths_leave_padding_out(folder):
+def test_a_selection_keeps_the_features_of_its_images(folder):
+    plain = encode(processor_of(folder))
+    batch = replace(plain, image_features=tuple(torch.full((1, 2, 3), float(image)) for image in range(4)))
+    assert [float(features[0, 0, 0]) for features in batch.select([2, 1]).image_features] == [3, 1, 2]
+
+
+def test_the_lengths_are_those_of_the_prompts_encoded_one_by_one(folder):
     processor = processor_of(folder)
     batch = encode(processor)
     assert len(batch) == 3
-    assert batch.lengths == [encode(processor, [place]).input_ids.shape[1] for place in range(3)]
+    assert batch.lengths == [len(encode(processor, [index]).input_ids[0]) for index in range(3)]
+    assert len(set(batch.lengths)) == 3
 
 
-def test_moving_moves_every_tensor(folder):
+def test_moving_moves_pixels_and_features_and_leaves_the_rest_on_the_host(folder):
     plain = encode(processor_of(folder))
     batch = replace(plain, image_features=tuple(torch.full((1, 2, 3), float(image)) for image in range(4)))
     moved = batch.to("meta")
-    values = [getattr(moved, name) for name in moved.__dataclass_fields__ if name not in ("num_images", "image_sizes")]
-    tensors = [tensor for value in values for tensor in (value if isinstance(value, tuple) else [value])]
-    assert len(tensors) == 5 + 4
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert (moved.num_images, moved.image_sizes) == (batch.num_images, batch.image_sizes)
+    assert [tensor.device.type for tensor in moved.pixel_values + moved.image_features] == ["meta"] * 8
+    assert [tensor.shape for tensor in moved.pixel_values] == [tensor.shape for tensor in batch.pixel_values]
+    assert_same(replace(moved, pixel_values=batch.pixel_values), batch)
     assert_same(batch.to("cpu"), batch)
+
+
+def test_integers_that_are_moved_together_keep_their_shapes():
+    tensors = [torch.arange(6).view(2, 3), torch.empty(0, dtype=torch.long), torch.arange(2)]
+    moved = move_together(tensors, torch.device("meta"))
+    assert [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in moved] == [
+        (tensor.shape, torch.long, "meta") for tensor in tensors
+    ]
+    assert all(map(torch.equal, move_together(tensors, torch.device("cpu")), tensors))
+    assert to_device(tensors[0], "cpu") is tensors[0]

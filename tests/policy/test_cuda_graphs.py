@@ -6,7 +6,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from perception_r1.policy import policy as policy_module
-from perception_r1.policy.cuda_graphs import GraphGenerator
+from perception_r1.policy.cuda_graphs import GraphGenerator, warm_up
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -15,14 +15,14 @@ from perception_r1.policy.rollout import SamplingParams, generate, sample_token
 from tests.policy import oracle
 
 MANY_ENDS = torch.arange(0, 270, 6)
-"""So many end tokens that rows end at many different places."""
+"""So many end tokens that rows end at many different indices."""
 
 
 ONE_FAMILY = pytest.mark.parametrize("family", ["qwen2_vl"], indirect=True)
 
 
 class Captures:
-    """Stands in for the capture of CUDA graphs and counts captured steps and replays.
+    """Stands in for the capture of CUDA graphs, with its warm-up, and counts captured steps and replays.
 
     Args:
         is_traced: Record the operations of one step, and run these from then on, on the tensors that the step read and
@@ -35,6 +35,7 @@ class Captures:
 
     def __call__(self, step):
         self.num_steps += 1
+        warm_up(step)
         unused = torch.zeros(1)
         run = make_fx(lambda unused: step(), tracing_mode="real")(unused) if self.is_traced else lambda unused: step()
 
@@ -60,11 +61,11 @@ def sampling_of(policy, **options):
     return SamplingParams(**(defaults | options))
 
 
-def rollouts(policy, writer, places=(0, 1, 2), *, group_size=3, seeds=None, **options):
-    """What a writer writes, and what the eager path writes."""
-    prompts = prefill(policy.model, oracle.encode(policy.processor, places))
-    settings = {"group_size": group_size, "params": sampling_of(policy, **options), "seeds": seeds or places}
-    return writer.generate(prompts, **settings), generate(Decoder(policy.model), prompts, **settings)
+def rollouts(policy, generator, indices=(0, 1, 2), *, group_size=3, seeds=None, **options):
+    """What a generator writes, and what the eager path writes."""
+    prompts = prefill(policy.model, oracle.encode(policy.processor, indices))
+    settings = {"group_size": group_size, "params": sampling_of(policy, **options), "seeds": seeds or indices}
+    return generator.generate(prompts, **settings), generate(Decoder(policy.model), prompts, **settings)
 
 
 def assert_same(one, other):
@@ -78,17 +79,27 @@ def assert_same(one, other):
 @pytest.mark.parametrize("is_greedy", [False, True])
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_a_step_in_fixed_buffers_writes_what_the_eager_path_writes(policy, group_size, is_greedy):
-    writer = GraphGenerator(Decoder(policy.model), Captures())
+    generator = GraphGenerator(Decoder(policy.model), Captures())
     temperature = 1.0 if is_greedy else 0.7
-    one, other = rollouts(policy, writer, group_size=group_size, temperature=temperature, is_greedy=is_greedy)
+    one, other = rollouts(policy, generator, group_size=group_size, temperature=temperature, is_greedy=is_greedy)
     assert_same(one, other)
     assert is_greedy or len({len(row) for row in one.completions}) > 1
 
 
 @pytest.mark.parametrize(("group_size", "is_greedy"), [(1, True), (3, False)])
 def test_a_recorded_step_that_is_run_again_and_again_writes_the_same(policy, group_size, is_greedy):
-    writer = GraphGenerator(Decoder(policy.model), Captures(is_traced=True))
-    assert_same(*rollouts(policy, writer, group_size=group_size, is_greedy=is_greedy))
+    generator = GraphGenerator(Decoder(policy.model), Captures(is_traced=True))
+    assert_same(*rollouts(policy, generator, group_size=group_size, is_greedy=is_greedy))
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3])
+def test_the_warm_up_stays_within_the_buffers_of_short_completions(policy, captures, max_new_tokens):
+    generator = GraphGenerator(Decoder(policy.model), captures)
+    for _ in range(2):
+        one, other = rollouts(policy, generator, max_new_tokens=max_new_tokens)
+        assert_same(one, other)
+    assert captures.num_steps == 1
 
 
 @ONE_FAMILY
@@ -96,13 +107,13 @@ def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy,
     def first_two_tokens(captures):
         turns = count()
 
-        def choose_another(*args):
-            tokens, *metrics = sample_token(*args)
-            return (tokens + next(turns)) % 270, *metrics
+        def sample_another(*args):
+            tokens, *values = sample_token(*args)
+            return (tokens + next(turns)) % 270, *values
 
-        monkeypatch.setattr("perception_r1.policy.cuda_graphs.sample_token", choose_another)
-        writer = GraphGenerator(Decoder(policy.model), captures)
-        rollout, _ = rollouts(policy, writer, eos_token_ids=torch.tensor([287]))
+        monkeypatch.setattr("perception_r1.policy.cuda_graphs.sample_token", sample_another)
+        generator = GraphGenerator(Decoder(policy.model), captures)
+        rollout, _ = rollouts(policy, generator, eos_token_ids=torch.tensor([287]))
         return torch.stack(rollout.completions)[:, :2]
 
     again, recorded = first_two_tokens(Captures()), first_two_tokens(Captures(is_traced=True))
@@ -111,10 +122,10 @@ def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy,
 
 @ONE_FAMILY
 def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, captures):
-    writer = GraphGenerator(Decoder(policy.model), captures)
-    assert_same(*rollouts(policy, writer, (1, 2, 0)))
-    for places in ((2, 0, 3), (0, 3, 4), (1, 1, 2)):
-        one, other = rollouts(policy, writer, places, seeds=[7, 8, 9])
+    generator = GraphGenerator(Decoder(policy.model), captures)
+    assert_same(*rollouts(policy, generator, (1, 2, 0)))
+    for indices in ((2, 0, 3), (0, 3, 4), (1, 1, 2)):
+        one, other = rollouts(policy, generator, indices, seeds=[7, 8, 9])
         assert_same(one, other)
     assert captures.num_steps == 1
 
@@ -123,13 +134,13 @@ def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, cap
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_weights_that_were_changed_in_place_are_used_from_the_next_rollout_on(policy, adapted, captures, is_adapted):
     policy = adapted if is_adapted else policy
-    writer = GraphGenerator(Decoder(policy.model), captures)
-    before, _ = rollouts(policy, writer)
+    generator = GraphGenerator(Decoder(policy.model), captures)
+    before, _ = rollouts(policy, generator)
     with torch.no_grad():
         for name, parameter in policy.network.named_parameters():
             if "lora_" in name or not is_adapted:
                 parameter.add_(torch.linspace(-0.05, 0.05, parameter.numel()).view(parameter.shape))
-    one, other = rollouts(policy, writer)
+    one, other = rollouts(policy, generator)
     assert_same(one, other)
     assert one.entropy != pytest.approx(before.entropy, rel=1e-3)
     assert captures.num_steps == 1
@@ -138,12 +149,12 @@ def test_weights_that_were_changed_in_place_are_used_from_the_next_rollout_on(po
 @ONE_FAMILY
 def test_the_four_steps_used_last_are_kept(policy):
     captures = Captures()
-    writer = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures)
 
     def num_captured(*lengths):
         before = captures.num_steps
         for length in lengths:
-            assert_same(*rollouts(policy, writer, max_new_tokens=length))
+            assert_same(*rollouts(policy, generator, max_new_tokens=length))
         return captures.num_steps - before
 
     assert num_captured(1, 2, 3, 4) == 4
@@ -154,12 +165,12 @@ def test_the_four_steps_used_last_are_kept(policy):
 
 
 @ONE_FAMILY
-@pytest.mark.parametrize("change", [{"places": (0, 1)}, {"group_size": 2}, {"temperature": 0.5}, {"is_greedy": True}])
+@pytest.mark.parametrize("change", [{"indices": (0, 1)}, {"group_size": 2}, {"temperature": 0.5}, {"is_greedy": True}])
 def test_a_step_of_another_shape_or_sampling_is_captured_anew(policy, change):
     captures = Captures()
-    writer = GraphGenerator(Decoder(policy.model), captures)
-    assert_same(*rollouts(policy, writer))
-    assert_same(*rollouts(policy, writer, **change))
+    generator = GraphGenerator(Decoder(policy.model), captures)
+    assert_same(*rollouts(policy, generator))
+    assert_same(*rollouts(policy, generator, **change))
     assert captures.num_steps == 2
 
 
@@ -167,23 +178,23 @@ def test_a_step_of_another_shape_or_sampling_is_captured_anew(policy, change):
 def test_longer_prompts_get_more_room(policy, monkeypatch):
     monkeypatch.setattr("perception_r1.policy.cuda_graphs._PROMPT_BUCKET", 32)
     captures = Captures()
-    writer = GraphGenerator(Decoder(policy.model), captures)
-    for places, num_steps in (((2, 0), 1), ((0, 3), 1), ((1, 0), 2), ((4, 2), 2)):
-        assert_same(*rollouts(policy, writer, places))
+    generator = GraphGenerator(Decoder(policy.model), captures)
+    for indices, num_steps in (((2, 0), 1), ((0, 3), 1), ((1, 0), 2), ((4, 2), 2)):
+        assert_same(*rollouts(policy, generator, indices))
         assert captures.num_steps == num_steps
 
 
 @ONE_FAMILY
 def test_replaying_stops_soon_after_the_last_row_has_ended(policy):
     captures = Captures()
-    writer = GraphGenerator(Decoder(policy.model), captures)
-    one, other = rollouts(policy, writer, group_size=2, max_new_tokens=200)
+    generator = GraphGenerator(Decoder(policy.model), captures)
+    one, other = rollouts(policy, generator, group_size=2, max_new_tokens=200)
     assert_same(one, other)
     assert not any(one.is_truncated)
     longest = max(map(len, one.completions))
     assert longest <= captures.num_replays < longest + 8
     captures.num_replays = 0
-    rollouts(policy, writer, max_new_tokens=11, eos_token_ids=torch.tensor([287]))
+    rollouts(policy, generator, max_new_tokens=11, eos_token_ids=torch.tensor([287]))
     assert captures.num_replays == 11
 
 
@@ -213,6 +224,8 @@ def test_a_policy_keeps_its_steps_until_its_weights_move_or_change_their_type(fo
         policy.float()
         assert [num_captured(), num_captured()] == [1, 0]
     assert num_captured() == 1
+    policy.half().float()  # as a round trip to another device: the same parameters in new memory
+    assert [num_captured(), num_captured()] == [1, 0]
 
 
 @pytest.mark.gpu
@@ -223,32 +236,32 @@ def test_graphs_of_cuda_write_what_the_eager_path_writes_there(policy, group_siz
     policy.eos_token_ids = MANY_ENDS.cuda()
     options = {"group_size": group_size, "max_new_tokens": 12}
     params = sampling_of(policy, eos_token_ids=policy.eos_token_ids)
-    for places in ((0, 1, 2), (2, 0, 3)):
-        prompts = policy.prefill(oracle.encode(policy.processor, places).to("cuda"))
-        one = policy.generate(policy.prefill(prompts), seeds=places, temperature=0.7, **options)
-        other = generate(Decoder(policy.model), prompts, group_size=group_size, params=params, seeds=places)
+    for indices in ((0, 1, 2), (2, 0, 3)):
+        prompts = policy.prefill(oracle.encode(policy.processor, indices).to("cuda"))
+        one = policy.generate(policy.prefill(prompts), seeds=indices, temperature=0.7, **options)
+        other = generate(Decoder(policy.model), prompts, group_size=group_size, params=params, seeds=indices)
         assert_same(one, other)
 
 
 @ONE_FAMILY
 def test_a_rollout_outlives_the_next_one(policy):
-    writer = GraphGenerator(Decoder(policy.model), Captures())
-    one, expected = rollouts(policy, writer, seeds=[1, 2, 3])
-    rollouts(policy, writer, seeds=[4, 5, 6])
+    generator = GraphGenerator(Decoder(policy.model), Captures())
+    one, expected = rollouts(policy, generator, seeds=[1, 2, 3])
+    rollouts(policy, generator, seeds=[4, 5, 6])
     assert_same(one, expected)
 
 
 @ONE_FAMILY
 def test_an_adapter_can_be_switched_off_in_place(adapted, monkeypatch):
     monkeypatch.setattr("perception_r1.policy.decoder._MAX_COPIED_WEIGHTS", 0)
-    writer = GraphGenerator(Decoder(adapted.model), Captures(is_traced=True))
-    assert_same(*rollouts(adapted, writer))
+    generator = GraphGenerator(Decoder(adapted.model), Captures(is_traced=True))
+    assert_same(*rollouts(adapted, generator))
     with adapted.without_adapter():
-        assert_same(*rollouts(adapted, writer))
+        assert_same(*rollouts(adapted, generator))
 
 
 @ONE_FAMILY
 def test_other_end_tokens_are_heeded(policy):
-    writer = GraphGenerator(Decoder(policy.model), Captures())
-    assert_same(*rollouts(policy, writer, max_new_tokens=40))
-    assert_same(*rollouts(policy, writer, max_new_tokens=40, eos_token_ids=torch.tensor([287])))
+    generator = GraphGenerator(Decoder(policy.model), Captures())
+    assert_same(*rollouts(policy, generator, max_new_tokens=40))
+    assert_same(*rollouts(policy, generator, max_new_tokens=40, eos_token_ids=torch.tensor([287])))

@@ -1,24 +1,25 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from perception_r1.policy import decoder as decoder_module
 from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.load import TEXT_LINEARS, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
-PLACES = (0, 1, 2, 3)
+INDICES = (0, 1, 2, 3)
 
 
 def completions_of(num_rows):
-    return oracle.random_completions([4] * len(PLACES) * num_rows)
+    return oracle.random_completions([4] * len(INDICES) * num_rows)
 
 
 @torch.no_grad()
 def distributions(decoder, policy, num_rows=2):
-    """[R, 4, V] log-probabilities of every token at four places of some completions of each prompt, step by step."""
-    prompts = policy.prefill(oracle.encode(policy.processor, PLACES))
+    """[R, 4, V] log-probabilities of every token at four steps of some completions of each prompt, step by step."""
+    prompts = policy.prefill(oracle.encode(policy.processor, INDICES))
     tokens = torch.stack(completions_of(num_rows))
     position_embeddings = decoder.position_embeddings(prompts, tokens.shape[1])
     if num_rows == 1:
@@ -34,7 +35,7 @@ def distributions(decoder, policy, num_rows=2):
 def expected(plain, policy, num_rows=2):
     """The same from plain forwards."""
     nothing = torch.tensor([], dtype=torch.long)
-    prompts = [oracle.encode(policy.processor, [place]) for place in PLACES for _ in range(num_rows)]
+    prompts = [oracle.encode(policy.processor, [index]) for index in INDICES for _ in range(num_rows)]
     rows = zip(prompts, completions_of(num_rows), strict=True)
     return torch.stack([oracle.distributions(plain, prompt, row, nothing, 1.0) for prompt, row in rows])
 
@@ -71,7 +72,7 @@ def test_a_step_leaves_an_adapter_out_that_is_switched_off(adapted, plain, exact
     assert_same(found, expected(plain, adapted))
 
 
-def test_a_refresh_takes_over_changed_weights(policy, adapted, is_in_place):
+def test_syncing_weights_takes_over_changed_weights(policy, adapted, is_in_place):
     for changing in (policy, adapted):
         decoder = Decoder(changing.model)
         before = distributions(decoder, changing)
@@ -83,7 +84,7 @@ def test_a_refresh_takes_over_changed_weights(policy, adapted, is_in_place):
         assert torch.equal(distributions(decoder, changing), fresh)
 
 
-def test_a_refresh_takes_over_changed_weights_in_mixed_precision(policy):
+def test_syncing_weights_takes_over_changed_weights_in_mixed_precision(policy):
     policy.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoder = Decoder(policy.model)
@@ -94,7 +95,7 @@ def test_a_refresh_takes_over_changed_weights_in_mixed_precision(policy):
         assert torch.equal(distributions(decoder, policy), fresh)
 
 
-def test_an_adapter_is_switched_off_and_on_by_a_refresh(adapted, plain, exact_layers, is_in_place):
+def test_an_adapter_is_switched_off_and_on_by_syncing_weights(adapted, plain, exact_layers, is_in_place):
     decoder = Decoder(adapted.model)
     with_adapter = distributions(decoder, adapted)
     with adapted.without_adapter():
@@ -104,7 +105,7 @@ def test_an_adapter_is_switched_off_and_on_by_a_refresh(adapted, plain, exact_la
     assert torch.equal(distributions(decoder, adapted), with_adapter)
 
 
-def test_reading_and_refreshing_change_no_weight_of_the_model(adapted, is_in_place):
+def test_reading_and_syncing_change_no_weight_of_the_model(adapted, is_in_place):
     before = {name: value.clone() for name, value in adapted.network.state_dict().items()}
     decoder = Decoder(adapted.model)
     distributions(decoder, adapted)
@@ -112,6 +113,37 @@ def test_reading_and_refreshing_change_no_weight_of_the_model(adapted, is_in_pla
         decoder.sync_weights()
     decoder.sync_weights()
     assert all(torch.equal(value, before[name]) for name, value in adapted.network.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+@pytest.mark.parametrize("kind", ["policy", "adapted"])
+@pytest.mark.parametrize(
+    "name", ["embed_tokens", "input_layernorm", "q_norm", "o_proj", "down_proj", "q_proj", "language_model.norm"]
+)
+def test_it_does_not_fit_once_a_weight_lies_elsewhere(request, family, kind, name):
+    policy = request.getfixturevalue(kind)
+    decoder = Decoder(policy.model)
+    named = [parameter for full_name, parameter in policy.model.named_parameters() if name in full_name]
+    assert named
+    for parameter in named:  # of an adapted layer also the adapter's
+        assert decoder.is_compatible(policy.model)
+        parameter.data = parameter.data.clone()
+        assert not decoder.is_compatible(policy.model)
+        decoder = Decoder(policy.model)
+
+
+def test_it_does_not_fit_after_a_move_there_and_back(policy, adapted):
+    for moved in (policy, adapted):
+        decoder = Decoder(moved.model)
+        moved.float().double()  # the same parameters in new memory, as after the end of a fit on a GPU
+        assert moved.model.model.language_model.embed_tokens.weight is decoder._embedding.weight
+        assert not decoder.is_compatible(moved.model)
+
+
+def test_it_does_not_fit_once_its_model_is_in_an_adapter(policy):
+    decoder = Decoder(policy.model)
+    get_peft_model(policy.model, LoraConfig(r=2, target_modules=TEXT_LINEARS))
+    assert not decoder.is_compatible(policy.model)
 
 
 def test_it_fits_its_model_as_long_as_the_type_stays_the_same(folder):

@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from perception_r1.policy import attention
-from perception_r1.policy.forward import embed_prompts
+from perception_r1.policy.forward import lay_out_row
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.packing import pack, plan_micro_batches
 from perception_r1.policy.policy import Policy
@@ -16,12 +16,12 @@ LENGTHS = [3, 7, 1, 5, 4, 2, 6, 6, 1]
 """Three completions of each of three prompts, some of a single token."""
 
 
-def naive_logprobs(plain, policy, completions, temperature, places=(0, 1, 2)):
+def naive_logprobs(plain, policy, completions, temperature, indices=(0, 1, 2)):
     """A plain forward of each row alone."""
-    group_size = len(completions) // len(places)
+    group_size = len(completions) // len(indices)
     rows = []
     for index, completion in enumerate(completions):
-        prompt = oracle.encode(policy.processor, [places[index // group_size]])
+        prompt = oracle.encode(policy.processor, [indices[index // group_size]])
         rows.append(oracle.logprobs(plain, prompt, completion, policy.suppress_tokens, temperature))
     return rows
 
@@ -48,7 +48,7 @@ def assert_same_gradients(network, plain, tolerance=1e-6):
 
 def weighted_sum(rows):
     """A number on which every log-probability has an influence of its own."""
-    return sum((row * torch.linspace(-1 - place, 1, len(row) + 1)[:-1]).sum() for place, row in enumerate(rows))
+    return sum((row * torch.linspace(-1 - index, 1, len(row) + 1)[:-1]).sum() for index, row in enumerate(rows))
 
 
 def without_padding(logprobs, completions):
@@ -94,7 +94,7 @@ def test_completions_of_one_token_are_fine(policy, plain, exact_layers, lengths)
     completions = oracle.random_completions(lengths)
     with torch.no_grad():
         logprobs = policy(oracle.encode(policy.processor, [1]), completions)
-        naive = naive_logprobs(plain, policy, completions, 1.0, places=[1])
+        naive = naive_logprobs(plain, policy, completions, 1.0, indices=[1])
     for row, expected in zip(logprobs, naive, strict=True):
         torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=1e-12)
 
@@ -108,16 +108,12 @@ def test_probabilities_of_all_tokens_that_may_be_written_add_up_to_one(policy):
     assert (logprobs == float("-inf")).nonzero()[:, 0].tolist() == policy.suppress_tokens.tolist()
 
 
-def test_the_comparison_would_notice_positions_that_are_off_by_one(policy, plain, exact_layers, monkeypatch):
-    def shifted(model, prompts):
-        embedded = embed_prompts(model, prompts)
-        return replace(embedded, next_position=embedded.next_position + 1)
-
-    monkeypatch.setattr("perception_r1.policy.logprobs.embed_prompts", shifted)
-    completion = oracle.random_completions([5])
+def test_the_comparison_would_notice_positions_that_are_off_by_one(policy, plain, exact_layers):
+    prompts, completion = oracle.encode(policy.processor, [0]), oracle.random_completions([5])
+    prompts = replace(prompts, next_positions=(prompts.next_positions[0] + 1,))
     with torch.no_grad():
-        logprobs = policy(oracle.encode(policy.processor, [0]), completion)[0]
-        naive = naive_logprobs(plain, policy, completion, 1.0, places=[0])[0]
+        logprobs = policy(prompts, completion)[0]
+        naive = naive_logprobs(plain, policy, completion, 1.0, indices=[0])[0]
     assert float((logprobs[1:] - naive[1:]).abs().min()) > 1e-6
 
 
@@ -173,7 +169,7 @@ def test_prompts_of_equal_and_other_lengths_come_back_in_the_order_given(policy,
     assert sorted(prompts.lengths) != prompts.lengths
     assert prompts.lengths[1] == prompts.lengths[3] == prompts.lengths[4]
     rows = without_padding(policy(prompts, completions, 0.7), completions)
-    naive = naive_logprobs(plain, policy, completions, 0.7, places=MIXED)
+    naive = naive_logprobs(plain, policy, completions, 0.7, indices=MIXED)
     assert_same_rows(rows, naive)
     weighted_sum(rows).backward()
     weighted_sum(naive).backward()
@@ -208,7 +204,7 @@ def test_with_an_adapter_every_gradient_equals_that_of_the_plain_model_in_the_sa
     calls = count_calls(adapted.model.model.language_model.layers[0].input_layernorm)
     completions = oracle.random_completions(MIXED_LENGTHS)
     rows = without_padding(adapted(oracle.encode(adapted.processor, MIXED), completions, 0.7), completions)
-    naive = naive_logprobs(adapted_plain, adapted, completions, 0.7, places=MIXED)
+    naive = naive_logprobs(adapted_plain, adapted, completions, 0.7, indices=MIXED)
     assert_same_rows(rows, naive)
     weighted_sum(rows).backward()
     weighted_sum(naive).backward()
@@ -224,25 +220,25 @@ def test_checkpointed_gradients_of_all_weights_equal_those_of_plain_forwards(pol
     completions = oracle.random_completions(MIXED_LENGTHS)
     logprobs = policy(oracle.encode(policy.processor, MIXED), completions)
     weighted_sum(without_padding(logprobs, completions)).backward()
-    weighted_sum(naive_logprobs(plain, policy, completions, 1.0, places=MIXED)).backward()
+    weighted_sum(naive_logprobs(plain, policy, completions, 1.0, indices=MIXED)).backward()
     assert_same_gradients(policy.network, plain)
 
 
 @pytest.mark.parametrize(("budget", "num_rows"), [(None, [10]), (70, [4, 1, 1, 4]), (1, [1] * 10)])
-def test_gradients_of_the_parts_add_up_to_those_of_the_whole(policy, plain, exact_layers, budget, num_rows):
+def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(policy, plain, exact_layers, budget, num_rows):
     prompts, completions = oracle.encode(policy.processor, MIXED), oracle.random_completions(MIXED_LENGTHS)
-    naive = naive_logprobs(plain, policy, completions, 1.0, places=MIXED)
+    naive = naive_logprobs(plain, policy, completions, 1.0, indices=MIXED)
     weights = torch.linspace(-1, 1, len(completions))
     sum(weight * row.sum() for weight, row in zip(weights, naive, strict=True)).backward()
-    parts = plan_micro_batches(prompts.lengths, MIXED_LENGTHS, range(len(MIXED)), budget)
-    assert [len(part.rows) for part in parts] == num_rows
-    for part in parts:
-        logprobs = policy(prompts.select(part.prompts), [completions[row] for row in part.rows])
-        (weights[part.rows] * logprobs.sum(1)).sum().backward()
+    micro_batches = plan_micro_batches(prompts.lengths, MIXED_LENGTHS, range(len(MIXED)), budget)
+    assert [len(micro_batch.rows) for micro_batch in micro_batches] == num_rows
+    for micro_batch in micro_batches:
+        logprobs = policy(prompts.select(micro_batch.prompts), [completions[row] for row in micro_batch.rows])
+        (weights[micro_batch.rows] * logprobs.sum(1)).sum().backward()
     assert_same_gradients(policy.network, plain)
 
 
-def test_prompts_that_were_looked_at_give_the_same_without_the_vision_tower(policy):
+def test_prompts_with_features_give_the_same_without_the_vision_tower(policy):
     prompts, completions = oracle.encode(policy.processor, MIXED), oracle.random_completions(MIXED_LENGTHS)
     expected = policy(prompts, completions).detach()
     calls = count_calls(policy.model.model.visual)
@@ -261,11 +257,11 @@ def test_prompts_that_were_looked_at_give_the_same_without_the_vision_tower(poli
     assert all((gradient is None) == name.startswith("visual.") for name, gradient in gradients.items())
 
 
-def compare(policy, plain, places, completions):
+def compare(policy, plain, indices, completions):
     """Distance of the log-probabilities, and of the gradients, from those of plain forwards."""
-    logprobs = policy(oracle.encode(policy.processor, places), completions)
+    logprobs = policy(oracle.encode(policy.processor, indices), completions)
     rows = without_padding(logprobs, completions)
-    naive = naive_logprobs(plain, policy, completions, 1.0, places=places)
+    naive = naive_logprobs(plain, policy, completions, 1.0, indices=indices)
     weighted_sum(rows).backward()
     weighted_sum(naive).backward()
     differences = [(row - other).abs() for row, other in zip(rows, naive, strict=True)]
@@ -289,12 +285,11 @@ def test_the_comparison_would_notice_prompts_through_which_completions_send_no_g
 def test_the_comparison_would_notice_completions_that_start_at_the_prompt_s_length(
     policy, plain, exact_layers, monkeypatch
 ):
-    def shifted(model, prompts):
-        packed = embed_prompts(model, prompts)
-        assert packed.next_position.tolist() != prompts.lengths
-        return replace(packed, next_position=torch.tensor(prompts.lengths))
+    def shifted(prompts, *args, **kwargs):
+        assert list(prompts.next_positions) != prompts.lengths
+        return lay_out_row(replace(prompts, next_positions=tuple(prompts.lengths)), *args, **kwargs)
 
-    monkeypatch.setattr("perception_r1.policy.logprobs.embed_prompts", shifted)
+    monkeypatch.setattr("perception_r1.policy.forward.lay_out_row", shifted)
     differences, _ = compare(policy, plain, [0], oracle.random_completions([5, 4]))
     assert min(float(row[1:].min()) for row in differences) > 1e-6
 

@@ -1,3 +1,4 @@
+import random
 from itertools import pairwise
 
 import pytest
@@ -6,6 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perception_r1.policy.attention import shared_prompt_attention
+from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.forward import lay_out_row
 from perception_r1.policy.packing import pack, plan_eval_batches, plan_micro_batches
 
 CPU = torch.device("cpu")
@@ -34,7 +37,7 @@ def choices(draw):
 
 
 def row_of(prompts, completions):
-    """The row as a plain list of what stands at each place: kind, number of the prompt or completion, token."""
+    """The row as a plain list of what stands at each index: kind, number of the prompt or completion, token."""
     read = [("prompt", prompt, token) for prompt, length in enumerate(prompts) for token in range(length)]
     return read + [("completion", row, token) for row, length in enumerate(completions) for token in range(length - 1)]
 
@@ -50,14 +53,33 @@ def runs_of(prompts):
     return runs
 
 
-@given(batches())
-def test_steps_and_owners_are_those_of_the_inputs_in_the_row(batch):
+@given(batches(), st.integers(0, 2**30))
+def test_a_row_holds_the_tokens_and_positions_of_its_prompts_and_then_of_its_completions(batch, seed):
     prompts, completions = batch
-    group_size = len(completions) // len(prompts)
-    packing = pack(prompts, completions, CPU)
-    inputs = row_of(prompts, completions)[sum(prompts) :]
-    assert packing.steps.tolist() == [token for _, _, token in inputs]
-    assert packing.prompt_indices.tolist() == [row // group_size for _, row, _ in inputs]
+    group_size, draw = len(completions) // len(prompts), random.Random(seed)
+    ids = [[draw.randrange(3) for _ in range(length)] for length in prompts]  # 2 stands for an image's feature
+    positions = [[[draw.randrange(99) for _ in range(length)] for _ in range(3)] for length in prompts]
+    following = [draw.randrange(99) for _ in prompts]
+    encoded = PromptBatch(
+        input_ids=tuple(map(torch.tensor, ids)),
+        position_ids=tuple(map(torch.tensor, positions)),
+        next_positions=tuple(following),
+        num_images=(),
+        image_sizes=(),
+        image_grids=(),
+        pixel_values=(),
+    )
+    written = [[draw.randrange(3) for _ in range(length)] for length in completions]
+    tokens, position_ids, image_indices = lay_out_row(encoded, list(map(torch.tensor, written)), image_token_id=2)
+    expected, images = [], []
+    for kind, number, token in row_of(prompts, completions):
+        if kind == "prompt":
+            images += [len(expected)] if ids[number][token] == 2 else []
+            expected.append((ids[number][token], *(axis[token] for axis in positions[number])))
+        else:
+            expected.append((written[number][token], *[following[number // group_size] + token] * 3))
+    assert list(zip(tokens.tolist(), *position_ids.tolist(), strict=True)) == expected
+    assert image_indices.tolist() == images
 
 
 @given(batches())
@@ -70,12 +92,12 @@ def test_each_token_is_predicted_where_the_one_before_it_stands(batch):
         prompt = number // group_size
         before = [("prompt", prompt, prompts[prompt] - 1)]
         before += [("completion", number, token) for token in range(length - 1)]
-        expected += [row.index(place) for place in before]
+        expected += [row.index(token) for token in before]
     assert pack(prompts, completions, CPU).predictor_indices.tolist() == expected
 
 
 @given(batches())
-def test_tiles_are_runs_of_prompts_of_equal_length_with_their_completions(batch):
+def test_buckets_are_runs_of_prompts_of_equal_length_with_their_completions(batch):
     prompts, completions = batch
     group_size = len(completions) // len(prompts)
     row = row_of(prompts, completions)
@@ -90,7 +112,7 @@ def test_tiles_are_runs_of_prompts_of_equal_length_with_their_completions(batch)
         real = [slot for slot, (number, token) in enumerate(slots) if token < completions[number] - 1]
         assert len(bucket.rows) == len(slots)
         assert [row[bucket.rows[slot]] for slot in real] == [("completion", *slots[slot]) for slot in real]
-        assert all(0 <= place < len(row) for place in bucket.rows.tolist())
+        assert all(0 <= index < len(row) for index in bucket.rows.tolist())
         assert (list(range(len(slots))) if bucket.inputs is None else bucket.inputs.tolist()) == real
         assert (bucket.inputs is None) == (len(real) == len(slots))
 
@@ -101,12 +123,12 @@ def test_a_row_without_completions_is_its_prompts_alone():
         (0, 2, 0),
         (4, 1, 0),
     ]
-    assert [len(values) for values in (packing.steps, packing.prompt_indices, packing.predictor_indices)] == [0, 0, 0]
+    assert len(packing.predictor_indices) == 0
 
 
-def sees(row, group_size, place, other):
-    """Whether a place of the row may look at another one."""
-    (kind, number, token), (other_kind, other_number, other_token) = row[place], row[other]
+def sees(row, group_size, index, other):
+    """Whether a token of the row may attend to another one."""
+    (kind, number, token), (other_kind, other_number, other_token) = row[index], row[other]
     if (kind, other_kind) == ("completion", "prompt"):
         return number // group_size == other_number
     return (kind, number) == (other_kind, other_number) and other_token <= token
@@ -121,7 +143,7 @@ def test_attention_over_a_row_is_dense_attention_with_a_mask_written_by_hand(bat
         torch.randn(1, heads, len(row), 4, dtype=torch.float64, generator=generator) for heads in (2 * times, 2, 2)
     )
     mask = torch.tensor(
-        [[sees(row, group_size, place, other) for other in range(len(row))] for place in range(len(row))]
+        [[sees(row, group_size, index, other) for other in range(len(row))] for index in range(len(row))]
     )
     scores = query @ key.repeat_interleave(times, 1).mT * 0.3
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -136,7 +158,7 @@ def size_of(micro_batch, prompts, completions):
 
 
 @given(choices())
-def test_every_chosen_completion_is_in_one_part_and_in_order(choice):
+def test_every_chosen_completion_is_in_one_micro_batch_and_in_order(choice):
     prompts, completions, chosen, budget = choice
     group_size = len(completions) // len(prompts)
     expected = [prompt * group_size + member for prompt in chosen for member in range(group_size)]
@@ -146,7 +168,7 @@ def test_every_chosen_completion_is_in_one_part_and_in_order(choice):
 
 @given(choices())
 @example(([1, 1], [5, 5, 1, 1, 1, 1], [0, 1], 11))
-def test_a_part_has_the_same_number_of_completions_for_each_of_its_prompts(choice):
+def test_a_micro_batch_has_the_same_number_of_completions_for_each_of_its_prompts(choice):
     prompts, completions, chosen, budget = choice
     group_size = len(completions) // len(prompts)
     for micro_batch in plan_micro_batches(prompts, completions, chosen, budget):
@@ -158,7 +180,7 @@ def test_a_part_has_the_same_number_of_completions_for_each_of_its_prompts(choic
 
 
 @given(choices())
-def test_no_part_exceeds_the_budget_but_a_completion_alone_with_its_prompt(choice):
+def test_no_micro_batch_exceeds_the_budget_but_a_completion_alone_with_its_prompt(choice):
     prompts, completions, chosen, budget = choice
     for micro_batch in plan_micro_batches(prompts, completions, chosen, budget):
         assert size_of(micro_batch, prompts, completions) <= budget or len(micro_batch.rows) == 1
@@ -177,7 +199,7 @@ def test_a_group_that_fits_is_never_split_and_one_that_is_split_stays_alone(choi
 
 
 @given(choices())
-def test_parts_are_as_full_as_the_budget_allows(choice):
+def test_micro_batches_are_as_full_as_the_budget_allows(choice):
     prompts, completions, chosen, budget = choice
     group_size = len(completions) // len(prompts)
     groups = {
@@ -191,13 +213,13 @@ def test_parts_are_as_full_as_the_budget_allows(choice):
             assert size + groups[prompt] > budget
 
 
-def test_without_a_budget_everything_is_one_part():
+def test_without_a_budget_everything_is_one_micro_batch():
     (micro_batch,) = plan_micro_batches([10, 1000, 10], [5, 5, 5, 5000, 5, 40], [0, 2], None)
     assert (micro_batch.prompts, micro_batch.rows) == ([0, 2], [0, 1, 4, 5])
 
 
 @pytest.mark.parametrize("budget", [None, 1, 10_000])
-def test_without_a_choice_there_are_no_parts(budget):
+def test_without_a_choice_there_are_no_micro_batches(budget):
     assert plan_micro_batches([3, 4], [1, 2, 3, 4], [], budget) == []
 
 
@@ -207,9 +229,9 @@ lengths = st.lists(st.integers(1, 30), max_size=12)
 @given(lengths, st.integers(1, 20), st.none() | st.integers(1, 150))
 def test_every_prompt_is_in_one_batch_longest_first(prompts, max_new_tokens, budget):
     batches = plan_eval_batches(prompts, max_new_tokens, budget)
-    places = [place for batch in batches for place in batch]
-    assert sorted(places) == list(range(len(prompts)))
-    assert [prompts[place] for place in places] == sorted(prompts, reverse=True)
+    indices = [index for batch in batches for index in batch]
+    assert sorted(indices) == list(range(len(prompts)))
+    assert [prompts[index] for index in indices] == sorted(prompts, reverse=True)
     assert all(batches)
 
 
@@ -217,7 +239,7 @@ def test_every_prompt_is_in_one_batch_longest_first(prompts, max_new_tokens, bud
 def test_a_batch_keeps_the_budget_with_its_filling_unless_it_is_one_prompt(prompts, max_new_tokens, budget):
     batches = plan_eval_batches(prompts, max_new_tokens, budget)
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * (max(prompts[place] for place in batch) + max_new_tokens) <= budget
+        assert len(batch) == 1 or len(batch) * (max(prompts[index] for index in batch) + max_new_tokens) <= budget
     for batch, after in pairwise(batches):  # and it is as full as the budget allows
         assert (len(batch) + 1) * (prompts[batch[0]] + max_new_tokens) > budget
         assert prompts[after[0]] <= prompts[batch[-1]]

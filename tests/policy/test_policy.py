@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from perception_r1.errors import UserError
+from perception_r1.modules.encoding import encode_prompts, encode_targets
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Sample
 from perception_r1.tasks.grounding import Grounding, GroundingTarget
-from perception_r1.tasks.ocr import Ocr, OcrTarget
 from tests.policy import oracle
 
 
@@ -36,9 +36,8 @@ def test_an_answer_is_encoded_as_the_task_writes_it_closed_by_the_end_token(mode
     for folder in model_folders.values():
         policy = Policy.load(PolicyConfig(name=str(folder)))
         task, samples = Grounding(), [sample(), sample("blue thing")]
-        prompts = policy.encode(task, samples)
-        answers = policy.encode_targets(task, samples, prompts)
-        texts = policy.processor.decode(answers)
+        prompts = encode_prompts(policy, task, samples)
+        texts = policy.processor.decode(encode_targets(policy, task, samples, prompts))
         assert texts == [
             task.target_text(sample, policy.codec, image_size) + "<|im_end|>"
             for sample, image_size in zip(samples, prompts.image_sizes, strict=True)
@@ -52,18 +51,17 @@ def test_an_answer_is_encoded_as_the_task_writes_it_closed_by_the_end_token(mode
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
 def test_an_answer_that_spells_out_an_end_or_vision_token_is_refused(folder, token):
     policy = Policy.load(PolicyConfig(name=str(folder)))
-    bad = Sample(id="7", image=oracle.noise(28, 28), width=28, height=28, query="", target=OcrTarget(text=f"a{token}b"))
-    with pytest.raises(UserError, match="Sample 7: its answer spells out a token"):
-        policy.encode_targets(Ocr(), [bad], policy.encode(Ocr(), [bad]))
+    with pytest.raises(UserError, match=r"Answer 2 of 2, 'a.*b', spells out a token"):
+        policy.encode_targets(["fine", f"a{token}b"])
 
 
 def test_the_prompt_limit_is_that_of_the_configuration(folder):
     policy = Policy.load(PolicyConfig(name=str(folder), max_prompt_length=20))
     with pytest.raises(UserError, match="max_prompt_length is 20"):
-        policy.encode(Grounding(), [sample()])
+        encode_prompts(policy, Grounding(), [sample()])
 
 
-def test_vision_tokens_are_banned(folder):
+def test_vision_tokens_are_suppressed(folder):
     policy = Policy.load(PolicyConfig(name=str(folder)))
     names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     assert policy.suppress_tokens.tolist() == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))

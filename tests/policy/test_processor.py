@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -8,27 +9,28 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
-from perception_r1.policy.load import CODEC_BY_FAMILY
 from perception_r1.policy.processor import IMAGE_TOKEN, Processor
 from perception_r1.records import ImageSize, Sample
 from perception_r1.rows import Row
 from perception_r1.tasks.detection import Detection
-from tests.policy.oracle import chat, encode, noise
+from tests.policy.oracle import chat, encode, inputs, noise
 
-families = pytest.mark.parametrize("family", CODEC_BY_FAMILY)
+families = pytest.mark.parametrize("family", CODECS)
 
 
 @families
 @pytest.mark.parametrize("size", [(640, 480), (333, 1000), (28, 28), (5, 9), (1000, 6)])
-def test_the_frame_is_that_of_smart_resize(model_folders, family, size):
+def test_the_image_size_is_that_of_smart_resize(model_folders, family, size):
     processor = Processor.load(model_folders[family], max_pixels=100_000)
     width, height = size
-    batch = processor.encode([chat("Look.")], [[noise(width, height)]], max_tokens=None)
+    batch = processor.encode([chat("Where?")], [[noise(width, height)]], max_tokens=None)
     factor = 32 if family == "qwen3_vl" else 28
     rows, columns = smart_resize(height, width, factor=factor, min_pixels=factor**2, max_pixels=100_000)
     assert batch.image_sizes == (ImageSize(width=width, height=height, resized_width=columns, resized_height=rows),)
-    assert batch.mm_token_type_ids.sum() == rows * columns // factor**2
-    assert len(batch.pixel_values) == batch.image_grid_thw.prod()
+    assert int((batch.input_ids[0] == processor.image_token_id).sum()) == rows * columns // factor**2
+    assert [len(pixels) for pixels in batch.pixel_values] == [math.prod(grid) for grid in batch.image_grids]
+    patch = processor.image_processor.patch_size
+    assert batch.image_grids == ((1, rows // patch, columns // patch),)
 
 
 def test_pixel_bounds_change_what_the_model_sees(folder):
@@ -46,20 +48,36 @@ def test_bounds_that_exclude_each_other_are_refused(folder):
         Processor.load(folder, min_pixels=50_000, max_pixels=1000)
 
 
-def test_prompts_are_padded_on_the_left_and_never_cut(folder):
+def test_prompts_are_neither_padded_nor_cut(folder):
     processor = Processor.load(folder)
     processor.tokenizer.model_max_length = 10
     batch = encode(processor)
-    for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-        length = int(mask.sum())
-        assert mask.tolist() == [0] * (len(mask) - length) + [1] * length
-        assert processor.tokenizer.decode(row[-length:]).endswith("<|im_end|>\n<|im_start|>assistant\n")
-        assert processor.tokenizer.decode(row[-length:]).startswith("<|im_start|>user\n<|vision_start|><|image_pad|>")
+    for row, length in zip(batch.input_ids, batch.lengths, strict=True):
+        assert row.shape == (length,)
+        assert processor.tokenizer.decode(row).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert processor.tokenizer.decode(row).startswith("<|im_start|>user\n<|vision_start|><|image_pad|>")
+
+
+TEXT, IMAGE = {"type": "text", "text": "a, b"}, {"type": "image"}
+
+
+@pytest.mark.parametrize("parts", [[IMAGE, TEXT], [TEXT, IMAGE], [IMAGE, TEXT, IMAGE, IMAGE], [IMAGE] * 2], ids=str)
+def test_positions_are_those_of_transformers(policy, parts):
+    sizes = [(84, 112), (28, 112), (56, 56)][: parts.count(IMAGE)]
+    chat = [{"role": "user", "content": parts}]
+    batch = policy.processor.encode([chat], [[noise(*size) for size in sizes]], max_tokens=None)
+    plain = inputs(policy.model, batch)
+    positions, _ = policy.model.model.get_rope_index(
+        plain["input_ids"], plain["mm_token_type_ids"], image_grid_thw=plain["image_grid_thw"]
+    )
+    assert torch.equal(batch.position_ids[0], positions[:, 0])
+    assert batch.next_positions == (int(positions.max()) + 1,)
+    assert batch.next_positions[0] < batch.lengths[0]
 
 
 def test_a_prompt_that_is_too_long_is_an_error(folder):
     processor = Processor.load(folder)
-    length = encode(processor).input_ids.shape[1]
+    length = max(encode(processor).lengths)
     for limit, is_accepted in ((length, True), (length - 1, False)):
         args = [chat("Compare the first picture with the second one, please.", 2)], [[noise(84, 28), noise(56, 56)]]
         if is_accepted:
@@ -111,8 +129,8 @@ def test_what_is_saved_encodes_the_same(model_folders, family, tmp_path):
     processor = Processor.load(model_folders[family], max_pixels=28 * 28 * 8)
     processor.save(tmp_path)
     one, other = encode(processor), encode(Processor.load(tmp_path))
-    assert torch.equal(one.input_ids, other.input_ids)
-    assert torch.equal(one.pixel_values, other.pixel_values)
+    assert all(map(torch.equal, one.input_ids, other.input_ids))
+    assert all(map(torch.equal, one.pixel_values, other.pixel_values))
 
 
 SIZES = [(640, 480), (333, 1000), (5000, 200), (28, 28)]
@@ -132,7 +150,7 @@ def test_a_box_at_known_pixels_survives_the_way_through_text(model_folders, fami
     shape = processor.image_processor(images=Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0].tolist()
     patch = processor.image_processor.patch_size
     assert (image_size.resized_height, image_size.resized_width) == (shape[1] * patch, shape[2] * patch)
-    codec, task = CODECS[CODEC_BY_FAMILY[family]], Detection(categories=("dog",))
+    codec, task = CODECS[family], Detection(categories=("dog",))
     boxes = [
         (0, 0, width, height),
         (width // 3, height // 4, width // 3 + width // 7, height // 2),

@@ -25,8 +25,8 @@ def sampling_of(policy, *, eos_token_ids=None, **options):
     )
 
 
-def greedy(policy, places, **options):
-    prompts = oracle.encode(policy.processor, places)
+def greedy(policy, indices, **options):
+    prompts = oracle.encode(policy.processor, indices)
     params = sampling_of(policy, is_greedy=True, **options)
     return rollout_of(policy.model, prompts, group_size=1, params=params, seeds=[0] * len(prompts))
 
@@ -37,24 +37,20 @@ def rows(rollout):
 
 def until_end(row, ends):
     """The tokens up to and including the first end token."""
-    return next((row[: place + 1] for place, token in enumerate(row) if token in ends), row)
+    return next((row[: index + 1] for index, token in enumerate(row) if token in ends), row)
 
 
 def test_greedy_answers_equal_those_of_transformers(policy, plain):
     expected = []
-    for place in range(3):
-        prompt = oracle.encode(policy.processor, [place])
+    for index in range(3):
+        prompt = oracle.encode(policy.processor, [index])
         generated = plain.generate(
-            input_ids=prompt.input_ids,
-            attention_mask=prompt.attention_mask,
-            mm_token_type_ids=prompt.mm_token_type_ids,
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
+            **oracle.inputs(plain, prompt),
             do_sample=False,
             max_new_tokens=12,
             suppress_tokens=policy.suppress_tokens.tolist(),
         )
-        expected.append(until_end(generated[0, prompt.input_ids.shape[1] :].tolist(), ENDS.tolist()))
+        expected.append(until_end(generated[0, prompt.lengths[0] :].tolist(), ENDS.tolist()))
     assert rows(greedy(policy, [0, 1, 2], max_new_tokens=12)) == expected
 
 
@@ -138,8 +134,8 @@ def test_banned_tokens_are_never_written_however_probable(folder):
 
 
 def test_a_completion_depends_on_its_prompt_and_seed_alone(policy):
-    def sample(places, seeds, group_size=4):
-        prompts = oracle.encode(policy.processor, places)
+    def sample(indices, seeds, group_size=4):
+        prompts = oracle.encode(policy.processor, indices)
         params = sampling_of(policy, eos_token_ids=list(range(0, 270, 9)), max_new_tokens=10)
         rollout = rollout_of(policy.model, prompts, group_size=group_size, params=params, seeds=seeds)
         return list(zip(rows(rollout), rollout.is_truncated, strict=True))
@@ -215,14 +211,14 @@ def test_a_tall_picture_does_not_confuse_positions(policy, plain):
 
 
 MANY_ENDS = torch.arange(0, 270, 6)
-"""So many that rows end at many different places."""
+"""So many that rows end at many different indices."""
 
 
-def ragged(policy, places=(0, 1, 2, 3), **options):
+def ragged(policy, indices=(0, 1, 2, 3), **options):
     """Prompts and a rollout in which many rows end long before the limit."""
     policy.eos_token_ids = MANY_ENDS
-    prompts = oracle.encode(policy.processor, places)
-    defaults = {"group_size": 4, "max_new_tokens": 16, "seeds": range(len(places)), "temperature": 0.7}
+    prompts = oracle.encode(policy.processor, indices)
+    defaults = {"group_size": 4, "max_new_tokens": 16, "seeds": range(len(indices)), "temperature": 0.7}
     return prompts, policy.generate(policy.prefill(prompts), **(defaults | options))
 
 
@@ -243,13 +239,13 @@ def assert_trained_as_sampled(policy, prompts, rollout, temperature):
 
 
 @pytest.mark.parametrize("group_size", [1, 4])
-@pytest.mark.parametrize("places", [(0, 1, 2, 3), (3, 0, 4, 4, 3, 0)], ids=["ragged", "equal"])
+@pytest.mark.parametrize("indices", [(0, 1, 2, 3), (3, 0, 4, 4, 3, 0)], ids=["ragged", "equal"])
 @pytest.mark.parametrize("kind", ["policy", "adapted"])
 def test_the_sampler_s_log_probabilities_are_those_of_the_training_pass(
-    request, exact_layers, monkeypatch, kind, places, group_size
+    request, exact_layers, monkeypatch, kind, indices, group_size
 ):
     policy, counts = request.getfixturevalue(kind), spy_on_rows(monkeypatch)
-    prompts, rollout = ragged(policy, places, group_size=group_size)
+    prompts, rollout = ragged(policy, indices, group_size=group_size)
     assert len(set(counts)) >= (2 if group_size == 1 else 3)
     assert_trained_as_sampled(policy, prompts, rollout, 0.7)
 
@@ -286,7 +282,7 @@ def test_entropy_is_a_mean_over_written_tokens_alone(policy, plain, exact_layers
     assert rollout.entropy == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-12)
 
 
-def test_a_rollout_looks_at_each_picture_and_reads_each_prompt_token_once(policy):
+def test_a_rollout_encodes_each_picture_and_reads_each_prompt_token_once(policy):
     pictures, tokens = [], []
     model = policy.model.model
     model.visual.register_forward_pre_hook(
@@ -296,7 +292,7 @@ def test_a_rollout_looks_at_each_picture_and_reads_each_prompt_token_once(policy
         lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
     prompts, _ = ragged(policy)
-    assert pictures == [len(prompts.image_grid_thw)] == [5]
+    assert pictures == [len(prompts.image_grids)] == [5]
     assert tokens == [sum(prompts.lengths)]
 
 

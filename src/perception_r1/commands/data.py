@@ -39,7 +39,7 @@ from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.embedded.warmup import build_unwarmed
 from perception_r1.errors import UserError
 from perception_r1.modules.base import PolicyModule
-from perception_r1.policy.load import CODEC_BY_FAMILY, model_family
+from perception_r1.policy.load import model_family
 from perception_r1.policy.processor import Processor
 from perception_r1.records import Sample
 
@@ -101,7 +101,7 @@ class _DataCLI(PerceptionCLI):
                 name = folder
                 build_unwarmed(Path(folder), self.config_init.embedded, self.data.synthetic(batch_size=1), seed=seed)
             processor = Processor.load(name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-            yield CODECS[CODEC_BY_FAMILY[model_family(name)]], processor
+            yield CODECS[model_family(name)], processor
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics
 from perception_r1.modules.evaluation import EvaluationModule
+from perception_r1.policy.batch import to_device
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.task import Task
 
@@ -165,7 +166,7 @@ class PolicyModule(EvaluationModule):
         Gradients are averaged over devices. So a sum of losses that is divided by the mean number of tokens per device
         becomes the mean over the tokens of all of them.
         """
-        value = torch.tensor(number, dtype=torch.float32, device=self.device)
+        value = to_device(torch.tensor(number, dtype=torch.float32), self.device)
         return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="mean"))
 
     def apply_gradients(self, loss: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics, update_metrics
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
@@ -121,17 +122,13 @@ class EvaluationModule(LightningModule):
 
     # ----------------------------------------------------------------------------------------------------- the road
 
-    def encode(self, samples: Sequence[Sample[Any]]) -> PromptBatch:
-        """Prompts for loaded samples."""
-        return self.policy.encode(self.task, samples)
-
     def complete(self, samples: Sequence[Sample[Any]]) -> list[ParsedCompletion]:
         """Greedy completions of loaded samples, in their order, parsed and not scored: they need no target."""
         if not samples:
             return []
         found: dict[int, ParsedCompletion] = {}
         with evaluation_mode(self.policy):
-            prompts = self.encode(samples)
+            prompts = encode_prompts(self.policy, self.task, samples)
             for indices in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
                 eval_batch = prompts.select(indices)
                 rollout = self.policy.generate(

@@ -19,8 +19,9 @@ from perception_r1.errors import UserError
 from perception_r1.grpo import LossType, group_advantages, grpo_loss, has_zero_std, token_weights
 from perception_r1.metrics import update_metrics
 from perception_r1.modules.base import PolicyModule
+from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import evaluation_mode
-from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
@@ -124,7 +125,7 @@ class GRPO(PolicyModule):
         started, seconds_before = time.perf_counter(), dict(self.phase_seconds)
         group_size = self.planned_group_size()
         with self.phase("encode"):
-            prompts = self.encode(batch)
+            prompts = encode_prompts(self.policy, self.task, batch)
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
             with self.phase("vision"):
                 prompts = self.policy.encode_images(prompts)
@@ -188,9 +189,9 @@ class GRPO(PolicyModule):
         return Experience(
             prompts=prompts,
             completions=rollout.completions,
-            advantages=advantages.to(self.device),
+            advantages=to_device(advantages, self.device),
             weights=token_weights(
-                torch.tensor(lengths, device=self.device),
+                to_device(torch.tensor(lengths), self.device),
                 loss_type=self.loss_type,
                 max_new_tokens=self.max_new_tokens,
                 num_tokens=self.mean_over_devices(sum(lengths)),
@@ -234,13 +235,14 @@ class GRPO(PolicyModule):
                 with self.phase("policy_forward"):
                     logprobs = self.policy(prompts, completions, self.temperature)  # [n, T]
                 all_logprobs.append(logprobs.detach())
-                lengths = torch.tensor([len(completion) for completion in completions], device=self.device)
+                tokens = torch.tensor([len(completion) for completion in completions])
+                rows, lengths = (to_device(part, self.device) for part in (torch.tensor(micro_batch.rows), tokens))
                 output = grpo_loss(
                     logprobs,
                     all_logprobs[index] if old_logprobs is None else old_logprobs[index],
                     None if reference_logprobs is None else reference_logprobs[index],
-                    advantages=experience.advantages[micro_batch.rows],
-                    weights=experience.weights[micro_batch.rows],
+                    advantages=experience.advantages[rows],
+                    weights=experience.weights[rows],
                     is_token=torch.arange(logprobs.shape[1], device=self.device) < lengths[:, None],
                     clip_eps_low=self.clip_eps_low,
                     clip_eps_high=self.clip_eps_high,
@@ -251,11 +253,11 @@ class GRPO(PolicyModule):
                 sums += torch.stack(
                     [output.loss.detach().double(), output.kl_sum.double(), output.num_clipped.double()]
                 )
-        loss, kl, num_clipped = sums.tolist()
+        loss, kl, num_clipped = sums.tolist()  # waits for the device, once
         with self.phase("optimizer"):
             metrics = self.apply_gradients(loss)
-        rows = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
-        num_tokens = max(1, sum(len(experience.completions[row]) for row in rows))
+        computed = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
+        num_tokens = max(1, sum(len(experience.completions[row]) for row in computed))
         return metrics | {"loss": loss, "kl": kl / num_tokens, "clip_fraction": num_clipped / num_tokens}, all_logprobs
 
     def log_step(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from perception_r1.modules.base import PolicyModule
+from perception_r1.modules.encoding import encode_prompts, encode_targets
 from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.records import Sample
 
@@ -21,8 +22,8 @@ class SFT(PolicyModule):
         started = time.perf_counter()
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)  # dropout of an adapter, if any
         with self.phase("encode"):
-            prompts = self.encode(batch)
-            answers = self.policy.encode_targets(self.task, batch, prompts)
+            prompts = encode_prompts(self.policy, self.task, batch)
+            answers = encode_targets(self.policy, self.task, batch, prompts)
         lengths = [len(answer) for answer in answers]
         num_tokens = self.mean_over_devices(sum(lengths))
         micro_batches = plan_micro_batches(prompts.lengths, lengths, range(len(batch)), self.micro_batch_tokens)

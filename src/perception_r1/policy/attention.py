@@ -3,7 +3,7 @@
 `shared_prompt_attention` is registered with transformers under `NAME` for the language model. A call without a
 `packing` argument goes to plain SDPA.
 
-Legend: T packed tokens, H heads, K key-value heads, D head size; in a tile of `policy/packing.py`: n prompts of P
+Legend: T packed tokens, H heads, K key-value heads, D head size; in a bucket of `policy/packing.py`: n prompts of P
 tokens, G completions each, C longest completion input. In decoding: B prompts, S rows of each, W written tokens.
 """
 
@@ -42,7 +42,7 @@ def shared_prompt_attention(
         attention_mask: Unused with a packing, which says it all.
         dropout: Of attention weights; zero in these families.
         scaling: Of the scores.
-        packing: Where things lie; None for an ordinary batch.
+        packing: The layout of the row; None for an ordinary batch.
         **kwargs: Passed on to SDPA.
 
     Returns:
@@ -67,7 +67,7 @@ def shared_prompt_attention(
 def _of_prompts(tensor: Tensor, bucket: LengthBucket) -> Tensor:
     """[n, heads, P, D] from [T, heads, D]."""
     span = tensor[bucket.start : bucket.start + bucket.num_prompts * bucket.length]
-    return span.unflatten(0, (bucket.num_prompts, bucket.length)).transpose(1, 2)
+    return span.view(bucket.num_prompts, bucket.length, *span.shape[1:]).transpose(1, 2)
 
 
 def _attend_completions(
@@ -79,7 +79,7 @@ def _attend_completions(
     bucket: LengthBucket,
     options: dict[str, Any],
 ) -> Tensor:
-    """[inputs of the tile, H, D]: each completion sees its prompt and, behind it, itself."""
+    """[inputs of the bucket, H, D]: each completion sees its prompt and, behind it, itself."""
     size = bucket.num_prompts * bucket.group_size
     steps = len(bucket.rows) // size
     own = [tensor.index_select(0, bucket.rows).unflatten(0, (size, steps)) for tensor in (query, key, value)]
@@ -130,7 +130,7 @@ def next_token_attention(
     scores = torch.cat([to_prompt.view(*query.shape[:-1], -1), query @ own[0].mT], -1)  # [B, K, S, H/K, P + W]
     weights = (scores if bias is None else scores + bias).softmax(-1)
     on_prompt, on_own = weights.split([prompt[0].shape[2], own[0].shape[3]], -1)
-    attended = (on_prompt.flatten(2, 3) @ prompt[1]).view(query.shape) + on_own @ own[1]
+    attended: Tensor = (on_prompt.flatten(2, 3) @ prompt[1]).view(query.shape) + on_own @ own[1]
     return attended.transpose(1, 2).reshape(num_prompts, rows, heads * size)
 
 

@@ -1,84 +1,100 @@
-"""PromptBatch: prompts with their pictures as tensors, able to slice, repeat and move itself.
+"""PromptBatch: prompts with their pictures as tensors, able to slice and move itself.
 
-Legend: B prompts, P prompt tokens (longest), I images of all prompts, N patches of all images, D values per patch, H
-hidden size of the language model.
+Everything that lays out a pass (token ids, positions, sizes) is computed once, when a prompt is encoded, and stays on
+the host; only pixels and features go to the policy's device. So nobody has to wait for the device to tell a length.
+
+Legend: B prompts, P tokens of a prompt, I images of all prompts, N patches of an image, D values per patch, H hidden
+size of the language model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from perception_r1.records import ImageSize
 
+Grid: TypeAlias = tuple[int, int, int]
+"""Patches of an image in time, height and width."""
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptBatch:
-    """Left-padded prompts; images in the order of the prompts, each of its own size.
+    """Prompts, each of its own length; images in the order of the prompts, each of its own size.
 
     Attributes:
-        input_ids: [B, P] token ids, padded on the left.
-        attention_mask: [B, P] 1 for tokens, 0 for padding.
-        mm_token_type_ids: [B, P] 1 where an image feature stands, 0 elsewhere.
-        pixel_values: [N, D] patches of all images, one after another.
-        image_grid_thw: [I, 3] patches of each image in time, height and width.
+        input_ids: Token ids of each prompt, B entries [P] on the CPU.
+        position_ids: Rotary positions in time, height and width of each prompt, B entries [3, P] on the CPU.
+        next_positions: Position of the first completion token of each prompt, B entries.
         num_images: Images of each prompt, B entries.
         image_sizes: Sizes of the first image of each prompt, B entries.
-        features: Of each image, I entries [1 + L, tokens, H]: what stands in its place, then what (Qwen3-VL) is added
-            after each of the first L layers; None until the vision tower has looked at the images.
+        image_grids: Patches of each image, I entries.
+        pixel_values: Patches of each image, I entries [N, D].
+        image_features: Of each image, I entries [1 + L, tokens, H]: what stands in its place, then what (Qwen3-VL) is
+            added after each of the first L layers; None until the vision tower has run.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    mm_token_type_ids: Tensor
-    pixel_values: Tensor
-    image_grid_thw: Tensor
+    input_ids: tuple[Tensor, ...]
+    position_ids: tuple[Tensor, ...]
+    next_positions: tuple[int, ...]
     num_images: tuple[int, ...]
     image_sizes: tuple[ImageSize, ...]
+    image_grids: tuple[Grid, ...]
+    pixel_values: tuple[Tensor, ...]
     image_features: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.num_images)
+        return len(self.input_ids)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each prompt."""
-        return self.attention_mask.sum(1).tolist()
+        return [len(ids) for ids in self.input_ids]
 
     def select(self, indices: Sequence[int]) -> "PromptBatch":
-        """The prompts at these places, in this order, without padding that none of them needs."""
-        width = int(self.attention_mask[list(indices)].sum(1).max())
-        images = self._images_by_prompt()
-        patches = self.image_grid_thw.prod(1).tolist()
-        starts = [0, *torch.tensor(patches).cumsum(0).tolist()]
-        chosen = [image for index in indices for image in images[index]]
-        rows = torch.as_tensor(list(indices), device=self.input_ids.device)
+        """The prompts with these numbers, in this order; nothing is copied."""
+        ends = list(accumulate(self.num_images))
+        images = [image for index in indices for image in range(ends[index] - self.num_images[index], ends[index])]
         return PromptBatch(
-            input_ids=self.input_ids[rows, -width:],
-            attention_mask=self.attention_mask[rows, -width:],
-            mm_token_type_ids=self.mm_token_type_ids[rows, -width:],
-            pixel_values=torch.cat([self.pixel_values[starts[i] : starts[i + 1]] for i in chosen]),
-            image_grid_thw=self.image_grid_thw[chosen],
-            num_images=tuple(self.num_images[index] for index in indices),
-            image_sizes=tuple(self.image_sizes[index] for index in indices),
-            image_features=None if self.image_features is None else tuple(self.image_features[i] for i in chosen),
+            input_ids=_pick(self.input_ids, indices),
+            position_ids=_pick(self.position_ids, indices),
+            next_positions=_pick(self.next_positions, indices),
+            num_images=_pick(self.num_images, indices),
+            image_sizes=_pick(self.image_sizes, indices),
+            image_grids=_pick(self.image_grids, images),
+            pixel_values=_pick(self.pixel_values, images),
+            image_features=None if self.image_features is None else _pick(self.image_features, images),
         )
 
     def to(self, device: torch.device | str) -> "PromptBatch":
-        """The same batch on another device."""
+        """The same batch with pixels and features on another device."""
+        features = self.image_features
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            mm_token_type_ids=self.mm_token_type_ids.to(device),
-            pixel_values=self.pixel_values.to(device),
-            image_grid_thw=self.image_grid_thw.to(device),
-            image_features=None
-            if self.image_features is None
-            else tuple(image.to(device) for image in self.image_features),
+            pixel_values=tuple(to_device(pixels, device) for pixels in self.pixel_values),
+            image_features=None if features is None else tuple(to_device(image, device) for image in features),
         )
 
-    def _images_by_prompt(self) -> list[range]:
-        ends = torch.tensor(self.num_images).cumsum(0).tolist()
-        return [range(end - count, end) for end, count in zip(ends, self.num_images, strict=True)]
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, without waiting for the work that is queued there."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()  # the copy from ordinary memory would wait
+    return tensor.to(device, non_blocking=True)
+
+
+def move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of integers on a device, in a single copy."""
+    if device.type == "cpu":
+        return list(tensors)
+    flat = to_device(torch.cat([tensor.flatten() for tensor in tensors]), device)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _pick(values: Sequence[T], indices: Sequence[int]) -> tuple[T, ...]:
+    return tuple(values[index] for index in indices)

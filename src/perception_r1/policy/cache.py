@@ -1,4 +1,4 @@
-"""What the rows of a rollout remember: their prompts, once per group, and the tokens that they have written.
+"""Keys and values of the rows of a rollout: of their prompts, once per group, and of the tokens that they have written.
 
 `SharedPromptCache` and `ContiguousCache` (a single row per prompt, nothing to share) compute with exactly what has been
 written, and finished rows leave them. `StaticCache` has fixed shapes and changes only in place, as a captured CUDA
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception_r1.policy.attention import next_token_attention
+from perception_r1.policy.batch import to_device
 from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.prefill import PromptCache
 
@@ -25,7 +26,7 @@ PositionEmbeddings: TypeAlias = tuple[Tensor, Tensor]
 
 
 class DecodeCache(ABC):
-    """Keys and values of all layers, and the place at which the next token is written."""
+    """Keys and values of all layers, and the step at which the next token is written."""
 
     @abstractmethod
     def begin_step(self) -> PositionEmbeddings:
@@ -33,7 +34,7 @@ class DecodeCache(ABC):
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Remember a layer's keys and values of the next token, and attend to everything up to it.
+        """Keep a layer's keys and values of the next token, and attend to everything up to it.
 
         Args:
             layer: Number of the layer.
@@ -55,7 +56,7 @@ class _EagerCache(DecodeCache):
 
     Args:
         prompts: The prompts.
-        rotation: Of all tokens that can be written.
+        position_embeddings: Of all tokens that can be written.
         dtype: Of keys and values.
     """
 
@@ -89,7 +90,7 @@ class SharedPromptCache(_EagerCache):
 
     Args:
         prompts: The prompts.
-        rotation: Of all tokens that can be written.
+        position_embeddings: Of all tokens that can be written.
         num_rows: S.
         dtype: Of keys and values.
     """
@@ -108,9 +109,9 @@ class SharedPromptCache(_EagerCache):
         keys, values = self._own[layer]  # [B, K, S, T, D]
         keys[:, :, :, self._step] = key.transpose(1, 2)
         values[:, :, :, self._step] = value.transpose(1, 2)
-        buffer = self._step + 1
-        own = keys[:, :, :, :buffer], values[:, :, :, :buffer]
-        bias = None if self._bias is None else self._bias[..., : self._longest + buffer]
+        num_written = self._step + 1
+        own = keys[:, :, :, :num_written], values[:, :, :, :num_written]
+        bias = None if self._bias is None else self._bias[..., : self._longest + num_written]
         return next_token_attention(query, self._prompts[layer], own, bias)
 
     def select_rows(self, rows: Tensor) -> None:
@@ -120,13 +121,13 @@ class SharedPromptCache(_EagerCache):
         self._keep_prompts(prompts)
         self._prompts = [(keys[prompts], values[prompts]) for keys, values in self._prompts]
 
-        def chosen(own: Tensor) -> Tensor:
+        def select(own: Tensor) -> Tensor:
             kept = own.new_empty(len(rows), own.shape[1], rows.shape[1], *own.shape[3:])
-            buffer = own[:, :, :, : self._step]
-            kept[:, :, :, : self._step] = buffer[prompts[:, None], :, slots].transpose(1, 2)
+            written = own[:, :, :, : self._step]
+            kept[:, :, :, : self._step] = written[prompts[:, None], :, slots].transpose(1, 2)
             return kept
 
-        self._own = [(chosen(keys), chosen(values)) for keys, values in self._own]
+        self._own = [(select(keys), select(values)) for keys, values in self._own]
 
 
 class ContiguousCache(_EagerCache):
@@ -134,7 +135,7 @@ class ContiguousCache(_EagerCache):
 
     Args:
         prompts: The prompts.
-        rotation: Of all tokens that can be written.
+        position_embeddings: Of all tokens that can be written.
         dtype: Of keys and values.
     """
 
@@ -146,14 +147,14 @@ class ContiguousCache(_EagerCache):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `DecodeCache`."""
         keys, values = self._kept[layer]  # [B, K, P + T, D]
-        place = self._longest + self._step
-        keys[:, :, place] = key[:, 0]
-        values[:, :, place] = value[:, 0]
+        index = self._longest + self._step
+        keys[:, :, index] = key[:, 0]
+        values[:, :, index] = value[:, 0]
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
-            keys[:, :, : place + 1],
-            values[:, :, : place + 1],
-            attn_mask=None if self._bias is None else self._bias[:, 0, ..., : place + 1],
+            keys[:, :, : index + 1],
+            values[:, :, : index + 1],
+            attn_mask=None if self._bias is None else self._bias[:, 0, ..., : index + 1],
             scale=1.0,
             enable_gqa=query.shape[2] != keys.shape[1],
         )
@@ -204,10 +205,8 @@ class StaticCache(DecodeCache):
             values[:, :, :longest] = more_values
         for buffer, values in zip(self._position_embeddings, position_embeddings, strict=True):
             buffer.copy_(values)
-        place = torch.arange(self._prompt_room, device=prompts.lengths.device)
-        is_token = place < prompts.lengths[:, None]  # [B, room for prompts]
         self._bias.fill_(float("-inf"))
-        self._bias[..., : self._prompt_room].masked_fill_(is_token[:, None, None, None], 0.0)
+        self._bias[..., :longest] = to_device(_prompt_bias(prompts), self._bias.device)[:, None, None, None]
         self.step.zero_()
 
     def begin_step(self) -> PositionEmbeddings:
@@ -224,8 +223,8 @@ class StaticCache(DecodeCache):
         return next_token_attention(query, self._prompts[layer], self._own[layer], self._bias)
 
     def end_step(self) -> None:
-        """See `DecodeCache`."""
-        self.step += 1
+        """See `DecodeCache`; behind the last token it begins anew, for a capture makes more steps than may fit."""
+        self.step.add_(1).remainder_(self._own[0][0].shape[3])
 
 
 def _cast(prompts: PromptCache, dtype: torch.dtype) -> list[KeysAndValues]:
@@ -234,8 +233,13 @@ def _cast(prompts: PromptCache, dtype: torch.dtype) -> list[KeysAndValues]:
 
 def _bias(prompts: PromptCache, num_tokens: int, dtype: torch.dtype) -> Tensor | None:
     """[B, 1, 1, 1, P + T] minus infinity behind the end of a shorter prompt; None where all are equally long."""
-    is_token = torch.arange(prompts.keys[0].shape[2], device=prompts.lengths.device) < prompts.lengths[:, None]
-    if bool(is_token.all()):
+    if len(set(prompts.lengths)) == 1:
         return None
-    bias = torch.zeros(is_token.shape, dtype=dtype, device=is_token.device).masked_fill(~is_token, float("-inf"))
+    bias = to_device(_prompt_bias(prompts).to(dtype), prompts.hidden.device)
     return F.pad(bias, (0, num_tokens))[:, None, None, None]
+
+
+def _prompt_bias(prompts: PromptCache) -> Tensor:
+    """[B, P] zero for tokens and minus infinity for filling; on the CPU."""
+    is_token = torch.arange(max(prompts.lengths)) < torch.tensor(prompts.lengths)[:, None]
+    return torch.zeros(is_token.shape).masked_fill(~is_token, float("-inf"))

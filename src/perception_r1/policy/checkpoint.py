@@ -74,4 +74,5 @@ def restore(policy: nn.Module, path: Path) -> int:
     if {value.dtype for value in state.values()} == {torch.bfloat16}:
         policy.to(torch.bfloat16)  # trained so by trainer.precision bf16-true, whatever the model was read in
     holder.load_state_dict(state, strict=False)
-    return checkpoint["global_step"]
+    step: int = checkpoint["global_step"]
+    return step

@@ -30,7 +30,9 @@ _PROMPT_BUCKET = 256
 """The room for prompts is a multiple of this, so that few different graphs are needed."""
 
 _CHECK_INTERVAL = 8
-"""Steps between two looks at whether all rows have ended: each look waits for the device."""
+"""Steps between two checks whether all rows have ended: each of them waits for the device."""
+
+_NUM_WARM_UP_STEPS = 2
 
 _MAX_GRAPHS = 4
 """Graphs that are kept; each holds its own buffers."""
@@ -39,12 +41,11 @@ Step: TypeAlias = Callable[[], None]
 
 
 def capture(step: Step) -> Step:
-    """A CUDA graph of a step that changes buffers in place; capturing leaves the buffers in any state."""
+    """A CUDA graph of a step that changes buffers in place; capturing leaves them in any state."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up in the first calls, which must not be captured
-        step()
-        step()
+    with torch.cuda.stream(stream):
+        warm_up(step)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -52,8 +53,14 @@ def capture(step: Step) -> Step:
     return graph.replay
 
 
+def warm_up(step: Step) -> None:
+    """Libraries set themselves up in the first calls of a step, which must not be captured."""
+    for _ in range(_NUM_WARM_UP_STEPS):
+        step()
+
+
 class GraphGenerator:
-    """Writes like `rollout.write`, by replaying captured steps.
+    """Generates like `rollout.generate`, by replaying captured steps.
 
     Args:
         decoder: Of the model that computes the prompts.
@@ -69,12 +76,12 @@ class GraphGenerator:
     def generate(
         self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> Rollout:
-        """Write G completions of each prompt; see `rollout.write`."""
+        """Write G completions of each prompt; see `rollout.generate`."""
         self.decoder.sync_weights()
         num_prompts, _, longest, _ = prompts.keys[0].shape
         room = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
         shape = (num_prompts, group_size, room, params.max_new_tokens)
-        ids = tuple(params.eos_token_ids.tolist()), tuple(params.suppress_tokens.tolist())
+        ids = id(params.eos_token_ids), id(params.suppress_tokens)  # a captured step reads, and holds, these tensors
         key = (shape, ids, params.temperature, params.is_greedy, self.decoder.adapters)
         captured = self._captured.pop(key, None)
         if captured is None:
@@ -91,7 +98,7 @@ class GraphGenerator:
 
 
 class _CapturedStep:
-    """Choose a token of each row, record it, read it: with all that the step reads and writes."""
+    """Sample a token of each row, record it, read it: with all that the step reads and writes."""
 
     def __init__(
         self,
@@ -106,7 +113,7 @@ class _CapturedStep:
         num_rows = num_prompts * group_size
         self._decoder = decoder
         self._group_size = group_size
-        self._sampling = params
+        self._params = params
         self._cache = StaticCache(
             prompts, prompt_room=room, num_rows=group_size, num_tokens=num_tokens, dtype=decoder.dtype
         )
@@ -119,7 +126,7 @@ class _CapturedStep:
 
     def load(self, prompts: PromptCache, uniforms: Tensor) -> None:
         """Begin anew."""
-        self._cache.load(prompts, self._decoder.position_embeddings(prompts, self._sampling.max_new_tokens))
+        self._cache.load(prompts, self._decoder.position_embeddings(prompts, self._params.max_new_tokens))
         self._uniforms.copy_(uniforms)
         self._logits.copy_(self._decoder.first_logits(prompts).repeat_interleave(self._group_size, 0))
         self.ended.zero_()
@@ -127,9 +134,9 @@ class _CapturedStep:
     def _step(self) -> None:
         step = self._cache.step
         uniforms = self._uniforms.index_select(1, step)[:, 0]
-        tokens, logprobs, entropies = sample_token(self._logits, uniforms, self._sampling)
+        tokens, logprobs, entropies = sample_token(self._logits, uniforms, self._params)
         self.buffer.tokens.index_copy_(1, step, tokens[:, None])
         self.buffer.logprobs.index_copy_(1, step, logprobs[:, None])
         self.buffer.entropies.index_copy_(1, step, entropies[:, None])
-        self.ended.logical_or_(is_any_of(tokens, self._sampling.eos_token_ids))
+        self.ended.logical_or_(is_any_of(tokens, self._params.eos_token_ids))
         self._logits.copy_(self._decoder(tokens, self._cache))

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perception_r1.policy.batch import to_device
 from perception_r1.policy.cache import DecodeCache, PositionEmbeddings
-from perception_r1.policy.forward import QwenVL, at_least_fp32
+from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.vision import QwenVL
 
 _MAX_COPIED_WEIGHTS = 2**28
 """Language models of at most so many weights are copied for speed; larger ones are read in place where they can be."""
@@ -26,7 +28,7 @@ class Decoder:
 
     Args:
         model: A Qwen-VL causal model. Its weights are copied where they are joined, merged or cast: after an update of
-            the model, `refresh` copies them again.
+            the model, `sync_weights` copies them again.
     """
 
     def __init__(self, model: QwenVL) -> None:
@@ -45,13 +47,16 @@ class Decoder:
         scales = [[text.layers[0].self_attn.scaling]] * heads[0] + [[1.0]] * heads[1]
         self._head_scale = torch.tensor(scales, dtype=at_least_fp32(self.dtype), device=self.device)  # of queries
         self._head = _FusedLinear([model.lm_head], None if is_in_place else self.dtype)
+        self._addresses = _addresses(model)
 
     def is_compatible(self, model: QwenVL) -> bool:
-        """The model's weights still are where they were, and products are computed in the same type."""
+        """The model's weights still lie where they lay, and products are computed in the same type.
+
+        Weights that were moved away and back are new memory, though the parameters are the same objects; a captured
+        step would go on reading the old.
+        """
         weight = model.model.language_model.embed_tokens.weight
-        return (
-            weight is self._embedding.weight and weight.device == self.device and _compute_dtype(weight) == self.dtype
-        )
+        return _addresses(model) == self._addresses and _compute_dtype(weight) == self.dtype
 
     @property
     def adapters(self) -> tuple[tuple[bool, bool], ...]:
@@ -66,9 +71,9 @@ class Decoder:
         self._head.sync_weights()
 
     def position_embeddings(self, prompts: PromptCache, num_tokens: int) -> PositionEmbeddings:
-        """Rotary embedding of the `num_tokens` places behind each prompt."""
-        places = prompts.next_position[:, None] + torch.arange(num_tokens, device=self.device)  # [B, T]
-        cos, sin = self._rotary(self._embedding.weight, places.expand(3, -1, -1))
+        """Rotary embedding of the `num_tokens` tokens behind each prompt."""
+        positions = torch.tensor(prompts.next_positions)[:, None] + torch.arange(num_tokens)  # [B, T]
+        cos, sin = self._rotary(self._embedding.weight, to_device(positions, self.device).expand(3, -1, -1))
         half = sin.shape[-1] // 2
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)  # the signs of `rotate_half` are in the sine
 
@@ -78,7 +83,7 @@ class Decoder:
             return self._head(prompts.hidden.to(self.dtype))
 
     def __call__(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
-        """Read a token of each row, remember it, predict the next.
+        """Read a token of each row, keep its keys and values, predict the next.
 
         Args:
             tokens: [R] ids.
@@ -173,6 +178,13 @@ class _FusedLinear:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
+def _addresses(model: QwenVL) -> tuple[object, ...]:
+    """Device, and where every weight and buffer of language model and vocabulary head lies, adapters included."""
+    text, head = model.model.language_model, model.lm_head
+    tensors = (*text.parameters(), *text.buffers(), *head.parameters())
+    return text.embed_tokens.weight.device, *(tensor.data_ptr() for tensor in tensors)
+
+
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -192,7 +204,7 @@ def _merged_weight(layer: Any) -> Tensor:
     weight: Tensor = _base(layer).weight
     if not hasattr(layer, "get_delta_weight"):
         return weight
-    weight = weight.clone()  # `refresh` writes into it
+    weight = weight.clone()  # `sync_weights` writes into it
     if not layer.disable_adapters and not layer.merged:
         for name in layer.active_adapters:
             if name in layer.lora_A:

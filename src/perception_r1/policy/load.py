@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.policy.attention import NAME as SHARED_PROMPT
-
-CODEC_BY_FAMILY = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}
-"""Model type in a folder's config.json -> codec in which the family writes boxes."""
 
 TEXT_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the language model, by the names of transformers."""
@@ -92,27 +90,27 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     if kinds != {"full_attention"}:
         raise UserError(f"{config.name} attends through {', '.join(sorted(kinds))}; only full attention is known here.")
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def model_family(name: str) -> str:
-    """Model type of a hub id or folder, which must be a key of `CODEC_BY_FAMILY`.
+    """Model type of a hub id or folder, which must be a key of `CODECS`.
 
     Raises:
         UserError: Nothing is there, or it is no family that is known here.
     """
-    looks_like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_a_folder and not Path(name).is_dir():
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
         raise UserError(f"There is no model folder {name}.")
     try:
-        family = AutoConfig.from_pretrained(name).model_type
+        family: str = AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
         raise UserError(
             f"No model configuration that is known here could be read from {name}: give a hub id, a folder with a "
-            f"config.json, or tiny; known families: {', '.join(CODEC_BY_FAMILY)}."
+            f"config.json, or tiny; known families: {', '.join(CODECS)}."
         ) from error
-    if family not in CODEC_BY_FAMILY:
-        raise UserError(f"{name} is of the family {family}; known families: {', '.join(CODEC_BY_FAMILY)}.")
+    if family not in CODECS:
+        raise UserError(f"{name} is of the family {family}; known families: {', '.join(CODECS)}.")
     return family
 
 

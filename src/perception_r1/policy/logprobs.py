@@ -1,6 +1,6 @@
 """Log-probabilities of completions: each prompt is computed once, its completions attend to it.
 
-Only the places that predict a completion token reach the vocabulary head.
+Only the hidden states that predict a completion token reach the vocabulary head.
 
 Legend: B prompts, G completions per prompt, N = B*G completions, T completion tokens (longest), H hidden size.
 """
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import QwenVL, argsort_by_length, embed_prompts, packed_forward, process_logits
+from perception_r1.policy.batch import PromptBatch, to_device
+from perception_r1.policy.forward import argsort_by_length, packed_forward, process_logits
 from perception_r1.policy.packing import pack
+from perception_r1.policy.vision import QwenVL
 
 _HEAD_ROWS = 2048
 """Rows of logits held at once in training; more are recomputed in backward. Below this chunking only costs time."""
@@ -28,7 +29,7 @@ def completion_logprobs(
     Args:
         model: A Qwen-VL causal model whose language model uses `policy/attention.py`.
         prompts: B prompts.
-        completions: N token id tensors, the G completions of a prompt after one another, none empty.
+        completions: N token id tensors on the CPU, the G completions of a prompt after one another, none empty.
         suppress_tokens: Ids of tokens that are never written.
         temperature: The sampling temperature.
 
@@ -45,17 +46,11 @@ def completion_logprobs(
     rows = [prompt * group_size + g for prompt in order for g in range(group_size)]
     prompts, completions = prompts.select(order), [completions[row] for row in rows]
     lengths = [len(completion) for completion in completions]
-    packed = embed_prompts(model, prompts)
-    packing = pack(prompts.lengths, lengths, prompts.input_ids.device)
-    hidden = packed_forward(
-        model,
-        packed,
-        packing,
-        tokens=torch.cat([completion[:-1] for completion in completions]),
-        positions=packed.next_position[packing.prompt_indices] + packing.steps,
-    )
+    packing = pack(prompts.lengths, lengths, suppress_tokens.device)
+    hidden = packed_forward(model, prompts, completions, packing)  # [tokens of the row, H]
+    targets = to_device(torch.cat(completions), hidden.device)
     picked = _target_logprobs(
-        model, hidden.index_select(0, packing.predictor_indices), torch.cat(completions), suppress_tokens, temperature
+        model, hidden.index_select(0, packing.predictor_indices), targets, suppress_tokens, temperature
     )
     found = dict(zip(rows, picked.split(lengths), strict=True))
     return pad_sequence([found[row] for row in range(len(rows))], batch_first=True)

@@ -1,18 +1,20 @@
-"""Where things lie in a packed row, and how a batch is cut into rows.
+"""The layout of a packed row, and how a batch is cut into rows.
 
 A row holds all its prompts one after another, then their completions one after another, without padding. Each
-completion is laid down without its last token, which is predicted but never read.
+completion stands there without its last token, which is predicted but never read. The layout is worked out on the host,
+from lengths alone, and goes to the device in one copy.
 
-Legend: B prompts, G completions per prompt, N = B*G completions, M tokens of all prompts, R input tokens of all
-completions, C longest completion input of a tile.
+Legend: B prompts, G completions per prompt, N = B*G completions, C longest completion input of a bucket.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
+
+from perception_r1.policy.batch import move_together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +26,8 @@ class LengthBucket:
         num_prompts: n prompts.
         length: P tokens of each.
         group_size: G completions of each.
-        rows: [n*G*C] places of the completions' input tokens, each completion filled up to C with any place.
-        inputs: [inputs of the tile] which of `rows` are real; None: all.
+        rows: [n*G*C] indices of the completions' input tokens, each completion filled up to C with any index.
+        inputs: [inputs of the bucket] which of `rows` are real; None: all.
     """
 
     start: int
@@ -41,15 +43,12 @@ class Packing:
     """A row.
 
     Attributes:
-        tiles: All prompts, in their order.
-        steps: [R] how far behind its prompt each completion input stands: 0, 1, 2 ...
-        owners: [R] prompt to which each completion input belongs.
-        predictors: [targets] place whose hidden state predicts each completion token, completion by completion.
+        buckets: All prompts, in their order.
+        predictor_indices: [targets] index in the row of the token that predicts each completion token, completion by
+            completion.
     """
 
     buckets: tuple[LengthBucket, ...]
-    steps: Tensor
-    prompt_indices: Tensor
     predictor_indices: Tensor
 
 
@@ -62,41 +61,43 @@ def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.devic
         device: Where the tensors are to be.
     """
     group_size = len(completions) // len(prompts)
-    inputs = torch.tensor(completions, dtype=torch.long) - 1  # [N]
-    starts = sum(prompts) + inputs.cumsum(0) - inputs  # [N] first input of each completion
-    ends = torch.tensor(prompts).cumsum(0).repeat_interleave(group_size)  # [N] end of its prompt
-    buckets, done = [], 0
+    prompt_ends = list(accumulate(prompts))
+    starts = list(accumulate((length - 1 for length in completions), initial=prompt_ends[-1]))  # of each in the row
+    predictors = [torch.empty(0, dtype=torch.long)]
+    for number, (start, length) in enumerate(zip(starts, completions, strict=False)):
+        last_of_prompt = prompt_ends[number // group_size] - 1
+        predictors += [torch.tensor([last_of_prompt]), torch.arange(start, start + length - 1)]
+    tensors = [torch.cat(predictors)]
+    shapes, done = [], 0
     for length, members in groupby(prompts):
         count = len(list(members))
         chosen = slice(done * group_size, (done + count) * group_size)
-        buckets.append(
-            _bucket(int(sum(prompts[:done])), count, length, group_size, starts[chosen], inputs[chosen], device)
-        )
+        tensors += _bucket_rows(starts[chosen], completions[chosen])
+        shapes.append((prompt_ends[done] - length, count, length))
         done += count
-    prompt_indices = torch.arange(len(prompts)).repeat_interleave(group_size)
-    places = torch.arange(len(completions)).repeat_interleave(inputs)  # [R] completion of each input
-    steps = torch.arange(len(places)) - (inputs.cumsum(0) - inputs)[places]
-    targets = torch.arange(len(completions)).repeat_interleave(inputs + 1)
-    behind = torch.arange(len(targets)) - ((inputs + 1).cumsum(0) - inputs - 1)[targets]  # 0 for a first token
-    predictor_indices = torch.where(behind == 0, ends[targets] - 1, starts[targets] + behind - 1)
+    predictor_indices, *found = move_together(tensors, device)
     return Packing(
-        buckets=tuple(buckets),
-        steps=steps.to(device),
-        prompt_indices=prompt_indices[places].to(device),
-        predictor_indices=predictor_indices.to(device),
+        buckets=tuple(
+            LengthBucket(
+                start=start,
+                num_prompts=count,
+                length=length,
+                group_size=group_size,
+                rows=rows,
+                inputs=None if len(inputs) == len(rows) else inputs,
+            )
+            for (start, count, length), rows, inputs in zip(shapes, found[::2], found[1::2], strict=True)
+        ),
+        predictor_indices=predictor_indices,
     )
 
 
-def _bucket(
-    start: int, count: int, length: int, group_size: int, starts: Tensor, inputs: Tensor, device: torch.device
-) -> LengthBucket:
-    step = torch.arange(int(inputs.max()) if len(inputs) else 0)
-    is_input = step < inputs[:, None]  # [n*G, C]
-    rows = torch.where(is_input, starts[:, None] + step, 0).flatten()
-    real = None if bool(is_input.all()) else is_input.flatten().nonzero()[:, 0].to(device)
-    return LengthBucket(
-        start=start, num_prompts=count, length=length, group_size=group_size, rows=rows.to(device), inputs=real
-    )
+def _bucket_rows(starts: Sequence[int], completions: Sequence[int]) -> list[Tensor]:
+    """`rows` and `inputs` of a bucket, of which the latter may be all."""
+    step = torch.arange(max(completions, default=1) - 1)
+    is_input = step < torch.tensor(completions, dtype=torch.long)[:, None] - 1  # [n*G, C]
+    rows = torch.where(is_input, torch.tensor(starts, dtype=torch.long)[:, None] + step, 0)
+    return [rows.flatten(), is_input.flatten().nonzero()[:, 0]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,23 +116,23 @@ class MicroBatch:
 def plan_micro_batches(
     prompts: Sequence[int], completions: Sequence[int], chosen: Sequence[int], budget: int | None
 ) -> list[MicroBatch]:
-    """Cut a batch into parts of at most `budget` tokens, in order.
+    """Cut a batch into micro-batches of at most `budget` tokens, in order.
 
-    A group is split only if it exceeds the budget by itself; then its prompt is computed once per part. A completion
-    that exceeds the budget together with its prompt is a part of its own.
+    A group is split only if it exceeds the budget by itself; then its prompt is computed once per micro-batch. A
+    completion that exceeds the budget together with its prompt is a micro-batch of its own.
 
     Args:
         prompts: B numbers of tokens.
         completions: N numbers of tokens, the G completions of a prompt after one another.
         chosen: Which prompts take part.
-        budget: Tokens of prompts and completions in one part; None: everything is one part.
+        budget: Tokens of prompts and completions in a micro-batch; None: everything is one.
 
-    >>> [part.rows for part in plan_micro_batches([10, 10, 10], [5, 5, 5, 5, 5, 40], [0, 1, 2], 40)]
+    >>> [micro_batch.rows for micro_batch in plan_micro_batches([10, 10, 10], [5, 5, 5, 5, 5, 40], [0, 1, 2], 40)]
     [[0, 1, 2, 3], [4], [5]]
     """
     group_size = len(completions) // len(prompts)
     micro_batches: list[MicroBatch] = []
-    room = 0  # what the last part can still take in
+    room = 0  # what the last one can still take in
     for prompt in chosen:
         rows = list(range(prompt * group_size, (prompt + 1) * group_size))
         size = prompts[prompt] + sum(completions[row] for row in rows)
@@ -150,7 +151,7 @@ def plan_micro_batches(
                 room = budget - prompts[prompt]
             micro_batches[-1].rows.append(row)
             room -= completions[row]
-        room = 0  # the next group begins a part of its own
+        room = 0  # the next group begins anew
     return micro_batches
 
 
@@ -160,20 +161,20 @@ def plan_eval_batches(prompts: Sequence[int], max_new_tokens: int, budget: int |
     Args:
         prompts: Numbers of tokens.
         max_new_tokens: Longest completion.
-        budget: Places for tokens in one batch, filling included; None: everything is one batch. A prompt that exceeds
-            it by itself is a batch of its own.
+        budget: Tokens in one batch, filling included; None: everything is one batch. A prompt that exceeds it by itself
+            is a batch of its own.
 
     Returns:
-        Places of the prompts, batch by batch, longer prompts first: what does not fit into memory then shows at once.
+        Indices of the prompts, batch by batch, longer prompts first: what does not fit into memory then shows at once.
 
     >>> plan_eval_batches([10, 40, 12, 11], max_new_tokens=10, budget=70)
     [[1], [2, 3, 0]]
     """
     batches: list[list[int]] = []
-    for place in sorted(range(len(prompts)), key=lambda place: -prompts[place]):
+    for index in sorted(range(len(prompts)), key=lambda index: -prompts[index]):
         longest = prompts[batches[-1][0]] if batches else 0
         if batches and (budget is None or (len(batches[-1]) + 1) * (longest + max_new_tokens) <= budget):
-            batches[-1].append(place)
+            batches[-1].append(index)
         else:
-            batches.append([place])
+            batches.append([index])
     return batches

@@ -15,20 +15,12 @@ from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.forward import QwenVL, encode_images
-from perception_r1.policy.load import (
-    CODEC_BY_FAMILY,
-    PolicyConfig,
-    load_model,
-    model_family,
-    prepare_for_training,
-)
+from perception_r1.policy.load import PolicyConfig, load_model, model_family, prepare_for_training
 from perception_r1.policy.logprobs import completion_logprobs
 from perception_r1.policy.prefill import PromptCache, prefill
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import Rollout, SamplingParams, generate
-from perception_r1.records import Sample
-from perception_r1.task import Task
+from perception_r1.policy.vision import QwenVL, encode_images
 
 _VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -59,8 +51,11 @@ class Policy(nn.Module):
         suppress_tokens = sorted(
             {getattr(config, name) for name in _VISION_TOKENS if getattr(config, name, None) is not None}
         )
+        eos_token_ids = self._end_tokens()
+        self._closing_token = eos_token_ids[0]
+        self._forbidden_in_targets = frozenset(suppress_tokens + eos_token_ids)
         self.register_buffer("suppress_tokens", torch.tensor(suppress_tokens), persistent=False)
-        self.register_buffer("eos_token_ids", torch.tensor(self._end_tokens()), persistent=False)
+        self.register_buffer("eos_token_ids", torch.tensor(eos_token_ids), persistent=False)
 
     @classmethod
     def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> "Policy":
@@ -70,7 +65,7 @@ class Policy(nn.Module):
             config: Which model, and what of it is trained.
             is_trained: False: no adapter, and every weight frozen (a reference).
         """
-        codec = CODECS[CODEC_BY_FAMILY[model_family(config.name)]]
+        codec = CODECS[model_family(config.name)]
         model = load_model(config)
         network = prepare_for_training(model, config) if is_trained else model.requires_grad_(False)
         network.train(is_trained)  # as loaded it is in evaluation mode, without dropout and gradient checkpointing
@@ -88,35 +83,26 @@ class Policy(nn.Module):
         """Where the weights are."""
         return self.suppress_tokens.device
 
-    def encode(self, task: Task[Any, Any], samples: Sequence[Sample[Any]]) -> PromptBatch:
-        """Prompts for samples whose pictures are loaded, on the policy's device.
+    def encode(self, chats: Sequence[list[dict[str, Any]]], images: Sequence[Sequence[Image.Image]]) -> PromptBatch:
+        """Prompts, with their pixels on the policy's device; see `Processor.encode`.
 
         Raises:
-            UserError: A prompt is too long.
+            UserError: A prompt is too long, or the model cannot take it for another reason.
         """
-        chats = [task.messages(sample) for sample in samples]
-        images = [[cast(Image.Image, sample.image)] for sample in samples]
         return self.processor.encode(chats, images, max_tokens=self.max_prompt_length).to(self.device)
 
-    def encode_targets(
-        self, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch
-    ) -> list[Tensor]:
-        """The ideal completion of each sample, closed by the end token that the model itself writes first.
+    def encode_targets(self, texts: Sequence[str]) -> list[Tensor]:
+        """Token ids of ideal answers, each closed by the end token that the model itself writes first; on the CPU.
 
         Raises:
-            UserError: An answer holds a token that no completion can hold, because the sample's text spells it out.
+            UserError: A text spells out a token that no completion can hold.
         """
-        texts = [
-            task.target_text(sample, self.codec, image_size)
-            for sample, image_size in zip(samples, prompts.image_sizes, strict=True)
-        ]
-        rows = self.processor.encode_targets(texts, int(self.eos_token_ids[0]))
-        rows = [row.to(self.device) for row in rows]
-        for sample, row in zip(samples, rows, strict=True):
-            if torch.isin(row[:-1], torch.cat([self.suppress_tokens, self.eos_token_ids])).any():
+        rows = self.processor.encode_targets(texts, self._closing_token)
+        for number, (text, row) in enumerate(zip(texts, rows, strict=True), 1):
+            if not self._forbidden_in_targets.isdisjoint(row[:-1].tolist()):
                 raise UserError(
-                    f"Sample {sample.id}: its answer spells out a token that ends a completion or stands for a "
-                    "picture; remove it from the text."
+                    f"Answer {number} of {len(texts)}, {text[:60]!r}, spells out a token that ends a completion or "
+                    "stands for a picture; remove it from the text."
                 )
         return rows
 

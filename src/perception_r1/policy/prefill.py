@@ -10,51 +10,49 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import QwenVL, argsort_by_length, embed_prompts, packed_forward
+from perception_r1.policy.batch import PromptBatch, move_together
+from perception_r1.policy.forward import argsort_by_length, packed_forward
 from perception_r1.policy.packing import pack
+from perception_r1.policy.vision import QwenVL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptCache:
-    """Prompts as the language model remembers them, in the order in which they were given.
+    """What the language model has computed of prompts, in the order in which they were given.
 
     Attributes:
         keys: Of each layer [B, K, P, D], filled on the right.
         values: Of each layer [B, K, P, D], filled on the right.
-        lengths: [B] tokens of each prompt.
+        lengths: Tokens of each prompt, B entries.
         hidden: [B, H] last hidden state of the last token, which predicts the first completion token.
-        next_position: [B] position of the first completion token.
+        next_positions: Position of the first completion token of each prompt, B entries.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    lengths: Tensor
+    lengths: tuple[int, ...]
     hidden: Tensor
-    next_position: Tensor
+    next_positions: tuple[int, ...]
 
 
 @torch.no_grad()
 def prefill(model: QwenVL, prompts: PromptBatch) -> PromptCache:
     """Run the prompts through the language model, in one row without padding; the model is in evaluation mode."""
-    lengths = prompts.lengths
-    order = argsort_by_length(lengths)
-    device = prompts.input_ids.device
-    packed = embed_prompts(model, prompts.select(order))
-    packing = pack([lengths[prompt] for prompt in order], [], device)
+    device = model.model.get_input_embeddings().weight.device
+    order = argsort_by_length(prompts.lengths)
+    in_order = prompts.select(order)
     cache: Any = DynamicCache(config=model.config.get_text_config())
-    hidden = packed_forward(model, packed, packing, cache=cache)
+    hidden = packed_forward(model, in_order, [], pack(in_order.lengths, [], device), cache=cache)
 
-    sizes = torch.tensor(lengths)
-    ends = torch.empty_like(sizes)
-    ends[order] = sizes[order].cumsum(0)
-    step = torch.arange(max(lengths))
-    places = torch.where(step < sizes[:, None], (ends - sizes)[:, None] + step, 0).to(device)  # [B, P] in the row
-    place_in_row = torch.empty_like(sizes)
-    place_in_row[order] = torch.arange(len(order))
+    lengths = torch.tensor(prompts.lengths)
+    ends = torch.empty_like(lengths)  # of each prompt in the row
+    ends[order] = lengths[order].cumsum(0)
+    step = torch.arange(max(prompts.lengths))
+    indices = torch.where(step < lengths[:, None], (ends - lengths)[:, None] + step, 0)  # [B, P] in the row
+    flat_indices, last_indices = move_together([indices.flatten(), ends - 1], device)
 
     def unpack(row: Tensor) -> Tensor:  # [1, K, tokens, D] to [B, K, P, D]
-        return row[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1).contiguous()
+        return row[0].index_select(1, flat_indices).view(len(row[0]), *indices.shape, -1).transpose(0, 1).contiguous()
 
     keys, values = [], []
     for layer in cache.layers:
@@ -64,7 +62,7 @@ def prefill(model: QwenVL, prompts: PromptBatch) -> PromptCache:
     return PromptCache(
         keys=keys,
         values=values,
-        lengths=sizes.to(device),
-        hidden=hidden[(ends - 1).to(device)],
-        next_position=packed.next_position[place_in_row.to(device)],
+        lengths=tuple(prompts.lengths),
+        hidden=hidden.index_select(0, last_indices),
+        next_positions=prompts.next_positions,
     )

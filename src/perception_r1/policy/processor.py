@@ -4,6 +4,8 @@ The hub's own processor classes want a video processor, which wants torchvision;
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from perception_r1.errors import UserError
-from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.batch import Grid, PromptBatch
 from perception_r1.records import ImageSize
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -88,32 +90,35 @@ class Processor:
         for image in pictures:
             check_aspect(*image.size)
         pixels = self.image_processor(images=pictures, return_tensors="pt")
-        grid = pixels["image_grid_thw"]
-        tokens = iter((grid.prod(1) // self.image_processor.merge_size**2).tolist())
+        grids: list[Grid] = [tuple(grid) for grid in pixels["image_grid_thw"].tolist()]
+        ends = list(accumulate(len(group) for group in images))
+        grids_of = [grids[end - len(group) : end] for end, group in zip(ends, images, strict=True)]
         texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True)
-        expanded = [_expand(text, [next(tokens) for _ in group]) for text, group in zip(texts, images, strict=True)]
-        encoded = self.tokenizer(
-            expanded, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-        )
-        longest = int(encoded["attention_mask"].sum(1).max())
+        expanded = [
+            _expand(text, [prod(self._merged(grid)) for grid in own]) for text, own in zip(texts, grids_of, strict=True)
+        ]
+        rows: list[list[int]] = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+        longest = max(map(len, rows))
         if max_tokens is not None and longest > max_tokens:
             raise UserError(
                 f"A prompt has {longest} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
             )
-        num_images = tuple(len(group) for group in images)
-        first = torch.tensor((0, *num_images[:-1])).cumsum(0).tolist()
+        positions = [
+            rotary_positions(row, [self._merged(grid) for grid in own], self.image_token_id)
+            for row, own in zip(rows, grids_of, strict=True)
+        ]
         return PromptBatch(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            mm_token_type_ids=(encoded["input_ids"] == self.image_token_id).int(),
-            pixel_values=pixels["pixel_values"],
-            image_grid_thw=grid,
-            num_images=num_images,
-            image_sizes=tuple(self._image_size(group[0], grid[i]) for group, i in zip(images, first, strict=True)),
+            input_ids=tuple(torch.tensor(row) for row in rows),
+            position_ids=tuple(positions),
+            next_positions=tuple(int(position.max()) + 1 for position in positions),
+            num_images=tuple(len(group) for group in images),
+            image_sizes=tuple(self._image_size(group[0], own[0]) for group, own in zip(images, grids_of, strict=True)),
+            image_grids=tuple(grids),
+            pixel_values=pixels["pixel_values"].split([prod(grid) for grid in grids]),
         )
 
     def image_size(self, width: int, height: int) -> ImageSize:
-        """Sizes of a picture of this size, without a look at it.
+        """Sizes of a picture of this size, without the picture itself.
 
         Raises:
             UserError: It is too narrow for the model.
@@ -129,14 +134,14 @@ class Processor:
         return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
 
     def num_prompt_tokens(self, chat: list[dict[str, Any]], image_size: ImageSize) -> int:
-        """Tokens of a prompt with one picture, without a look at the picture."""
+        """Tokens of a prompt with one picture, without the picture itself."""
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         patches = image_size.resized_width * image_size.resized_height // self.image_processor.patch_size**2
         expanded = _expand(cast(str, text), [patches // self.image_processor.merge_size**2])
         return len(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
 
     def check_prompt(self, chat: list[dict[str, Any]], *, width: int, height: int, max_tokens: int | None) -> None:
-        """Refuse a prompt with one picture of this size that `encode` would refuse, without a look at the picture.
+        """Refuse a prompt with one picture of this size that `encode` would refuse, without the picture itself.
 
         Raises:
             UserError: The picture is too narrow for the model, or the prompt is longer than `max_tokens`.
@@ -145,7 +150,7 @@ class Processor:
         num_tokens = 0 if max_tokens is None else self.num_prompt_tokens(chat, image_size)
         if max_tokens is not None and num_tokens > max_tokens:
             raise UserError(
-                f"The prompt has {num_tokens} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
+                f"A prompt has {num_tokens} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
             )
 
     def encode_targets(self, texts: Sequence[str], eos_token_id: int) -> list[Tensor]:
@@ -158,9 +163,40 @@ class Processor:
         rows = [completion.tolist() for completion in completions]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _image_size(self, image: Image.Image, grid: Tensor) -> ImageSize:
-        _, rows, columns = (int(n) * self.image_processor.patch_size for n in grid)
+    def _merged(self, grid: Grid) -> Grid:
+        """Tokens of an image in time, height and width: of several patches each."""
+        size = self.image_processor.merge_size
+        return grid[0], grid[1] // size, grid[2] // size
+
+    def _image_size(self, image: Image.Image, grid: Grid) -> ImageSize:
+        _, rows, columns = (n * self.image_processor.patch_size for n in grid)
         return ImageSize(width=image.width, height=image.height, resized_width=columns, resized_height=rows)
+
+
+def rotary_positions(input_ids: list[int], grids: Sequence[Grid], image_token_id: int) -> Tensor:
+    """Positions in time, height and width of a prompt's tokens, as these families count them.
+
+    A text token goes on by one in all three. The tokens of an image are counted in each direction from where the image
+    begins, and the text behind it goes on behind its longer side.
+
+    Args:
+        input_ids: P token ids.
+        grids: Tokens of each image in time, height and width.
+        image_token_id: Which ids stand for image features.
+
+    Returns:
+        [3, P].
+    """
+    blocks, position, index = [], 0, 0
+    for grid in grids:
+        start = input_ids.index(image_token_id, index)
+        blocks.append(torch.arange(start - index).expand(3, -1) + position)
+        position += start - index
+        blocks.append(torch.cartesian_prod(*map(torch.arange, grid)).T + position)
+        position += max(grid[1:])
+        index = start + prod(grid)
+    blocks.append(torch.arange(len(input_ids) - index).expand(3, -1) + position)
+    return torch.cat(blocks, 1)
 
 
 def check_aspect(width: int, height: int) -> None:

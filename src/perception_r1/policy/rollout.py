@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perception_r1.policy.batch import to_device
 from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.forward import at_least_fp32, process_logits
 from perception_r1.policy.prefill import PromptCache
 
 _COMPACTION_THRESHOLD = 0.75
-"""Finished rows leave once the rest is at most this share: moving the others costs a copy of what they remember."""
+"""Finished rows leave once the rest is at most this share: moving the others costs a copy of their keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +51,7 @@ class Rollout:
     """Completions as they were written, the G completions of a prompt after one another.
 
     Attributes:
-        completions: N tensors of token ids, the end token included where one was written.
+        completions: N tensors of token ids on the CPU, the end token included where one was written.
         logprobs: N tensors: of each token, in the distribution from which it was drawn.
         is_truncated: N flags: the length limit came before an end token.
         entropy: Mean entropy of the sampling distribution over all written tokens, in nats.
@@ -107,10 +108,10 @@ def generate(
         cache = SharedPromptCache(prompts, position_embeddings, num_rows=group_size, dtype=decoder.dtype)
     logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)
     buffer = GenerationBuffer.empty(len(uniforms), num_tokens, decoder)
-    places = torch.arange(len(uniforms), device=decoder.device).view(-1, group_size)  # completion of each row
-    ended = torch.zeros(places.shape, dtype=torch.bool, device=decoder.device)
+    indices = torch.arange(len(uniforms), device=decoder.device).view(-1, group_size)  # completion of each row
+    ended = torch.zeros(indices.shape, dtype=torch.bool, device=decoder.device)
     for step in range(num_tokens):
-        flat = places.flatten()
+        flat = indices.flatten()
         tokens, logprobs, entropies = sample_token(logits, uniforms[flat, step], params)
         buffer.tokens[flat, step] = tokens
         buffer.logprobs[flat, step] = logprobs
@@ -121,7 +122,7 @@ def generate(
         rows = _rows_to_keep(ended)
         if rows.numel() <= _COMPACTION_THRESHOLD * ended.numel():
             cache.select_rows(rows)
-            tokens, places, ended = tokens[rows.flatten()], places.flatten()[rows], ended.flatten()[rows]
+            tokens, indices, ended = tokens[rows.flatten()], indices.flatten()[rows], ended.flatten()[rows]
         logits = decoder(tokens, cache)
     return trim_completions(buffer, params)
 
@@ -136,16 +137,20 @@ def _rows_to_keep(ended: Tensor) -> Tensor:
 
 def trim_completions(buffer: GenerationBuffer, params: SamplingParams) -> Rollout:
     """Cut every row behind its first end token; the result does not share memory with what was written."""
-    is_end = is_any_of(buffer.tokens, params.eos_token_ids)
+    tokens = buffer.tokens.cpu()  # texts and the layout of the training pass are made on the host
+    is_end = is_any_of(tokens, params.eos_token_ids.cpu())
     has_ended = is_end.any(1)
     lengths = torch.where(has_ended, is_end.int().argmax(1) + 1, params.max_new_tokens)
-    is_token = torch.arange(params.max_new_tokens, device=lengths.device) < lengths[:, None]
     counts = lengths.tolist()
+
+    def trim(values: Tensor) -> Tensor:
+        return torch.cat([row[:count] for row, count in zip(values, counts, strict=True)])
+
     return Rollout(
-        completions=list(buffer.tokens[is_token].split(counts)),
-        logprobs=list(buffer.logprobs[is_token].split(counts)),
+        completions=list(trim(tokens).split(counts)),
+        logprobs=list(trim(buffer.logprobs).split(counts)),
         is_truncated=(~has_ended).tolist(),
-        entropy=float(buffer.entropies[is_token].mean()),
+        entropy=float(trim(buffer.entropies).mean()),
     )
 
 
@@ -155,7 +160,7 @@ def draw_uniforms(seeds: Sequence[int], group_size: int, params: SamplingParams,
     if params.is_greedy:
         return torch.zeros(len(seeds) * group_size, params.max_new_tokens, device=device)
     rows = [torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    return torch.cat(rows).to(device)
+    return to_device(torch.cat(rows), device)
 
 
 def is_any_of(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -168,7 +173,7 @@ def sample_token(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tu
 
     Args:
         logits: [R, V] of the vocabulary head.
-        uniforms: [R] numbers in [0, 1); not looked at when greedy.
+        uniforms: [R] numbers in [0, 1); unused when greedy.
         params: Temperature, suppressed tokens.
 
     Returns:
@@ -180,9 +185,9 @@ def sample_token(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tu
     probs = logprobs.exp()
     entropies = -(probs * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
     if params.is_greedy:
-        chosen = logprobs.argmax(-1)
+        tokens = logprobs.argmax(-1)
     else:
         cumulative = probs.double().cumsum(-1)
         threshold = uniforms[:, None] * cumulative[:, -1:]  # rounding may leave the last sum a hair off 1
-        chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0], entropies
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0], entropies

@@ -1,0 +1,131 @@
+"""A training pass on the meta device, which has shapes but no values: whatever asks it for a value raises.
+
+So no number travels from the device to the host between encoding and the optimiser, and none from tensors that lie on
+the wrong one of the two.
+"""
+
+import pytest
+import torch
+
+from perception_r1.grpo import grpo_loss
+from perception_r1.policy.load import LoraConfig, PolicyConfig
+from perception_r1.policy.packing import plan_micro_batches
+from perception_r1.policy.policy import Policy
+from tests.policy import oracle
+
+INDICES = (2, 0, 1, 3, 4)
+"""Prompts of three lengths, not in order, one of them with two images."""
+LENGTHS = [3, 7, 1, 5, 4, 2, 6, 6, 2, 1]
+"""Two completions of each."""
+
+KINDS = {
+    "full": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "LoRA": {"lora": LoraConfig(r=2)},
+    "LoRA everywhere": {"lora": LoraConfig(r=2, target_modules="all-linear")},
+    "frozen vision": {"freeze_vision": True},
+    "eager vision": {"attn_implementation": "eager"},
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def policy(request, grouped_folders, family):
+    """A policy of each family and each kind of training, without values."""
+    return Policy.load(PolicyConfig(name=str(grouped_folders[family]), **request.param)).to("meta").train()
+
+
+ONE_KIND = pytest.mark.parametrize("policy", [{}], indirect=True, ids=["full"])
+
+
+def encode(policy):
+    """Prompts with real images, encoded on the host and then moved, as a policy on a device encodes them."""
+    chosen = [oracle.CHATS[index] for index in INDICES]
+    chats = [oracle.chat(text, len(sizes)) for text, sizes in chosen]
+    prompts = policy.encode(chats, [[oracle.noise(*size) for size in sizes] for _, sizes in chosen])
+    assert {pixels.device.type for pixels in prompts.pixel_values} == {"meta"}
+    return prompts
+
+
+def update(policy, prompts, budget=None):
+    """One optimiser step, micro-batch by micro-batch; returns the number of micro-batches."""
+    completions = oracle.random_completions(LENGTHS)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    micro_batches = plan_micro_batches(prompts.lengths, LENGTHS, range(len(prompts)), budget)
+    for micro_batch in micro_batches:
+        selected, rows = prompts.select(micro_batch.prompts), [completions[row] for row in micro_batch.rows]
+        with torch.no_grad():
+            reference_logprobs = policy(selected, rows)
+        logprobs = policy(selected, rows, 0.7)
+        assert logprobs.shape == (len(rows), max(map(len, rows)))
+        output = grpo_loss(
+            logprobs,
+            logprobs.detach(),
+            reference_logprobs,
+            advantages=torch.zeros(len(rows), device="meta"),
+            weights=torch.zeros(len(rows), device="meta"),
+            is_token=torch.zeros(logprobs.shape, dtype=torch.bool, device="meta"),
+            clip_eps_low=0.2,
+            clip_eps_high=0.2,
+            kl_coef=0.04,
+        )
+        output.loss.backward()
+    assert all(parameter.grad is not None for parameter in trained if parameter is not policy.model.lm_head.weight)
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    return len(micro_batches)
+
+
+@pytest.mark.parametrize(("budget", "num_micro_batches"), [(None, 1), (70, 4), (1, 10)], ids=["whole", "some", "split"])
+def test_a_training_pass_reads_nothing_back_from_the_device(policy, budget, num_micro_batches):
+    prompts = encode(policy)
+    if policy.is_vision_frozen:
+        prompts = policy.encode_images(prompts)
+    assert update(policy, prompts, budget) == num_micro_batches
+
+
+def test_a_prefill_reads_nothing_back_from_the_device(policy):
+    cache = policy.eval().prefill(encode(policy))
+    prompts, room = len(INDICES), max(cache.lengths)
+    assert {tensor.device.type for tensor in (*cache.keys, *cache.values, cache.hidden)} == {"meta"}
+    assert cache.keys[0].shape[::2] == (prompts, room)
+
+
+def test_mixed_precision_reads_nothing_back_from_the_device(policy):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        update(policy, encode(policy), 70)
+
+
+PLANTED = {
+    "item": lambda hidden: hidden.sum().item(),
+    "tolist": lambda hidden: hidden.tolist(),
+    "float": lambda hidden: float(hidden.mean()),
+    "bool": lambda hidden: bool((hidden > 0).all()),
+    "mask": lambda hidden: hidden[hidden > 0],
+    "nonzero": lambda hidden: hidden.nonzero(),
+    "copy": lambda hidden: hidden.cpu(),
+    "other device": lambda hidden: hidden + torch.ones(hidden.shape),
+}
+
+
+@ONE_KIND
+@pytest.mark.parametrize("family", ["qwen2_vl"], indirect=True)
+@pytest.mark.parametrize("read", PLANTED.values(), ids=PLANTED.keys())
+@pytest.mark.parametrize("module", ["visual", "language_model"])
+def test_a_planted_reading_is_noticed(policy, module, read):
+    def reading(module, args, output):
+        read(output.last_hidden_state)
+
+    getattr(policy.model.model, module).register_forward_hook(reading)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        update(policy, encode(policy))
+
+
+@ONE_KIND
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_sizes_that_lie_on_the_device_are_noticed(policy):
+    prompts = encode(policy)
+    with pytest.raises(RuntimeError, match="meta"):
+        policy.model.model.get_image_features(
+            torch.cat(prompts.pixel_values), torch.tensor(prompts.image_grids, device="meta")
+        )
