@@ -327,7 +327,7 @@ def test_no_cast_reduces_the_state(cast):
 
 
 class Logs(LightningModule):
-    """Logs a metric of the rewards as the modules do; a batch is places among them."""
+    """Logs a metric of the rewards as the modules do; a batch holds indices of them."""
 
     def __init__(self, rewards) -> None:
         super().__init__()

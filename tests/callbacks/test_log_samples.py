@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from perception_r1.callbacks.log_samples import LogSamples, sample_card, summarise
 from perception_r1.records import Overlay
-from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_outcome, toy_samples, toy_trainer
+from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_samples, toy_scored, toy_trainer
 
 
 def test_each_validation_logs_the_first_samples_and_the_folder_keeps_first_and_last(tmp_path: Path):
@@ -56,12 +56,12 @@ def test_no_pictures_when_none_are_asked_for(tmp_path: Path):
 
 @pytest.mark.parametrize("completion", ["", "\x00\u202e\ud800" * 100, "中文" * 10_000])
 def test_a_card_is_drawn_for_any_completion(completion: str):
-    scored = replace(toy_outcome(toy_samples(1)[0], completion, is_right=False), is_truncated=True)
+    scored = replace(toy_scored(toy_samples(1)[0], completion, is_right=False), is_truncated=True)
     assert sample_card(ToyTask(), scored, step=3).width == 960
 
 
 def test_a_sample_whose_image_is_not_loaded_is_named():
-    scored = toy_outcome(replace(toy_samples(1)[0], image=Path("a.png")))
+    scored = toy_scored(replace(toy_samples(1)[0], image=Path("a.png")))
     with pytest.raises(TypeError, match="toy-0"):
         sample_card(ToyTask(), scored, step=0)
 

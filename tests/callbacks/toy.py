@@ -60,7 +60,7 @@ def toy_samples(count: int) -> list[Sample[Box]]:
     ]
 
 
-def toy_outcome(sample: Sample[Box], completion: str = "there", *, is_right: bool = True) -> ScoredCompletion:
+def toy_scored(sample: Sample[Box], completion: str = "there", *, is_right: bool = True) -> ScoredCompletion:
     prediction = sample.target if is_right else None
     return ScoredCompletion(
         sample=sample,
@@ -125,7 +125,7 @@ class ToyModule(LightningModule):
         return self.layer(torch.ones(1, 2)).sum()
 
     def answer(self, batch: list[Sample[Box]]) -> list[ScoredCompletion]:
-        return [toy_outcome(sample, is_right=self.global_step > 0) for sample in batch]
+        return [toy_scored(sample, is_right=self.global_step > 0) for sample in batch]
 
     def validation_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
         return self.answer(batch)
@@ -139,9 +139,6 @@ class ToyModule(LightningModule):
         return self.answer(batch)
 
     def on_test_start(self) -> None:
-        self.begin_test()
-
-    def begin_test(self) -> None:
         self.tested: list[ScoredCompletion] = []
 
     def test_results(self) -> dict[str, float]:

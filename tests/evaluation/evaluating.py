@@ -26,17 +26,17 @@ LEFT_BEHIND = ("predictions.jsonl", "metrics.json", "report.md", "worst.png", "b
 
 
 def write_sources(folder: Path, task: str, sizes: Mapping[str, int]) -> dict[str, Path]:
-    """A file of rows for each name, with pictures; ids are those of their places, so sources share them."""
+    """A file of rows for each name, with pictures; ids are their indices, so sources share them."""
     scenes = iter(SyntheticScenes(DATA[task]().world, "test", 0, sum(sizes.values())))
     files = {}
     for name, size in sizes.items():
         rows = []
-        for place in range(size):
+        for index in range(size):
             scene = next(scenes)
-            picture = folder / name / f"{place}.png"
+            picture = folder / name / f"{index}.png"
             picture.parent.mkdir(parents=True, exist_ok=True)
             scene.image.save(picture)
-            rows.append({**scene.values, "image": picture.name, "id": place, "note": name})
+            rows.append({**scene.values, "image": picture.name, "id": index, "note": name})
         files[name] = folder / name / "rows.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return files
@@ -104,11 +104,11 @@ def answer_by_lot(module: PolicyModule, samples: list[Sample]) -> Any:
         lot = random.Random(f"{sample.source} {sample.id}")
         image_size = module.policy.processor.image_size(sample.width, sample.height)
         right = module.task.target_text(sample, module.codec, image_size)
-        place = lot.randrange(len(right) + 1)
+        cut = lot.randrange(len(right) + 1)
         kinds = [
             right,
             right + "<|im_end|>",
-            right[:place],
+            right[:cut],
             right + right,
             right.replace("5", "6", 1),
             "\ud800\n|\x1b[31m",

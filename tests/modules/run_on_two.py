@@ -24,7 +24,7 @@ class Samples(Callback):
 
 
 class Updating(GRPO):
-    """Remembers the experience of every update."""
+    """Keeps the experience of every update."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -21,11 +21,11 @@ def odd_samples(count=7):
     """Samples whose prompts have many lengths."""
     data = make_data(num_val=count)
     data.setup("validate")
-    sizes = [(28 * (1 + place % 3), 28 * (1 + place % 2)) for place in range(count)]
+    sizes = [(28 * (1 + index % 3), 28 * (1 + index % 2)) for index in range(count)]
     found = list(data.samples("val"))
-    for place, (width, height) in enumerate(sizes):
-        image = found[place].image.resize((width, height), Image.Resampling.NEAREST)
-        found[place] = replace(found[place], image=image, width=width, height=height)
+    for index, (width, height) in enumerate(sizes):
+        image = found[index].image.resize((width, height), Image.Resampling.NEAREST)
+        found[index] = replace(found[index], image=image, width=width, height=height)
     return found
 
 

@@ -58,7 +58,7 @@ def spoil_loss(monkeypatch, steps, value=float("nan")):
     monkeypatch.setattr(GRPO, "update", update)
 
 
-def test_a_step_logs_reward_terms_and_what_completions_look_like(folder, tmp_path):
+def test_a_step_logs_reward_components_and_what_completions_are_like(folder, tmp_path):
     log = Log()
     fit(folder, tmp_path, callbacks=[log])
     wanted = {"reward", "reward/luck", "reward_std", "frac_reward_zero_std", "loss", "kl", "clip_fraction", "grad_norm"}

@@ -123,7 +123,7 @@ def test_worst_cases_are_scored_without_a_complaint(name, text):
 
 
 @tasks
-def test_names_are_all_different_and_the_headline_is_one_of_them(name):
+def test_names_are_all_different_and_the_primary_metric_is_one_of_them(name):
     task = TASKS[name]()
     assert is_dataclass(task)
     metrics = make_metrics(task)

@@ -117,7 +117,7 @@ def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[s
         for batch_index, batch in enumerate(islice(loader, num_batches))
     )
     console = get_console() if trainer.is_global_zero else Console(quiet=True)
-    module.begin_test()
+    module.on_test_start()
     with torch.no_grad():
         for step in _shown(steps, console, when, total):
             trainer.strategy.test_step(*step)

@@ -85,13 +85,9 @@ class EvaluationModule(LightningModule):
 
     def describe(self) -> dict[str, Any]:
         """The task as it is in this run, options that follow from the data included, and the policy, for JSON."""
-        parameters = list(self.policy.parameters())
-        task_class = type(self.task)
+        kind, parameters = type(self.task), list(self.policy.parameters())
         return {
-            "task": {
-                "class_path": f"{task_class.__module__}.{task_class.__qualname__}",
-                "init_args": asdict(self.task),
-            },
+            "task": {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(self.task)},
             "policy": {
                 "name": self.policy_config.name,
                 "num_parameters": sum(parameter.numel() for parameter in parameters),
@@ -143,13 +139,7 @@ class EvaluationModule(LightningModule):
         return [found[index] for index in range(len(samples))]
 
     def parse(self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout) -> list[ParsedCompletion]:
-        """The completions of a rollout, as text and as predictions; each sample has as many as its group.
-
-        Args:
-            samples: B samples.
-            prompts: Their prompts.
-            rollout: N completions, those of a prompt after one another.
-        """
+        """The completions of a rollout as text and as predictions; samples and prompts are those that it answers."""
         group_size = len(rollout.completions) // len(samples)
         return parse_completions(
             self.task,
@@ -177,10 +167,6 @@ class EvaluationModule(LightningModule):
         self.val_metrics.reset()
 
     def on_test_start(self) -> None:
-        """Begin the metrics of every source."""
-        self.begin_test()
-
-    def begin_test(self) -> None:
         """Begin the metrics of every source of the data module: test/METRIC, or of several test/SOURCE/METRIC."""
         sources = getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
         fresh = make_metrics(self.task).to(self.device)
