@@ -138,8 +138,9 @@ class MeanScore(_ExactMetric):
             scores = [score_prediction(self.task, *pair, is_evaluation=self.is_evaluation) for pair in pairs]
         rows = [self._row(score) for score in scores]
         table = torch.tensor(rows, dtype=self.dtype, device=self.sums.device)
-        self.sums += table.reshape(-1, len(self.names)).sum(dim=0)
-        self.count += len(rows)
+        # not in place: a state that was reset in inference mode may be updated outside of it
+        self.sums = self.sums + table.reshape(-1, len(self.names)).sum(dim=0)
+        self.count = self.count + len(rows)
 
     def compute(self) -> dict[str, Tensor]:
         """The mean of each name, see `make_metrics`."""

@@ -8,14 +8,18 @@ import pytest
 import torch
 import yaml
 
+import perception_r1.modules.grpo as grpo_module
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.cli import main
 from perception_r1.data.sources import JsonLines
 from perception_r1.modules import GRPO, SFT
+from perception_r1.policy.cuda_graphs import GraphGenerator
+from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.rollout import SamplingParams
 from perception_r1.tasks.ocr import OcrData
 from tests.evaluation.evaluating import write_sources
-from tests.modules.toy import fit, make_module, make_trainer
+from tests.modules.toy import fit, make_data, make_module, make_trainer
 
 NUM_TOKENS = 12
 BF16 = (True, torch.bfloat16)
@@ -102,10 +106,26 @@ def test_a_run_is_asked_in_the_precision_of_its_training(runs, tmp_path, capsys,
 
 
 def test_rewards_are_compared_in_full_precision_also_by_a_trainer_in_pure_bf16(folder, tmp_path, monkeypatch):
-    import perception_r1.modules.grpo as grpo_module
-
     seen, plain = [], grpo_module.group_advantages
     spy = lambda rewards, *a, **k: seen.append(rewards.dtype) or plain(rewards, *a, **k)  # noqa: E731
     monkeypatch.setattr(grpo_module, "group_advantages", spy)
     fit(folder, tmp_path, make_module(folder, GRPO), max_steps=1, precision="bf16-true")
     assert seen == [torch.float32]
+
+
+def test_buffers_that_decoding_keeps_serve_evaluation_and_training_in_any_order(folder, tmp_path, monkeypatch):
+    """On a GPU a policy keeps them for captured steps; here the steps run as they are, in the same buffers."""
+
+    def generate(self, prompts, *, max_new_tokens, temperature=1.0, is_greedy=False, **options):
+        if self._graphs is None:
+            self._graphs = GraphGenerator(Decoder(self.model), capture=lambda step: step)
+        ids = {"eos_token_ids": self.eos_token_ids, "suppress_tokens": self.suppress_tokens}
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, is_greedy=is_greedy, **ids)
+        return self._graphs.generate(prompts, params=params, **options)
+
+    monkeypatch.setattr(Policy, "generate", generate)
+    module, data = make_module(folder), make_data()
+    make_trainer(tmp_path, limit_val_batches=1.0).validate(module, data, verbose=False)
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    _, trainer = fit(folder, tmp_path, module, [BeforeAfter()], data=data, **validation)
+    assert trainer.global_step == 2

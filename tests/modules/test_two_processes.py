@@ -49,7 +49,7 @@ def tensors(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_learn_the_same_from_different_samples(runs, kind):
-    """Some kinds have more micro-batches on one process or nothing to learn on it, which must not make the other one wait."""
+    """Some kinds have more micro-batches or nothing to learn on one process, which must not make the other one wait."""
     first, second = results(runs / kind)
     for one, other in zip(*tensors(runs / kind), strict=True):
         assert one.keys() == other.keys() != set()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -196,10 +197,14 @@ class EvaluationModule(LightningModule):
 
 @contextmanager
 def evaluation_mode(policy: Policy) -> Iterator[None]:
-    """A policy without dropout for a while, in whatever mode it is before and after."""
+    """A policy without dropout and gradients for a while, in whatever mode it is before and after.
+
+    Not in the inference mode of Lightning's loops: training could not write to the buffers of decoding that it leaves.
+    """
     was_training = policy.training
     policy.eval()
     try:
-        yield
+        with torch.inference_mode(False), torch.no_grad():
+            yield
     finally:
         policy.train(was_training)
