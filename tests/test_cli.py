@@ -221,7 +221,8 @@ def test_a_traceback_is_there_for_who_asks(tmp_path, monkeypatch):
 def make_checkpoint(folder, version, name, *, age):
     path = folder / f"version_{version}" / "checkpoints" / f"{name}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"global_step": version}, path)
+    loops = {"epoch_loop.batch_progress": {"total": {"completed": version}}}
+    torch.save({"global_step": 2 * version, "loops": {"fit_loop": loops}, "callbacks": {"Checkpoints": {}}}, path)
     os.utime(path, (1e9 - age, 1e9 - age))
     return path
 
@@ -241,6 +242,7 @@ def test_going_on_from_the_last_checkpoint_stays_in_its_folder(fitted, tmp_path)
     run = fitted("--ckpt_path", "last")
     assert Path(run.ckpt_path).resolve() == newest
     assert Path(run.trainer.log_dir).resolve() == newest.parents[1]
+    assert run.trainer.logger._kwargs["purge_step"] == 3, "batches are logged under their number, whatever the updates"
     other = fitted("--ckpt_path", "last", command="test")
     assert Path(other.ckpt_path).resolve() == newest
     assert Path(other.trainer.log_dir).resolve().parent == logs

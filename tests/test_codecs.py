@@ -197,3 +197,10 @@ def test_worst_cases_take_no_time(codec, text):
     start = time.process_time()
     assert len(codec.parse_boxes(text, FRAME).items) <= MAX_OBJECTS
     assert time.process_time() - start < 0.5  # ten times the 50 ms that would still be fine; measured: below 10 ms
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
+def test_a_codec_says_whether_it_counts_in_pixels_of_the_resized_image(codec):
+    objects = [LabelledBox(label="cup", box=(0.1, 0.2, 0.5, 1.0))]
+    small, large = (ImageSize(width=640, height=480, resized_width=k * 320, resized_height=k * 240) for k in (1, 2))
+    assert (codec.format_boxes(objects, small) != codec.format_boxes(objects, large)) == codec.uses_resized_size

@@ -62,6 +62,8 @@ class Codec(ABC):
     """Writes and reads labelled boxes as one model family does."""
 
     name: ClassVar[str]
+    uses_resized_size: ClassVar[bool] = False
+    """Coordinates depend on the size of the image after smart-resize, not on that of the original alone."""
 
     @abstractmethod
     def format_boxes(self, objects: Sequence[LabelledBox], image_size: ImageSize) -> str:
@@ -178,9 +180,10 @@ class Qwen25VLCodec(_JsonCodec):
     """
 
     name = "qwen2_5_vl"
+    uses_resized_size = True
 
     def units(self, image_size: ImageSize) -> tuple[int, int]:
-        """The seen size."""
+        """The size after smart-resize."""
         return image_size.resized_width, image_size.resized_height
 
 

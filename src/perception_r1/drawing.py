@@ -1,4 +1,4 @@
-"""Pictures for people: targets and predictions drawn on an image, and a card with the words beside it.
+"""Drawings for people: targets and predictions on an image, and a card with the words beside it.
 
 Pure functions on PIL images. Targets are solid and green; predictions are dashed, thin and magenta, so that both can be
 seen where they coincide.
@@ -36,9 +36,9 @@ _MAX_LINES = 8
 """Lines of one field of a card: a page of text must not push the reward out of sight."""
 _HEADING_COLOURS: Final[Mapping[str, Colour]] = {"target": TARGET, "completion": PREDICTION}
 _CAPTION_SHARE = 0.7
-"""Widest caption, as a share of the picture."""
+"""Widest caption, as a share of the image."""
 _MAX_CAPTIONS = 24
-"""Captions of one kind on a picture; more would hide it, and then none is written."""
+"""Captions of one kind on an image; more would hide it, and then none is written."""
 _MAX_EQUAL_CAPTIONS = 3
 """When more overlays than this all have the same caption, it is written once."""
 
@@ -46,12 +46,12 @@ _MAX_EQUAL_CAPTIONS = 3
 def annotate(
     image: Image.Image, target_overlays: Sequence[Overlay], predicted_overlays: Sequence[Overlay]
 ) -> Image.Image:
-    """A copy of a picture with both kinds of overlays on it; lines grow with the picture.
+    """A copy of an image with both kinds of overlays on it; lines grow with the image.
 
-    Captions stay inside the picture, and one that finds no free place is left out.
+    Captions stay inside the image, and one that finds no room is left out.
 
     Args:
-        image: The picture, of any size and mode.
+        image: The image, of any size and mode.
         target_overlays: The right answer.
         predicted_overlays: What was predicted.
     """
@@ -62,15 +62,15 @@ def annotate(
         _draw_target(pen, _corners(overlay, canvas.size), unit)
     for overlay in predicted_overlays:
         _draw_prediction(pen, _corners(overlay, canvas.size), unit)
-    taken: list[Rectangle] = []
+    occupied: list[Rectangle] = []
     for overlays, colour in ((target_overlays, TARGET), (predicted_overlays, PREDICTION)):
         for overlay in _captioned(overlays):
-            _draw_caption(pen, overlay, colour, size=canvas.size, unit=unit, taken=taken)
+            _draw_caption(pen, overlay, colour, size=canvas.size, unit=unit, occupied=occupied)
     return canvas
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
-    """A picture scaled into a square of `side` pixels: small ones by a whole factor, with crisp pixels."""
+    """An image scaled into a square of `side` pixels: small ones by a whole factor, with crisp pixels."""
     scale = side / max(image.size)
     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     scale = math.floor(scale) if scale >= 2 else scale
@@ -87,29 +87,29 @@ def draw_card(
     predicted_overlays: Sequence[Overlay] = (),
     panel_width: int = 448,
 ) -> Image.Image:
-    """A card: the annotated picture with its legend on the left, a title and named texts on the right.
+    """A card: the annotated image with its legend on the left, a title and named texts on the right.
 
     Args:
-        image: The picture.
+        image: The image.
         title: One line, cut where it is too long.
         fields: Text by heading, from top to bottom; each is wrapped and cut after a few lines. Any text is safe.
         target_overlays: What to draw as the right answer.
         predicted_overlays: What to draw as the answer given.
-        panel_width: Width of the picture's half in pixels; the words get as much.
+        panel_width: Width of the image's half in pixels; the words get as much.
     """
-    picture = annotate(fit(image, panel_width), target_overlays, predicted_overlays)
+    canvas = annotate(fit(image, panel_width), target_overlays, predicted_overlays)
     has_legend = bool(target_overlays or predicted_overlays)
     words = _layout_words(title, fields, panel_width)
     words_height = sum(height for *_, height in words)
-    content_height = max(picture.height + (_LEGEND_HEIGHT if has_legend else 0), math.ceil(words_height))
+    content_height = max(canvas.height + (_LEGEND_HEIGHT if has_legend else 0), math.ceil(words_height))
     card = Image.new("RGB", (2 * (_MARGIN + panel_width) + _GAP, content_height + 2 * _MARGIN), _PAPER)
     pen = ImageDraw.Draw(card)
 
-    left = _MARGIN + (panel_width - picture.width) // 2
-    card.paste(picture, (left, _MARGIN))
-    pen.rectangle((left - 1, _MARGIN - 1, left + picture.width, _MARGIN + picture.height), outline=_RULE)
+    left = _MARGIN + (panel_width - canvas.width) // 2
+    card.paste(canvas, (left, _MARGIN))
+    pen.rectangle((left - 1, _MARGIN - 1, left + canvas.width, _MARGIN + canvas.height), outline=_RULE)
     if has_legend:
-        _draw_legend(pen, left, _MARGIN + picture.height + _LEGEND_HEIGHT * 0.6)
+        _draw_legend(pen, left, _MARGIN + canvas.height + _LEGEND_HEIGHT * 0.6)
     column, top = _MARGIN + panel_width + _GAP, float(_MARGIN)
     for text, font, colour, height in words:
         pen.text((column, top), text, fill=colour, font=font)
@@ -119,7 +119,7 @@ def draw_card(
 
 
 def contact_sheet(cards: Sequence[Image.Image], *, num_columns: int = 2) -> Image.Image:
-    """Cards on one picture, row by row; every row is as high as its highest card.
+    """Cards on one image, row by row; every row is as high as its highest card.
 
     Raises:
         ValueError: There are no cards.
@@ -158,7 +158,7 @@ def _layout_words(
 
 
 def _corners(overlay: Overlay, size: tuple[int, int]) -> Rectangle:
-    """A mark in pixels of a picture; a point is a box without extent."""
+    """An overlay in pixels of an image; a point is a box without extent."""
     xs = sorted(min(max(x, 0.0), 1.0) * (size[0] - 1) for x in overlay.shape[0::2])
     ys = sorted(min(max(y, 0.0), 1.0) * (size[1] - 1) for y in overlay.shape[1::2])
     return round(xs[0]), round(ys[0]), round(xs[-1]), round(ys[-1])
@@ -202,7 +202,7 @@ def _dashes(start: float, end: float, length: int) -> Iterator[tuple[float, floa
 
 
 def _captioned(overlays: Sequence[Overlay]) -> Sequence[Overlay]:
-    """The overlays whose captions are worth their place."""
+    """The overlays whose captions are worth their room."""
     named = [overlay for overlay in overlays if overlay.caption.strip()]
     if len(named) > _MAX_EQUAL_CAPTIONS and len({overlay.caption for overlay in named}) == 1:
         return named[:1]
@@ -216,24 +216,24 @@ def _draw_caption(
     *,
     size: tuple[int, int],
     unit: int,
-    taken: list[Rectangle],
+    occupied: list[Rectangle],
 ) -> None:
-    """Write a mark's caption on a tag of its colour in the first free place at the mark; note the place in `taken`."""
+    """Write an overlay's caption on a tag of its colour where there is room for it; add the tag to `occupied`."""
     font_size, padding = 12 + 2 * unit, 3 * unit
     font = font_for(overlay.caption, font_size)
     text = shorten(overlay.caption, font=font, width=size[0] * _CAPTION_SHARE - 2 * padding)
     width, height = math.ceil(font.getlength(text)) + 2 * padding, round(font_size * _LEADING) + unit
-    for left, top in _caption_places(_corners(overlay, size), width, height, is_target=colour == TARGET):
+    for left, top in _caption_corners(_corners(overlay, size), width, height, is_target=colour == TARGET):
         left = min(max(left, 0), size[0] - width)
         tag = (left, top, left + width - 1, top + height - 1)
-        if text and left >= 0 and top >= 0 and tag[3] < size[1] and not any(_overlap(tag, other) for other in taken):
+        if text and left >= 0 and top >= 0 and tag[3] < size[1] and not any(_overlap(tag, other) for other in occupied):
             pen.rectangle(tag, fill=colour)
             pen.text((left + padding, top + height / 2), text, fill=_WHITE, font=font, anchor="lm")
-            taken.append(tag)
+            occupied.append(tag)
             return
 
 
-def _caption_places(corners: Rectangle, width: int, height: int, *, is_target: bool) -> list[tuple[float, float]]:
+def _caption_corners(corners: Rectangle, width: int, height: int, *, is_target: bool) -> list[tuple[float, float]]:
     """Top left corners to try: a target's caption stands above its box, a prediction's below, else inside.
 
     The caption of a point stands beside it.

@@ -1,7 +1,7 @@
 """Boxes, their overlap, and the matching of predictions with targets: pure functions that every task shares.
 
-Boxes are xyxy and points xy, in fractions of the image (see `task.py`). A box here has a positive area: codecs and row
-readers let no other one through.
+Boxes are xyxy and points xy, in fractions of the image (see `records.py`). A box here has a positive area: codecs and
+row readers let no other one through.
 
 Legend: N predictions, M targets.
 """
@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 from perception_r1.records import Box, ImageSize, Point
 
@@ -78,7 +79,7 @@ def size_distances(first: Sequence[Box], second: Sequence[Box]) -> NDArray[np.fl
     Returns:
         [N, M].
     """
-    return np.abs(_cxcywh(first)[:, None] - _cxcywh(second)[None]).sum(axis=-1)
+    return np.asarray(cdist(_cxcywh(first), _cxcywh(second), "cityblock"), np.float64)
 
 
 def point_distances(first: Sequence[Point], second: Sequence[Point]) -> NDArray[np.float64]:
@@ -91,9 +92,7 @@ def point_distances(first: Sequence[Point], second: Sequence[Point]) -> NDArray[
     Returns:
         [N, M].
     """
-    a = np.asarray(first, dtype=np.float64).reshape(-1, 2)
-    b = np.asarray(second, dtype=np.float64).reshape(-1, 2)
-    return np.hypot(a[:, None, 0] - b[None, :, 0], a[:, None, 1] - b[None, :, 1])
+    return np.asarray(cdist(_array(first, 2), _array(second, 2)), np.float64)
 
 
 def match(cost: NDArray[np.float64], mode: Matching) -> list[tuple[int, int]]:
@@ -131,7 +130,7 @@ def _areas(
     first: Sequence[Box], second: Sequence[Box]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Areas of intersection, union and hull of every pair, each [N, M]."""
-    a, b = _array(first)[:, None], _array(second)[None]  # [N, 1, 4], [1, M, 4]
+    a, b = _array(first, 4)[:, None], _array(second, 4)[None]  # [N, 1, 4], [1, M, 4]
     overlap = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     span = np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])
     intersection = overlap.clip(min=0).prod(axis=-1)
@@ -141,10 +140,10 @@ def _areas(
 
 def _cxcywh(boxes: Sequence[Box]) -> NDArray[np.float64]:
     """Center and size of each box, [N, 4]."""
-    corners = _array(boxes)
+    corners = _array(boxes, 4)
     return np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def _array(boxes: Sequence[Box]) -> NDArray[np.float64]:
-    """Boxes as [N, 4], also when there are none."""
-    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+def _array(items: Sequence[Box] | Sequence[Point], width: int) -> NDArray[np.float64]:
+    """Boxes as [N, 4] or points as [N, 2], also when there are none."""
+    return np.asarray(items, dtype=np.float64).reshape(-1, width)

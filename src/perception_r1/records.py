@@ -8,16 +8,16 @@ outline, which no box gives, is in pixels squared of the original image.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, Literal, TypeAlias
 
 from PIL import Image
-
-TargetT = TypeVar("TargetT")
+from typing_extensions import TypeVar
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 in fractions of the original image."""
 Point = tuple[float, float]
 """x, y in fractions of the original image."""
+Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class Annotation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlay:
-    """Something to draw on a picture: a box or a point (fractions of the original image), maybe with a caption."""
+    """Something to draw on an image: a box or a point (fractions of the original image), maybe with a caption."""
 
     shape: Box | Point
     caption: str = ""
@@ -63,10 +63,10 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class ImageBytes:
-    """A picture file that lies in a table and not in a folder.
+    """An image file that lies in a table and not in a folder.
 
     Attributes:
-        name: Tells pictures of a data set apart; equal for rows of the same picture.
+        name: Tells the images of a data set apart; equal for rows of the same image.
         read: Its bytes.
     """
 
@@ -78,16 +78,21 @@ class ImageBytes:
 
 
 ImageSource: TypeAlias = Path | ImageBytes
-"""Where a picture can be read from."""
+"""Where an image can be read from."""
+
+TargetT = TypeVar("TargetT")
+ImageT = TypeVar("ImageT", covariant=True, default=Image.Image | ImageSource)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample(Generic[TargetT]):
+class Sample(Generic[TargetT, ImageT]):
     """One image, one question about it, and the right answer.
+
+    A `Sample[Target]` may be loaded or not; `load_sample_image` makes a `LoadedSample[Target]` of it.
 
     Attributes:
         id: Unique within its data source.
-        image: The picture in RGB, or what it is read from (see `load_image`).
+        image: The image in RGB, or what it is read from.
         width: Width of the original image in pixels.
         height: Height of the original image in pixels.
         query: What fills the slot of the task's prompt ("red cup"); empty when the prompt has none.
@@ -97,13 +102,17 @@ class Sample(Generic[TargetT]):
     """
 
     id: str
-    image: Image.Image | ImageSource
+    image: ImageT
     width: int
     height: int
     query: str
     target: TargetT
     source: str = ""
     row: Mapping[str, object] = field(default_factory=dict)
+
+
+LoadedSample: TypeAlias = Sample[TargetT, Image.Image]
+UnloadedSample: TypeAlias = Sample[TargetT, ImageSource]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,8 @@ may lie outside the image because somebody rounded them; they are cut at its edg
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from perception_r1.records import Annotation, Box, LabelledBox, Point
 
@@ -42,7 +43,7 @@ class Row:
         self.width = width
         self.height = height
         unit = values.get("unit")
-        self._unit = "pixels" if unit is None else unit if isinstance(unit, str) else show(unit)
+        self._unit = "pixels" if unit is None else unit if isinstance(unit, str) else short_repr(unit)
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
@@ -55,7 +56,7 @@ class Row:
         """A whole number."""
         value = self._get(key, "a whole number")
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= _MAX_INTEGER:
-            raise RowError(f"{key}: must be a whole number of at least {minimum}, got {show(value)}")
+            raise _wrong(key, f"must be a whole number of at least {minimum}", value)
         return value
 
     def box(self, key: str) -> Box:
@@ -84,7 +85,7 @@ class Row:
 
     def _object(self, value: object, name: str) -> Annotation:
         if not isinstance(value, Mapping):
-            raise RowError(f'{name}: must be an object {{"box": ..., "label": ...}}, got {show(value)}')
+            raise _wrong(name, 'must be an object {"box": ..., "label": ...}', value)
         for key in ("box", "label"):
             if value.get(key) is None:
                 raise RowError(f'{name}.{key}: is missing, an object needs both "box" and "label"')
@@ -100,7 +101,7 @@ class Row:
         self._check_inside(name, value, xs=(x1, x2), ys=(y1, y2))
         box = self._across(x1), self._down(y1), self._across(x2), self._down(y2)
         if box[0] >= box[2] or box[1] >= box[3]:
-            raise RowError(f"{name}: must have x1 < x2 and y1 < y2, got {show(value)}")
+            raise _wrong(name, "must have x1 < x2 and y1 < y2", value)
         return box
 
     def _point(self, value: object, name: str) -> Point:
@@ -113,7 +114,7 @@ class Row:
         tolerance = self._tolerance()
         across, down = tolerance * width / self.width, tolerance * height / self.height
         if not (all(-across <= x <= width + across for x in xs) and all(-down <= y <= height + down for y in ys)):
-            raise RowError(f"{name}: must lie inside the image of {width} x {height} {self._unit}, got {show(value)}")
+            raise _wrong(name, f"must lie inside the image of {width} x {height} {self._unit}", value)
 
     def _across(self, x: float) -> float:
         return min(1.0, max(0.0, x / self._extent()[0]))
@@ -127,7 +128,7 @@ class Row:
         if value is None:
             return _TOLERANCE
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-            raise RowError(f"tolerance: must be a number of pixels from 0 to 1, got {show(value)}")
+            raise _wrong("tolerance", "must be a number of pixels from 0 to 1", value)
         return max(value, _TOLERANCE)
 
     def _extent(self) -> tuple[int, int]:
@@ -135,23 +136,39 @@ class Row:
         if self._unit == "pixels":
             return self.width, self.height
         if self._unit not in _UNITS:
-            raise RowError(f"unit: must be one of pixels, {', '.join(_UNITS)}, got {show(self.values['unit'])}")
+            raise _wrong("unit", f"must be one of pixels, {', '.join(_UNITS)}", self.values["unit"])
         return _UNITS[self._unit], _UNITS[self._unit]
+
+
+def object_labels(rows: Iterable[Mapping[str, object]]) -> list[str]:
+    """Labels of all "objects" of rows, each once, in their order; a bad one makes a bad row, of which the check tells.
+
+    >>> object_labels([{"objects": [{"label": "cup"}, {"label": 7}]}, {}, {"objects": [{"label": "cup"}]}])
+    ['cup']
+    """
+    found: dict[str, None] = {}
+    for row in rows:
+        objects = row.get("objects")
+        for item in objects if isinstance(objects, list | tuple) else ():
+            if isinstance(item, Mapping):
+                with suppress(RowError):
+                    found[Row(item, width=1, height=1).text("label")] = None
+    return list(found)
 
 
 def _text(value: object, name: str, may_be_empty: bool) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{name}: must be a text, got {show(value)}")
+        raise _wrong(name, "must be a text", value)
     if not may_be_empty and not value.strip():
-        raise RowError(f"{name}: must not be blank, got {show(value)}")
+        raise _wrong(name, "must not be blank", value)
     if any("\ud800" <= char <= "\udfff" for char in value):
-        raise RowError(f"{name}: must be valid Unicode, got half of a surrogate pair in {show(value)}")
+        raise RowError(f"{name}: must be valid Unicode, got half of a surrogate pair in {short_repr(value)}")
     return value
 
 
 def _list(value: object, name: str, plural: str) -> list[object] | tuple[object, ...]:
     if not isinstance(value, list | tuple):
-        raise RowError(f"{name}: must be a list of {plural}, got {show(value)}")
+        raise _wrong(name, f"must be a list of {plural}", value)
     return value
 
 
@@ -159,10 +176,10 @@ def _numbers(value: object, name: str, axes: tuple[str, ...], unit: str) -> tupl
     """As many finite numbers as there are axes."""
     wanted = f"[{', '.join(axes)}] in {unit}"
     if not isinstance(value, list | tuple) or len(value) != len(axes):
-        raise RowError(f"{name}: must be {wanted}, got {show(value)}")
+        raise _wrong(name, f"must be {wanted}", value)
     for axis, number in zip(axes, value, strict=True):
         if not isinstance(number, int | float) or isinstance(number, bool):
-            raise RowError(f"{name}: must be {wanted}, but {axis} is {show(number)}, not a number")
+            raise RowError(f"{name}: must be {wanted}, but {axis} is {short_repr(number)}, not a number")
         if not _is_finite(number):
             raise RowError(f"{name}: must be {wanted}, but {axis} is not a finite number")
     return tuple(float(number) for number in value)
@@ -173,14 +190,14 @@ def _area(value: object, name: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value) or value < 0:
-        raise RowError(f"{name}: must be a number of pixels squared from 0 on, got {show(value)}")
+        raise _wrong(name, "must be a number of pixels squared from 0 on", value)
     return float(value)
 
 
 def _claim(value: object, name: str) -> bool:
     """True or false; false when it is not told."""
     if value is not None and not isinstance(value, bool):
-        raise RowError(f"{name}: must be true or false, got {show(value)}")
+        raise _wrong(name, "must be true or false", value)
     return bool(value)
 
 
@@ -191,9 +208,13 @@ def _is_finite(number: float) -> bool:
         return False
 
 
-def show(value: object) -> str:
-    """A short form for messages; Python refuses to print a number of many thousand digits."""
+def _wrong(name: str, problem: str, value: object) -> RowError:
+    return RowError(f"{name}: {problem}, got {short_repr(value)}")
+
+
+def short_repr(value: object) -> str:
+    """A value in a message; Python refuses to print a number of many thousand digits."""
     try:
         return reprlib.repr(value)
     except ValueError:
-        return "a value that is too long to show"
+        return "a value that is too long to print"

@@ -5,9 +5,9 @@ Sample --messages--> prompt --(policy)--> completion --parse--> Prediction | Non
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torchmetrics import Metric
 
@@ -45,7 +45,7 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     metric_names: ClassVar[tuple[str, ...]]
     """Names of `Score.metrics`."""
     primary_metric: ClassVar[str]
-    """The metric by which this task is judged; higher is better."""
+    """The metric that ranks checkpoints; higher is better."""
     row_keys: ClassVar[tuple[str, ...]]
     """Keys of the task's own data rows besides image, width, height and id, for documentation and messages."""
 
@@ -59,7 +59,7 @@ class Task(ABC, Generic[TargetT, PredictionT]):
 
     @abstractmethod
     def prompt(self, query: str) -> str:
-        """The user's text, without the picture."""
+        """The user's text, without the image."""
 
     @abstractmethod
     def format_target(self, sample: Sample[TargetT], codec: Codec, image_size: ImageSize) -> str:
@@ -72,6 +72,20 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     @abstractmethod
     def score(self, prediction: PredictionT | None, target: TargetT) -> Score:
         """Reward, components and metrics of one prediction."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names that objects may have, where the task knows them all."""
+        return ()
+
+    def with_labels(self, labels: Iterable[str], *, keeps_own: bool = True) -> Self:
+        """The task for data whose objects have these names; the same unless a task has to know them all.
+
+        Args:
+            labels: The names in the order of the prompt, read only where they matter; some may be there twice.
+            keeps_own: Names that are an option of the task, and given, stay.
+        """
+        return self
 
     @property
     def eval_metric_names(self) -> tuple[str, ...]:
@@ -103,7 +117,7 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         return {}
 
     def messages(self, sample: Sample[TargetT]) -> list[dict[str, Any]]:
-        """The chat of one sample: the picture, then the prompt."""
+        """The chat of one sample: the image, then the prompt."""
         text = self.prompt(sample.query) + (_THINK_REQUEST if self.think else "")
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 

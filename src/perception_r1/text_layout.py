@@ -1,4 +1,4 @@
-"""Letters on pictures: any text whatever, a model's rubbish included, becomes lines that fit a width."""
+"""Letters on images: any text whatever, a model's rubbish included, becomes lines that fit a width."""
 
 import bisect
 import re
@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from PIL import ImageFont
 
 MAX_CHARACTERS = 2_000
-"""Longest text that is looked at; a card shows about half of it."""
+"""Longest text that is read; a card shows about half of it."""
 
 _FALLBACKS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf")
 """Fonts of other scripts, used where installed: the built-in one knows little more than ASCII."""

@@ -26,8 +26,7 @@ from perception_r1.commands import data as command
 from perception_r1.commands.statistics import DatasetStatistics, collect_statistics, log10_mean_factorial, share_over
 from perception_r1.data.convert import convert
 from perception_r1.data.samples import load
-from perception_r1.data.sources import Coco, Hub, JsonLines
-from perception_r1.data.sources.pixmo import Download
+from perception_r1.data.sources import Coco, Download, Hub, JsonLines, PixMoCount
 from perception_r1.errors import UserError
 from perception_r1.policy.processor import Processor
 from perception_r1.records import ImageBytes, Sample
@@ -132,13 +131,22 @@ def test_check_goes_through_all_sources_of_a_split(run, tmp_path):
 
 def test_a_row_without_an_answer_to_learn_from_is_told_and_is_not_bad(run, tmp_path):
     path = write_rows(tmp_path, [{"label": "cup", "count": 2}, {"label": "cup", "points": [[10, 20]]}])
-    picture(tmp_path / "thin.png", size=(1000, 4))
-    path.write_text(path.read_text() + json.dumps({"image": "thin.png", "label": "cup", "points": [[10, 2]]}) + "\n")
     status, text, _ = run("check", "--data.train_file", path, task="counting")
     assert status == 0
     assert "1: has no answer to learn from (sample 1: an answer to learn from needs points or boxes" in text
     assert "2: <|object_ref_start|>cup" in text
-    assert "3: has no answer to learn from (A picture has 1000 x 4 pixels" in text
+
+
+def test_check_tells_what_the_model_cannot_take(run, tmp_path):
+    long = GOOD | {"question": "cup " * 100}
+    path = write_rows(tmp_path, [GOOD, GOOD | {"image": "thin.png", "box": [10, 2, 50, 8]}, long])
+    picture(tmp_path / "thin.png", size=(4100, 20))
+    status, text, _ = run("check", "--data.train_file", path, "--model.policy.max_prompt_length", 300)
+    assert status == 1
+    lines = text.splitlines()
+    assert lines[0].startswith(f"{path}:2: A picture has 4100 x 20 pixels")
+    assert re.match(rf"{path}:3: A prompt has \d+ tokens but max_prompt_length is 300", lines[1])
+    assert lines[2] == "3 rows, 2 of them bad"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,7 @@ def test_help_tells_the_verbs(capsys):
         (
             "fetch",
             ["--data.train_file", "rows.jsonl"],
-            "rows.jsonl names no pictures by URL, there is nothing",
+            "rows.jsonl names no images by URL, there is nothing",
         ),
         ("check", ["--data.train_file", "none.jsonl"], "none.jsonl: cannot be read"),
         ("check", ["--data.test_file", "rows.jsonl"], "the configuration has no train rows; give --split test"),
@@ -349,13 +357,13 @@ def test_what_is_converted_reads_back_to_the_same_samples(tmp_path, monkeypatch,
         assert [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
         if isinstance(other.image, ImageBytes):
             assert one.image.read_bytes() == other.image.read()
-            assert one.image.parent == folder / "pictures"
+            assert one.image.parent == folder / "images"
         else:
             assert one.image.resolve() == other.image.resolve()
             assert not Path(rows[one.id]).is_absolute()  # the folders may be moved together
     blobs = {str(sample.image) for sample in samples if isinstance(sample.image, ImageBytes)}
-    assert len(list(folder.glob("pictures/*"))) == len(blobs)
-    assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl"] + (["pictures"] if blobs else [])
+    assert len(list(folder.glob("images/*"))) == len(blobs)
+    assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl"] + (["images"] if blobs else [])
     assert convert(load(JsonLines(folder / "data.jsonl"), task), tmp_path / "again") == len(samples)
     again = list(load(JsonLines(tmp_path / "again" / "data.jsonl"), task))
     assert [sample.target for sample in again] == [sample.target for sample in samples]
@@ -448,7 +456,7 @@ def test_fetch_puts_the_pictures_where_the_rows_look_for_them(run, tmp_path, mon
     (tmp_path / "web" / "a").write_bytes(data.getvalue())
     digest = sha256(data.getvalue()).hexdigest()
     wanted = [Download(url=f"{server}/a", sha256=digest, path=tmp_path / "images" / digest)]
-    monkeypatch.setattr(command.PixMoCount, "downloads", lambda source: iter(wanted))
+    monkeypatch.setattr(PixMoCount, "downloads", lambda source: iter(wanted))
     source = {"class_path": "PixMoCount", "init_args": {"images": str(tmp_path / "images"), "split": "train"}}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"train": {"p": source}}}}))
     words = ("fetch", "-c", "data.yaml", "--num_threads", 2)

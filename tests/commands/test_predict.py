@@ -202,7 +202,7 @@ def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(capsys, 
     options = ["--task", "counting", "--query", "cup", "--max_new_tokens", 3, "--out", out]
     lines, text = run(capsys, folder, pictures, tmp_path / "none.png", *options, status=1)
     assert [line["image"] for line in lines] == [str(pictures / name) for name in ("a.webp", "b.png", "c.JPG")]
-    assert f"cannot read {pictures / 'aa.png'} as a picture" in text
+    assert f"cannot read {pictures / 'aa.png'} as an image" in text
     assert f"{pictures / 'bb.png'}: A picture has 2000 x 2 pixels" in text
     assert f"no such file: {tmp_path / 'none.png'}" in text
     assert "3 of 6 pictures could not be answered.\n" in text

@@ -26,13 +26,13 @@ def write(path: Path, rewards: dict) -> Path:
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, -1.0, 3]), min_size=1, max_size=8), st.randoms())
 def test_samples_go_from_high_reward_to_low_and_equal_ones_keep_their_order(tmp_path_factory, rewards, random):
-    names = [("s", str(place)) for place in range(len(rewards))]
+    names = [("s", str(index)) for index in range(len(rewards))]
     table = list(zip(names, rewards, strict=True))
     random.shuffle(table)  # the order of the file does not matter
     path = write(tmp_path_factory.getbasetemp() / "predictions.jsonl", dict(table))
-    places = easy_to_hard(samples_of(*names), path)
-    assert sorted(places) == list(range(len(rewards)))
-    pairs = [(-rewards[place], place) for place in places]
+    indices = easy_to_hard(samples_of(*names), path)
+    assert sorted(indices) == list(range(len(rewards)))
+    pairs = [(-rewards[index], index) for index in indices]
     assert pairs == sorted(pairs)
 
 
@@ -68,7 +68,7 @@ def test_a_file_that_cannot_be_read_is_an_error_of_one_sentence(tmp_path):
 
 def synthetic(task, folder: Path) -> tuple[Path, list[str]]:
     """A file of rewards for synthetic scenes, and the ids of these from easy to hard."""
-    rewards = {("", f"train-{place}"): (place * 7) % 17 for place in range(17)}
+    rewards = {("", f"train-{index}"): (index * 7) % 17 for index in range(17)}
     path = write(folder / "predictions.jsonl", rewards)
     return path, [name for _, name in sorted(rewards, key=lambda name: -rewards[name])]
 
@@ -99,7 +99,7 @@ def test_several_devices_share_the_steps_of_a_curriculum(task, tmp_path, monkeyp
     for rank in (0, 1):
         module = data(task, curriculum=path, batch_size=2)
         module.setup("fit")
-        monkeypatch.setattr(module, "_place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(module, "_ranks", lambda rank=rank: (rank, 2))
         shown.append([[sample.id for sample in batch] for batch in module.train_dataloader()])
     steps = [one + other for one, other in zip(*shown, strict=True)]
     assert [name for step in steps for name in step] == order[:16]
@@ -111,7 +111,7 @@ def test_a_curriculum_covers_what_is_not_held_out_of_the_training_rows(task, wri
     module.setup("fit")
     names = [(sample.source, sample.id) for sample in module.samples("train")]
     assert {source for source, _ in names} == {"mine"}
-    rewards = {name: place % 3 for place, name in enumerate(names)}
+    rewards = {name: index % 3 for index, name in enumerate(names)}
     ordered = data(task, train={"mine": JsonLines(path)}, curriculum=write(tmp_path / "p.jsonl", rewards))
     ordered.setup("fit")
     shown = [("mine", sample.id) for batch in ordered.train_dataloader() for sample in batch]

@@ -9,11 +9,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from perception_r1.data.fetch import FetchReport, fetch
+from perception_r1.data.fetch import LOCK, FetchReport, fetch
 from perception_r1.data.sources import Download
 from perception_r1.errors import UserError
 
@@ -100,6 +101,10 @@ def download(server: Server, folder: Path, name: str, content: str | None = None
     return Download(url=f"{server.url}/{name}", sha256=digest, path=folder / digest)
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {LOCK}
+
+
 def failures(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
 
@@ -109,11 +114,11 @@ def report(fetched: int = 0, present: int = 0, failed: int = 0) -> FetchReport:
 
 
 def test_files_are_fetched_once_and_only_once(server, tmp_path, capfd):
-    folder = tmp_path / "new" / "pictures"
+    folder = tmp_path / "new" / "images"
     wanted = [download(server, folder, f"ok-{number}") for number in range(20)]
     assert fetch([*wanted, *wanted], num_threads=4) == report(fetched=20)
     assert fetch(wanted) == report(present=20)
-    assert {path.name for path in folder.iterdir()} == {item.sha256 for item in wanted}
+    assert names(folder) == {item.sha256 for item in wanted}
     assert all(item.path.read_bytes() == body(f"/ok-{number}") for number, item in enumerate(wanted))
     assert set(server.asked.values()) == {1}
     assert [agent for agent in server.agents if not agent.startswith("perception-r1/")] == []
@@ -144,7 +149,7 @@ def test_what_cannot_be_had_is_written_down_and_the_others_go_on(server, tmp_pat
     assert (failure["url"], failure["sha256"]) == (wanted[0].url, wanted[0].sha256)
     assert reason in failure["reason"]
     assert "\n" not in failure["reason"]
-    assert {path.name for path in tmp_path.iterdir()} == {wanted[1].sha256, "failures.jsonl"}
+    assert names(tmp_path) == {wanted[1].sha256, "failures.jsonl"}
     if name != "ftp":
         assert server.asked[f"/{name}"] == num_asked
 
@@ -211,7 +216,7 @@ def test_failures_of_an_earlier_fetch_are_forgotten(server, tmp_path):
     wanted = download(server, tmp_path, "busy-1")
     assert fetch([wanted], num_attempts=1) == report(failed=1)
     assert fetch([wanted], num_attempts=1) == report(fetched=1)
-    assert {path.name for path in tmp_path.iterdir()} == {wanted.sha256}
+    assert names(tmp_path) == {wanted.sha256}
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ def test_a_file_gets_its_name_only_when_it_is_whole(server, tmp_path, monkeypatc
     wanted = download(server, tmp_path, "ok-1")
     with pytest.raises(UserError, match=rf"{wanted.sha256}: cannot be written \(No space left on device\)"):
         fetch([wanted])
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == set()
 
 
 KILLED = """
@@ -278,7 +283,20 @@ def test_a_fetch_that_was_killed_leaves_no_half_file_and_is_finished_by_the_next
     asked = Counter(server.asked)
 
     assert fetch(wanted) == report(fetched=len(wanted) - len(there), present=len(there))
-    assert {path.name for path in tmp_path.iterdir()} == {item.sha256 for item in wanted}
+    assert names(tmp_path) == {item.sha256 for item in wanted}
     assert all(item.path.read_bytes() == body(f"/slow-{number}") for number, item in enumerate(wanted))
     again = server.asked - asked
     assert {f"/slow-{number}" for number, item in enumerate(wanted) if item not in there} == set(again)
+
+
+def test_two_fetches_in_a_folder_do_each_other_no_harm(server, tmp_path):
+    wanted = [download(server, tmp_path, f"slow-{number}") for number in range(40)]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(fetch, wanted, num_threads=4)
+        while not any(item.path.exists() for item in wanted):
+            time.sleep(0.005)
+        with pytest.raises(UserError, match=f"^{tmp_path}: another fetch is at work in this folder; wait "):
+            fetch(wanted)
+        assert first.result() == report(fetched=40)
+    assert names(tmp_path) == {item.sha256 for item in wanted}
+    assert fetch(wanted) == report(present=40)

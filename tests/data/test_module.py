@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.sources import DataError, JsonLines
 from perception_r1.data.synthetic.worlds import DetectionWorld, TextWorld
+from perception_r1.errors import UserError
 from perception_r1.records import Sample
+from tests.data.conftest import NameTask
 
 WORLD = TextWorld()
 STEPS_PER_EPOCH = 5
@@ -255,6 +257,55 @@ def test_a_bad_row_stops_the_run_before_training_or_is_left_out(task, write_rows
     module = data(task, train_file=path, on_bad_row="skip")
     module.setup()
     assert sum(len(module.samples(split)) for split in ("train", "val", "test")) == 6
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_every_split_is_checked_for_what_the_model_cannot_take(task, write_rows, stage):
+    path = write_rows(rows(3))
+    splits = {"fit": "train", "validate": "val", "test": "test"}
+    module = data(task, **{f"{splits[stage]}_file": path}, on_bad_row="skip")
+    refused = iter([UserError("no")])
+
+    def refuse_the_first(sample):
+        assert isinstance(sample.image, Path)  # the check is about sizes and texts; no image is loaded for it
+        for error in refused:
+            raise error
+
+    module.check_sample = refuse_the_first
+    module.setup(stage)
+    loaded = [sample for name in ("train", "val", "test") for sample in module._samples.get(name, ())]
+    assert len(loaded) == 5
+
+
+class LabelTask(NameTask):
+    def __init__(self, names=None):
+        object.__setattr__(self, "names", names)
+
+    def with_labels(self, labels, *, keeps_own=True):
+        return self if keeps_own and self.names is not None else LabelTask(tuple(labels))
+
+
+class Unread(JsonLines):
+    def read(self):
+        raise AssertionError("the labels do not matter to this task")
+
+
+def test_a_task_gets_the_labels_of_its_data_if_it_wants_them(task, write_rows):
+    objects = [{"image": "0.png", "objects": [{"label": name}, {"label": "a"}]} for name in "cab"]
+    path = write_rows(objects)
+    assert TaskDataModule(LabelTask(), DetectionWorld(), val_file=path).task.names == ("a", "b", "c")
+    assert TaskDataModule(LabelTask(("x",)), DetectionWorld(), val_file=path).task.names == ("x",)
+    assert TaskDataModule(LabelTask(), DetectionWorld()).task.names == DetectionWorld().labels
+    module = TaskDataModule(LabelTask(("x",)), DetectionWorld(), val_file=path)
+    assert module.synthetic(batch_size=1).task.names == DetectionWorld().labels
+    unread = TaskDataModule(task, DetectionWorld(), val={"u": Unread(path)})
+    assert unread.task is task
+
+
+def test_more_training_rows_than_there_are_is_one_sentence(task, write_rows):
+    module = data(task, train_file=write_rows(rows(3)), train_take="first:50")
+    with pytest.raises(UserError, match="'first:50' asks for 50 rows, but there are only 2"):
+        module.setup("fit")
 
 
 def test_fingerprint_changes_with_scenes_and_with_file_contents(task, write_rows):

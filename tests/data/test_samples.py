@@ -8,6 +8,7 @@ from PIL import Image
 
 from perception_r1.data.samples import load as load_source
 from perception_r1.data.sources import DataError, JsonLines
+from perception_r1.errors import UserError
 
 
 def load(path, task, **options):
@@ -68,6 +69,21 @@ def test_a_bad_row_is_left_out_and_reported_when_asked_for(task, write_rows, bad
     assert [sample.id for sample in samples] == ["1", "3"]
     assert "1 of 3 rows cannot be used and are left out" in caplog.text
     assert re.search(sentence, caplog.text)
+
+
+def test_what_the_model_cannot_take_is_a_bad_row_like_any_other(task, write_rows, caplog):
+    def check_sample(sample):
+        if sample.width == 41:
+            raise UserError(f"no image of\n{sample.width} x {sample.height} and the text {sample.target}")
+
+    path = write_rows([GOOD, {"image": "1.png", "text": "b"}, {"image": "2.png", "text": "c"}])
+    with pytest.raises(DataError, match=r"data\.jsonl:2: no image of 41 x 30 and the text b$"):
+        load(path, task, check_sample=check_sample)
+    with caplog.at_level(logging.WARNING):
+        samples = load(path, task, on_bad_row="skip", check_sample=check_sample)
+    assert [sample.id for sample in samples] == ["1", "3"]
+    assert "data.jsonl:2: no image of 41 x 30" in caplog.text
+    assert "1 of 3 rows cannot be used and are left out" in caplog.text
 
 
 def test_a_truncated_picture_is_found_before_training(task, write_rows, tmp_path):

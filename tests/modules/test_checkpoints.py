@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from perception_r1.callbacks.checkpoints import next_log_step
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
 from perception_r1.policy.load import LoraConfig
@@ -97,7 +98,7 @@ def test_a_resumed_run_ends_exactly_as_one_that_was_never_stopped(folder, tmp_pa
 def test_a_run_stopped_by_sigterm_between_two_updates_finishes_its_step_and_goes_on_exactly(
     folder, tmp_path, step, saved
 ):
-    """The first time a validation follows that step, and is left out; the second time an epoch ends there, too."""
+    """The first time a validation follows that step, and is finished; the second time an epoch ends there, too."""
     options = {"num_iterations": 2, "max_steps": 12}
     whole, first, log = run(folder, tmp_path, version=0, **options)
     with pytest.raises(SIGTERMException):
@@ -167,6 +168,21 @@ def test_a_checkpoint_of_another_program_is_an_error(folder, tmp_path):
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="not written by a run of this program"):
         run(folder, tmp_path, version=1, ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(folder, tmp_path):
+    """Whose loader was a batch ahead of its step, and which knew nothing of validations that were cut."""
+    whole, _, _ = run(folder, tmp_path, version=0, decay="constant")
+    run(folder, tmp_path, version=1, max_steps=3, decay="constant")
+    checkpoint = load(last(tmp_path, 1))
+    del checkpoint["callbacks"]["Checkpoints"]["cut"]
+    loops = checkpoint["loops"]["fit_loop"]
+    loops["state_dict"]["combined_loader"][0] |= {"epoch": 0, "num_batches": 4}
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = 2
+    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    assert next_log_step(tmp_path / "earlier.ckpt") == 3
+    resumed, _, _ = run(folder, tmp_path, version=2, ckpt_path=tmp_path / "earlier.ckpt", decay="constant")
+    assert_same(trained_weights(resumed), trained_weights(whole))
 
 
 def test_a_checkpoint_of_full_training_does_not_fit_an_adapter(folder, tmp_path):

@@ -142,6 +142,15 @@ def test_text_around_a_qwen2_list_costs_the_format_only():
     assert found.components == pytest.approx({"format": 0, "f1": 1, "class": 1, "iou": 1, "missing": 0})
 
 
+def test_the_categories_are_those_of_the_data_unless_they_are_given():
+    data = Detection(missing_weight=0.25).with_labels(iter(["dog", "cat", "dog"]))
+    assert data == Detection(categories=("dog", "cat"), missing_weight=0.25)
+    assert data.labels == ("dog", "cat")
+    given = Detection(categories=("cat",))
+    assert given.with_labels(["dog"]) is given
+    assert given.with_labels(["dog"], keeps_own=False) == Detection(categories=("dog",))
+
+
 def test_rows_with_unknown_labels_are_refused():
     row = Row({"objects": [{"box": [0, 0, 50, 25], "label": "unicorn"}]}, width=100, height=50)
     with pytest.raises(RowError, match="'unicorn'"):

@@ -2,13 +2,13 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -18,11 +18,30 @@ FOLDER = "checkpoints"
 """Folder of a run in which its checkpoints lie."""
 
 
-class Checkpoints(Checkpoint):
-    """Saves after each validation, at the end, and when a run is stopped between two steps.
+class Position(NamedTuple):
+    """A position between two batches: done are `num_batches` of an epoch that goes on, and `total` of all epochs."""
 
-    A checkpoint always stands between two batches, with all updates of a rollout done, so that going on from it is
-    exact. A run that dies in the middle of a step therefore keeps the checkpoint before.
+    epoch: int
+    num_batches: int
+    total: int
+
+    def counters(self) -> dict[str, Any]:
+        """The trainer's counters there; a signal finds its own anywhere on the way to the next one."""
+        names = ("ready", "started", "processed", "completed")
+        epochs = dict.fromkeys(names[:2], self.epoch + 1) | dict.fromkeys(names[2:], self.epoch)
+        total, current, none = (dict.fromkeys(names, count) for count in (self.total, self.num_batches, 0))
+        return {
+            "epoch_progress": {"total": epochs, "current": epochs},
+            "epoch_loop.batch_progress": {"total": total, "current": current, "is_last_batch": False},
+            "epoch_loop.val_loop.batch_progress": {"total": none, "current": none, "is_last_batch": False},
+        }
+
+
+class Checkpoints(Checkpoint):
+    """Saves after each validation, at the end, and when a run is stopped between two steps or in a validation.
+
+    A checkpoint always stands between two batches, with all updates of a rollout done and logged, so that going on from
+    it is exact. A run that dies in the middle of a step therefore keeps the checkpoint before.
 
     Args:
         enabled: Write checkpoints at all.
@@ -31,17 +50,39 @@ class Checkpoints(Checkpoint):
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.best_value = -math.inf
-        self._is_inside_step = False
+        self._is_best_due = False
+        self._position: Position | None = None  # after the batch that was begun last
+        self._is_exact = False  # weights, logs and position agree
+        self._cut: dict[str, float] | None = None  # the metrics of a step whose validation is not over
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Repeat the validation in which the run was stopped, and log its step again: TensorBoard forgot both."""
+        if self._cut is None:
+            return
+        loop, trainer.validating = trainer.fit_loop.epoch_loop, True
+        loop.manual_optimization.optim_step_progress.total.completed += 1
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_metrics(self._cut, loop.total_batch_idx)
+        loop.val_loop.run()
+        loop.val_loop._has_run = False  # else a trainer at the end of an epoch would never begin the next
+        trainer.training, self._cut = True, None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here on weights and counters disagree."""
-        self._is_inside_step = True
+        """From here on weights, logs and position disagree."""
+        self._is_exact = False
+        self._arrive(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """From here on they agree again."""
-        self._is_inside_step = False
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The step is logged; a run that is stopped from here on repeats the validation."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._arrive(trainer)
+            self._cut = _logged_metrics(trainer) if self._cut is None else self._cut
+            self._is_exact = True
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the validation is logged."""
+        self._is_exact = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save `best.ckpt` when the task's primary metric has improved, and `last.ckpt` in any case."""
@@ -49,58 +90,75 @@ class Checkpoints(Checkpoint):
             return
         value = trainer.callback_metrics.get(cast(EvaluationModule, pl_module).monitor)
         if isinstance(value, Tensor) and float(value) > self.best_value:
-            self.best_value = float(value)
-            self._save(trainer, "best.ckpt")
-        self._save(trainer, "last.ckpt")
+            self.best_value, self._is_best_due = float(value), True
+        self._cut = None
+        self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run."""
-        self._save(trainer, "last.ckpt")
+        if self._position is not None:
+            self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where the run was stopped, if that was between two steps; a validation that was cut is then left out."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0 or self._is_inside_step:
-            return
-        if trainer.validating:
-            trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
-        self._save(trainer, "last.ckpt")
+        """Save where the run was stopped, if that was not within a step; a validation that was cut will be repeated."""
+        if trainer.state.fn == TrainerFn.FITTING and self._position is not None:
+            num_over = trainer.fit_loop.epoch_loop._batches_that_stepped  # counted last, after log and validation
+            if self._is_exact or num_over == self._position.total:
+                self._save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the position instead of the counters, unless another callback saves in the middle of a step."""
+        if self._position is not None and self._is_exact:
+            checkpoint["epoch"], loops = self._position.epoch, checkpoint["loops"]["fit_loop"]
+            loops |= self._position.counters()
+            if self._cut is not None:  # a trainer whose steps are all done would not start
+                loops["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"] -= 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The best metric so far survives a resume."""
-        return {"best_value": self.best_value}
+        """The best metric so far, and a cut validation."""
+        return {"best_value": self.best_value, "cut": self._cut}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best metric so far."""
+        """Take up the best metric so far, and a cut validation."""
         self.best_value = state_dict["best_value"]
+        self._cut = state_dict.get("cut")
 
-    def _save(self, trainer: Trainer, name: str) -> None:
+    def _arrive(self, trainer: Trainer) -> None:
+        """Note the position behind the batch that begins, and log under its index: a resumed trainer may be off."""
+        loop = trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = loop.total_batch_idx
+        self._position = Position(trainer.current_epoch, loop.batch_idx + 1, loop.total_batch_idx + 1)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write what is due; a run that is stopped meanwhile does it again."""
+        self._is_exact = True
+        if self._is_best_due:
+            self._write(trainer, "best.ckpt")
+            self._is_best_due = False
+        self._write(trainer, "last.ckpt")
+
+    def _write(self, trainer: Trainer, name: str) -> None:
         """Write beside, then rename: a kill in mid-write leaves the file before."""
         if not self.enabled or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
             return
         path = Path(trainer.log_dir) / FOLDER / name
         beside = path.with_suffix(".part")
-        with _open_epoch(trainer):
-            trainer.save_checkpoint(beside)
+        trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
             os.replace(beside, path)
         trainer.strategy.barrier()
 
 
-@contextmanager
-def _open_epoch(trainer: Trainer) -> Iterator[None]:
-    """Count the present epoch as going on, even if all its batches are done.
+def next_log_step(path: Path) -> int:
+    """The step under which a run that goes on from a checkpoint logs next: batches count, not their updates."""
+    checkpoint = torch.load(path, mmap=True, weights_only=True)
+    num_batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"]
+    return num_batches - (checkpoint["callbacks"]["Checkpoints"].get("cut") is not None)
 
-    At the end of a run the trainer counts it as over, also when `max_steps` cut it short; a run that goes on from there
-    would leave out the rest of it, or all of the next one.
-    """
-    epochs = trainer.fit_loop.epoch_progress
-    over = int(epochs.current.completed == epochs.current.ready)
-    for counts in cast(Any, (epochs.total, epochs.current)):
-        counts.processed -= over
-        counts.completed -= over
-    try:
-        yield
-    finally:
-        for counts in cast(Any, (epochs.total, epochs.current)):
-            counts.processed += over
-            counts.completed += over
+
+def _logged_metrics(trainer: Trainer) -> dict[str, float]:
+    """What was logged of the last step."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    is_logged = every > 0 and (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    metrics = trainer.logged_metrics | {"epoch": trainer.current_epoch}
+    return {tag: float(metrics[tag]) for tag in metrics if is_logged and tag.startswith(("train/", "epoch"))}

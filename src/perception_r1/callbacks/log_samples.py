@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from perception_r1.callbacks.files import run_folder
+from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
 from perception_r1.records import Overlay
@@ -73,9 +74,9 @@ class LogSamples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for index, card in enumerate(cards):
-                    logger.experiment.add_image(
-                        f"val/sample_{index}", np.asarray(card), trainer.global_step, dataformats="HWC"
-                    )
+                    step = max(0, trainer.fit_loop.total_batch_idx)  # that of the metrics of this validation
+                    logger.experiment.add_image(f"val/sample_{index}", np.asarray(card), step, dataformats="HWC")
+                logger.save()  # what is not written is lost in a kill, and not made again after the checkpoint
         if folder is not None:
             if not (folder / "samples" / "first").exists():
                 _save(cards, folder / "samples" / "first")
@@ -85,14 +86,8 @@ class LogSamples(Callback):
 def sample_card(
     task: Task[Any, Any], scored: ScoredCompletion, *, step: int | None, panel_width: int = 448
 ) -> Image.Image:
-    """The card of one completion, written after so many steps of training (None: that is not of interest).
-
-    Raises:
-        TypeError: The sample's image is not loaded.
-    """
-    sample = scored.sample
-    if not isinstance(sample.image, Image.Image):
-        raise TypeError(f"The image of sample {sample.id} is still a path; load it before it is drawn.")
+    """The card of one completion, written after so many steps of training (None: that is not of interest)."""
+    sample = load_sample_image(scored.sample)
     target_overlays = task.overlays(sample.target)
     return draw_card(
         sample.image,

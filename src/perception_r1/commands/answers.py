@@ -16,7 +16,7 @@ from perception_r1.data.images import load_image
 from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
 from perception_r1.modules.evaluation import EvaluationModule
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample, Sample
 
 BATCH_SIZE = 8
 """Pictures answered at once: enough to keep a device busy, few enough for its memory."""
@@ -73,7 +73,7 @@ def answer_images(
 class PictureBatch(Batch):
     """The pictures of a batch that can be answered, and what is wrong with the others."""
 
-    def __init__(self, samples: list[Sample[Any]], problems: list[str]) -> None:
+    def __init__(self, samples: list[LoadedSample[Any]], problems: list[str]) -> None:
         super().__init__(samples)
         self.problems = problems
 
@@ -97,7 +97,7 @@ class _PictureBatches(Dataset[PictureBatch]):
                 batch.problems.append(str(error))
         return batch
 
-    def _load(self, path: Path) -> Sample[None]:
+    def _load(self, path: Path) -> LoadedSample[None]:
         """A picture as a sample without target.
 
         Raises:

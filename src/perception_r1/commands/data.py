@@ -8,18 +8,17 @@ fetch    the pictures that a source names by URL
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from PIL import Image
 from rich import get_console
 from rich.table import Table
 
-from perception_r1.codecs import CODECS, Codec
+from perception_r1.codecs import Codec
+from perception_r1.commands.reader import load_reader, sample_check
 from perception_r1.commands.statistics import (
     DatasetStatistics,
     collect_statistics,
@@ -33,15 +32,12 @@ from perception_r1.data.fetch import fetch
 from perception_r1.data.loading import load_sample_image
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import check, load
-from perception_r1.data.sources import PixMoCount, Source
-from perception_r1.data.synthetic.scenes import Split
+from perception_r1.data.sources import Source
 from perception_r1.drawing import contact_sheet, draw_card
-from perception_r1.embedded.warmup import build_unwarmed
 from perception_r1.errors import UserError
 from perception_r1.modules.base import PolicyModule
-from perception_r1.policy.load import model_family
 from perception_r1.policy.processor import Processor
-from perception_r1.records import Sample
+from perception_r1.records import Sample, Split
 
 _NUM_SHOWN = 3
 """Samples whose answer is written out and drawn."""
@@ -91,17 +87,12 @@ class _DataCLI(PerceptionCLI):
             raise UserError(f"the configuration has no {self.split} rows; give {known}")
         return found
 
-    @contextmanager
-    def reader(self) -> Iterator[tuple[Codec, Processor]]:
-        """How the model reads: codec and processor; those of the embedded policy are built for the occasion."""
+    @cached_property
+    def reader(self) -> tuple[Codec, Processor]:
+        """How the model reads."""
         config = cast(PolicyModule, self.model).policy_config
-        with TemporaryDirectory() as folder:
-            name, seed = config.name, int(self.config.seed_everything or 0)
-            if name == EMBEDDED:
-                name = folder
-                build_unwarmed(Path(folder), self.config_init.embedded, self.data.synthetic(batch_size=1), seed=seed)
-            processor = Processor.load(name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-            yield CODECS[model_family(name)], processor
+        embedded = self.config_init.embedded if config.name == EMBEDDED else None
+        return load_reader(config, embedded, self.data)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,8 +111,10 @@ def main(argv: Sequence[str]) -> int:
 def _check(cli: _DataCLI) -> int:
     num_rows = num_bad = 0
     shown: list[Sample[Any]] = []
-    for source in cli.sources().values():
-        for checked in check(source, cli.data.task, cli.data.image_check):
+    sources, data, (_, processor) = cli.sources(), cli.data, cli.reader
+    check_sample = sample_check(processor, data.task, cast(PolicyModule, cli.model).policy_config.max_prompt_length)
+    for source in sources.values():
+        for checked in check(source, data.task, image_check=data.image_check, check_sample=check_sample):
             num_rows += 1
             if checked.sample is None:
                 num_bad += 1
@@ -136,26 +129,25 @@ def _check(cli: _DataCLI) -> int:
 
 def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
     """Write out and draw what the model is to answer; the drawn answer was read back from that text."""
-    cards, task = [], cli.data.task
-    with cli.reader() as (codec, processor):
-        for sample in samples:
-            try:
-                image_size = processor.image_size(sample.width, sample.height)
-                answer = task.target_text(sample, codec, image_size)
-            except UserError as error:
-                sys.stdout.write(f"{sample.id}: has no answer to learn from ({error})\n")
-                continue
-            sys.stdout.write(f"{sample.id}: {answer}\n")
-            prediction = task.parse_completion(answer, codec, image_size)
-            cards.append(
-                draw_card(
-                    cast(Image.Image, load_sample_image(sample).image),
-                    title=sample.id,
-                    fields={"prompt": task.prompt(sample.query), "answer": answer},
-                    target_overlays=task.overlays(sample.target),
-                    predicted_overlays=[] if prediction is None else task.overlays(prediction),
-                )
+    cards, task, (codec, processor) = [], cli.data.task, cli.reader
+    for sample in samples:
+        image_size = processor.image_size(sample.width, sample.height)
+        try:
+            answer = task.target_text(sample, codec, image_size)
+        except UserError as error:
+            sys.stdout.write(f"{sample.id}: has no answer to learn from ({error})\n")
+            continue
+        sys.stdout.write(f"{sample.id}: {answer}\n")
+        prediction = task.parse_completion(answer, codec, image_size)
+        cards.append(
+            draw_card(
+                load_sample_image(sample).image,
+                title=sample.id,
+                fields={"prompt": task.prompt(sample.query), "answer": answer},
+                target_overlays=task.overlays(sample.target),
+                predicted_overlays=[] if prediction is None else task.overlays(prediction),
             )
+        )
     if cards:
         path = (cli.config.to or Path("logs") / "data") / f"{task.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,26 +156,24 @@ def _show(cli: _DataCLI, samples: Sequence[Sample[Any]]) -> None:
 
 
 def _stats(cli: _DataCLI) -> int:
-    data = cli.data
-    with cli.reader() as (codec, processor):
-        if data.sources:
-            groups: dict[str, Iterator[Sample[Any]]] = {
-                name: (checked.sample for checked in check(source, data.task, "header") if checked.sample is not None)
-                for name, source in cli.sources().items()
-            }
-        else:
-            data.setup()
-            groups = {"synthetic scenes": iter(data.samples(cli.split))}
-        for name, samples in groups.items():
-            module = cast(PolicyModule, cli.model)
-            get_console().print(
-                _table(
-                    name or cli.split,
-                    collect_statistics(samples, data.task, codec, processor),
-                    max_prompt_length=module.policy_config.max_prompt_length,
-                    max_new_tokens=module.max_new_tokens,
-                )
+    data, module, (codec, processor) = cli.data, cast(PolicyModule, cli.model), cli.reader
+    if data.sources:
+        groups: dict[str, Iterator[Sample[Any]]] = {
+            name: (found.sample for found in check(source, data.task, image_check="header") if found.sample is not None)
+            for name, source in cli.sources().items()
+        }
+    else:
+        data.setup()
+        groups = {"synthetic scenes": iter(data.samples(cli.split))}
+    for name, samples in groups.items():
+        get_console().print(
+            _table(
+                name or cli.split,
+                collect_statistics(samples, data.task, codec, processor),
+                max_prompt_length=module.policy_config.max_prompt_length,
+                max_new_tokens=module.max_new_tokens,
             )
+        )
     return 0
 
 
@@ -199,10 +189,10 @@ def _table(title: str, found: DatasetStatistics, *, max_prompt_length: int | Non
         "different images": str(len(found.images)),
         "image width (least, median, most)": spread(found.widths),
         "image height": spread(found.heights),
-        "images the model cannot take": str(found.num_unseen),
+        "images the model cannot take": str(found.num_refused),
         "prompt tokens": limited(found.prompt_tokens, max_prompt_length),
         "answer tokens": limited(found.answer_tokens, max_new_tokens),
-        "samples without an answer to learn from": str(found.num_unwritable),
+        "samples without an answer to learn from": str(found.num_without_answer),
         "objects": spread(found.num_objects),
         "objects, mean": f"{sum(found.num_objects) / max(1, len(found.num_objects)):.2f}",
         "log10 of the mean n!": f"{log10_mean_factorial(found.num_objects):.2f}" if found.num_objects else "-",
@@ -224,11 +214,10 @@ def _convert(cli: _DataCLI) -> int:
 
 
 def _fetch(cli: _DataCLI) -> int:
-    num_failed = 0
-    for source in cli.sources().values():
-        if not isinstance(source, PixMoCount):
-            raise UserError(f"{source} names no pictures by URL, there is nothing to fetch")
-        report = fetch(source.downloads(), num_threads=cli.config.num_threads)
-        sys.stdout.write(f"{report}\n")
-        num_failed += report.num_failed
-    return 1 if num_failed else 0
+    sources = cli.sources().values()
+    downloads = [download for source in sources for download in source.downloads()]
+    if not downloads:
+        raise UserError(f"{', '.join(map(str, sources))} names no images by URL, there is nothing to fetch")
+    report = fetch(downloads, num_threads=cli.config.num_threads)
+    sys.stdout.write(f"{report}\n")
+    return 1 if report.num_failed else 0

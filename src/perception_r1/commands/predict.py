@@ -28,6 +28,7 @@ from perception_r1.commands.options import (
     task_values,
 )
 from perception_r1.commands.runs import CARD, Run, checkpoint_path, is_run, load_checkpoint, open_run
+from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import annotate, draw_card
 from perception_r1.errors import UserError
 from perception_r1.modules.evaluation import EvaluationModule
@@ -203,9 +204,7 @@ class _Writer(Callback):
 
 def draw(parsed: ParsedCompletion, task: Task[Any, Any]) -> Image.Image:
     """The picture with what was predicted on it; of a task without overlays a card with the words."""
-    image = parsed.sample.image
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"The image of {parsed.sample.id} is still a path; load it before it is drawn.")
+    image = load_sample_image(parsed.sample).image
     if type(task).overlays is Task.overlays:
         fields = {"prompt": task.prompt(parsed.sample.query), "completion": parsed.completion}
         return draw_card(image, title=Path(parsed.sample.id).name, fields=fields)

@@ -1,4 +1,4 @@
-"""What a data set looks like to a model: sizes, tokens, objects, and in how many ways its objects can be matched."""
+"""What a data set is to a model: sizes, tokens, objects, and in how many ways its objects can be matched."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,17 +17,17 @@ from perception_r1.task import Task
 
 @dataclass(kw_only=True, slots=True)
 class DatasetStatistics:
-    """Metrics of samples, one entry per sample unless said otherwise.
+    """Numbers about samples, one entry per sample unless said otherwise.
 
     Attributes:
         widths: Of the images, in pixels.
         heights: Of the images, in pixels.
         images: Names of the different images.
         prompt_tokens: Of the prompts, images included.
-        answer_tokens: Of the ideal answers, end token included; only of those that can be written.
+        answer_tokens: Of the ideal answers, end token included; only of samples that have one.
         num_objects: Objects to match.
-        num_unseen: Samples whose picture the model cannot take.
-        num_unwritable: Samples whose data does not say enough for an answer (a count without places).
+        num_refused: Samples whose image the model cannot take.
+        num_without_answer: Samples whose data does not say enough for an answer (a count without points).
     """
 
     widths: list[int] = field(default_factory=list)
@@ -36,14 +36,14 @@ class DatasetStatistics:
     prompt_tokens: list[int] = field(default_factory=list)
     answer_tokens: list[int] = field(default_factory=list)
     num_objects: list[int] = field(default_factory=list)
-    num_unseen: int = 0
-    num_unwritable: int = 0
+    num_refused: int = 0
+    num_without_answer: int = 0
 
 
 def collect_statistics(
     samples: Iterable[Sample[Any]], task: Task[Any, Any], codec: Codec, processor: Processor
 ) -> DatasetStatistics:
-    """Go through samples once; no picture is opened."""
+    """Go through samples once; no image is opened."""
     found = DatasetStatistics()
     for sample in samples:
         found.widths.append(sample.width)
@@ -54,13 +54,13 @@ def collect_statistics(
             image_size = processor.image_size(sample.width, sample.height)
             found.prompt_tokens.append(processor.num_prompt_tokens(task.messages(sample), image_size))
         except UserError:
-            found.num_unseen += 1
+            found.num_refused += 1
             continue
         try:
             answer = task.target_text(sample, codec, image_size)
             found.answer_tokens.append(len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1)
         except UserError:
-            found.num_unwritable += 1
+            found.num_without_answer += 1
     return found
 
 

@@ -7,14 +7,14 @@ embedded policy up, and finds the checkpoint that `last` and `best` mean.
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from perception_r1.callbacks.before_after import BeforeAfter
-from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints
+from perception_r1.callbacks.checkpoints import FOLDER, Checkpoints, next_log_step
 from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
+from perception_r1.commands.reader import load_reader, sample_check
 from perception_r1.data.module import TaskDataModule
 from perception_r1.embedded.warmup import EmbeddedConfig, warm_policy
 from perception_r1.errors import UserError
@@ -91,18 +91,24 @@ class PerceptionCLI(LightningCLI):
             if self.subcommand == "fit":
                 settings.version = checkpoint.parents[1].name
                 if "purge_step" in settings:  # TensorBoard forgets what came after the checkpoint
-                    settings.purge_step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+                    settings.purge_step = next_log_step(checkpoint)
         if has_folder and self.subcommand == "test" and settings.get("version") is None:
             settings.version = EVALUATION + evaluation_key(config.as_dict())
 
     def after_instantiate_classes(self) -> None:
         """Put the warmed-up folder where the configuration says `tiny`."""
         config = self.config[self.subcommand]
-        if self.model.policy_config.name != EMBEDDED:
+        is_embedded = self.model.policy_config.name == EMBEDDED
+        embedded = self.config_init[self.subcommand].embedded if is_embedded else None
+        if self.datamodule.sources:  # synthetic scenes suit every model
+            _, processor = load_reader(self.model.policy_config, embedded, self.datamodule)
+            max_prompt_length = self.model.policy_config.max_prompt_length
+            self.datamodule.check_sample = sample_check(processor, self.datamodule.task, max_prompt_length)
+        if embedded is None:
             return
         self.datamodule.setup(self.subcommand)  # a bad data file is found before minutes of warm start
         folder = warm_policy(
-            self.config_init[self.subcommand].embedded,
+            embedded,
             self.datamodule,
             seed=config.seed_everything,
             max_new_tokens=self.model.max_new_tokens,

@@ -10,19 +10,19 @@ from typing import Any
 from PIL import Image
 
 from perception_r1.errors import UserError
-from perception_r1.records import ImageBytes, Sample
+from perception_r1.records import ImageBytes, UnloadedSample
 
 ROWS = "data.jsonl"
-_PICTURES = "pictures"
+_IMAGES = "images"
 
 
-def convert(samples: Iterable[Sample[Any]], folder: Path) -> int:
-    """Write samples to `data.jsonl` in a folder; pictures that lie in tables become files beside it.
+def convert(samples: Iterable[UnloadedSample[Any]], folder: Path) -> int:
+    """Write samples to `data.jsonl` in a folder; images that lie in tables become files beside it.
 
-    Pictures in files stay where they are: the rows name them by their path from the folder.
+    Images in files stay where they are: the rows name them by their path from the folder.
 
     Args:
-        samples: Samples of a source, pictures not loaded.
+        samples: Samples of a source.
         folder: Where the file goes.
 
     Returns:
@@ -45,7 +45,7 @@ def convert(samples: Iterable[Sample[Any]], folder: Path) -> int:
                     written[sample.image.name] = _save(sample.image, folder, len(written))
                 image = written[sample.image.name]
             else:
-                image = os.path.relpath(str(sample.image), folder)
+                image = os.path.relpath(sample.image, folder)
             known = {"id": sample.id, "image": image, "width": sample.width, "height": sample.height}
             row = {key: value for key, value in sample.row.items() if value is not None}
             lines.write(json.dumps(row | known) + "\n")
@@ -54,12 +54,12 @@ def convert(samples: Iterable[Sample[Any]], folder: Path) -> int:
     return num_rows
 
 
-def _save(blob: ImageBytes, folder: Path, number: int) -> str:
-    """Write the bytes of a picture as they are; its path from the folder."""
-    data = blob.read()
+def _save(source: ImageBytes, folder: Path, number: int) -> str:
+    """Write the bytes of an image as they are; its path from the folder."""
+    data = source.read()
     with Image.open(io.BytesIO(data)) as image:
         suffix = (image.format or "img").lower()
-    path = Path(_PICTURES) / f"{number:06d}.{suffix}"
+    path = Path(_IMAGES) / f"{number:06d}.{suffix}"
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_bytes(data)
     return str(path)

@@ -13,7 +13,7 @@ from perception_r1.records import Sample
 
 
 def easy_to_hard(samples: Sequence[Sample[Any]], path: Path) -> list[int]:
-    """Places of samples by falling reward; equal rewards keep their order.
+    """Indices of samples by falling reward; equal rewards keep their order.
 
     Args:
         samples: The training samples.
@@ -29,7 +29,7 @@ def easy_to_hard(samples: Sequence[Sample[Any]], path: Path) -> list[int]:
             f"{path}: has no reward for {len(missing)} of {len(samples)} training samples, first {missing[0].id}; "
             "evaluate the policy on the rows that it is to be trained on"
         )
-    return sorted(range(len(samples)), key=lambda place: -rewards[samples[place].source, samples[place].id])
+    return sorted(range(len(samples)), key=lambda index: -rewards[samples[index].source, samples[index].id])
 
 
 def _rewards(path: Path) -> dict[tuple[str, str], float]:

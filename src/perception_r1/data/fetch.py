@@ -1,7 +1,7 @@
 """Fetch files by URL: several at once, each checked by its digest and there either whole or not at all.
 
-A file is written under another name beside its place and renamed once its digest is right; so a fetch that was killed
-leaves no half file, and the next one fetches only what is missing.
+A file is written under another name in its folder and renamed once its digest is right; so a fetch that was killed
+leaves no half file, and the next one fetches only what is missing. One fetch at a time is at work in a folder.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from threading import Event
@@ -21,15 +21,19 @@ from urllib import request
 from urllib.error import HTTPError
 from urllib.parse import quote
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from perception_r1 import __version__
-from perception_r1.data.sources.pixmo import SHA256, Download
+from perception_r1.data.sources.base import SHA256, Download
 from perception_r1.errors import UserError
 
 FAILURES = "failures.jsonl"
 """File beside the fetched ones that tells which could not be had, one a line: url, sha256, reason."""
+
+LOCK = ".fetch.lock"
+"""File beside the fetched ones that is locked while a fetch is at work."""
 
 _DRAFT = ".part"
 """How the names of unfinished files end; they begin with a dot."""
@@ -80,10 +84,10 @@ def fetch(
         timeout: Seconds without a byte after which an attempt is given up.
         num_attempts: Attempts at a file, as long as it fails for reasons that may pass.
         pause: Seconds before the second attempt, twice as many before each further one.
-        max_bytes: Bytes of the largest file that is taken.
+        max_bytes: Bytes of the largest file that is accepted.
 
     Raises:
-        UserError: A number is out of range, or a folder cannot be written to.
+        UserError: A number is out of range, a folder cannot be written to, or another fetch is at work there.
     """
     for name, value in {"num_threads": num_threads, "num_attempts": num_attempts, "max_bytes": max_bytes}.items():
         if value < 1:
@@ -94,9 +98,20 @@ def fetch(
     for download in downloads:
         wanted.setdefault(download.path, download)
     folders = {path.parent for path in wanted}
-    for folder in folders:
-        _prepare(folder)
     fetcher = _Fetcher(timeout=timeout, num_attempts=num_attempts, pause=pause, max_bytes=max_bytes)
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(_alone(folder))
+        report, reasons = _fetch_all(fetcher, wanted, num_threads)
+        for folder in folders:
+            _write_failures(folder, [(wanted[path], reasons[path]) for path in reasons if path.parent == folder])
+    return report
+
+
+def _fetch_all(
+    fetcher: "_Fetcher", wanted: Mapping[Path, Download], num_threads: int
+) -> tuple[FetchReport, dict[Path, str]]:
+    """Fetch in threads, with a progress bar; also the reasons of failures, in the order of the files."""
     counts, reasons = Counter(fetched=0, present=0, failed=0), {}
     pool = ThreadPoolExecutor(max_workers=num_threads)
     try:
@@ -104,18 +119,15 @@ def fetch(
         with _progress() as progress:
             bar = progress.add_task("Fetching", total=len(futures), told=str(_report(counts)))
             for future in as_completed(futures):
-                scored, reason = future.result()
-                counts[scored] += 1
-                if scored == "failed":
+                outcome, reason = future.result()
+                counts[outcome] += 1
+                if outcome == "failed":
                     reasons[futures[future]] = reason
                 progress.update(bar, advance=1, told=str(_report(counts)))
     finally:
         fetcher.stop.set()
         pool.shutdown(cancel_futures=True)
-    for folder in folders:
-        failures = [path for path in wanted if path in reasons and path.parent == folder]
-        _write_failures(folder, [(wanted[path], reasons[path]) for path in failures])
-    return _report(counts)
+    return _report(counts), {path: reasons[path] for path in wanted if path in reasons}
 
 
 def _report(counts: Mapping[str, int]) -> FetchReport:
@@ -134,18 +146,20 @@ class _Failure(Exception):
         self.is_passing = is_passing
 
 
+@dataclass(kw_only=True)
 class _Fetcher:
-    """Fetches one file at a time, in as many threads as there are callers.
+    """Fetches one file at a time, in as many threads as there are callers; for the settings see `fetch`.
 
     Attributes:
         stop: Ends attempts and pauses early, since nobody waits for their results any more.
     """
 
-    def __init__(self, *, timeout: float, num_attempts: int, pause: float, max_bytes: int) -> None:
-        self._timeout, self._num_attempts, self._pause = timeout, num_attempts, pause
-        self._max_bytes = max_bytes
-        self._opener = _opener()
-        self.stop = Event()
+    timeout: float
+    num_attempts: int
+    pause: float
+    max_bytes: int
+    opener: request.OpenerDirector = field(default_factory=lambda: _opener())
+    stop: Event = field(default_factory=Event)
 
     def fetch(self, download: Download) -> tuple[str, str]:
         """The outcome ("fetched", "present" or "failed") and why it failed.
@@ -159,13 +173,13 @@ class _Fetcher:
             return "failed", "url: must begin with http:// or https:// and a host"
         if download.path.exists():
             return "present", ""
-        pause = self._pause
-        for attempt in range(1, self._num_attempts + 1):
+        pause = self.pause
+        for attempt in range(1, self.num_attempts + 1):
             try:
                 self._try(download)
                 break
             except _Failure as failure:
-                if attempt == self._num_attempts or not failure.is_passing or self.stop.wait(pause):
+                if attempt == self.num_attempts or not failure.is_passing or self.stop.wait(pause):
                     return "failed", str(failure)
             pause *= 2
         return "fetched", ""
@@ -180,7 +194,7 @@ class _Fetcher:
         draft = download.path.with_name(f".{download.path.name}.{uuid.uuid4().hex}{_DRAFT}")
         try:
             address = request.Request(quote(download.url, safe=_URL_MARKS), headers=_HEADERS)
-            with self._opener.open(address, timeout=self._timeout) as response:
+            with self.opener.open(address, timeout=self.timeout) as response:
                 digest = _write(draft, self._chunks(response))
             if digest != download.sha256:
                 raise _Failure(f"the content is another: its SHA-256 is {digest}", is_passing=False)
@@ -206,13 +220,13 @@ class _Fetcher:
         """
         header = response.headers.get("Content-Length", "")
         length = int(header) if header.isdecimal() and not response.chunked else None
-        end = time.monotonic() + _PATIENCE * self._timeout
+        end = time.monotonic() + _PATIENCE * self.timeout
         size = 0
         while length is None or size < length:
-            if max(size, length or 0) > self._max_bytes:
-                raise _Failure(f"is larger than {self._max_bytes} bytes", is_passing=False)
+            if max(size, length or 0) > self.max_bytes:
+                raise _Failure(f"is larger than {self.max_bytes} bytes", is_passing=False)
             if time.monotonic() > end or self.stop.is_set():
-                raise _Failure(f"is not there after {_PATIENCE * self._timeout:g} seconds", is_passing=False)
+                raise _Failure(f"is not there after {_PATIENCE * self.timeout:g} seconds", is_passing=False)
             chunk = response.read1(_CHUNK if length is None else min(_CHUNK, length - size))
             if not chunk:
                 break
@@ -225,16 +239,10 @@ class _Fetcher:
 def _opener() -> request.OpenerDirector:
     """Knows http and https, proxies and redirects, and nothing else: no files, no FTP, no data in the URL."""
     opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler,
-        request.UnknownHandler,
-        request.HTTPHandler,
-        request.HTTPSHandler,
-        request.HTTPDefaultErrorHandler,
-        request.HTTPRedirectHandler,
-        request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
+    for protocol in (request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler):
+        opener.add_handler(protocol())
+    for rule in (request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor):
+        opener.add_handler(rule())
     return opener
 
 
@@ -253,12 +261,27 @@ def _write(path: Path, chunks: Iterator[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _prepare(folder: Path) -> None:
-    """Make a folder; remove what a fetch that was killed has left there."""
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make a folder, keep other fetches out of it, and remove what one that was killed has left there.
+
+    Raises:
+        UserError: It cannot be written to, or another fetch is at work there.
+    """
+    lock = FileLock(folder / LOCK)
     with _local(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for draft in folder.glob(f".*{_DRAFT}"):
-            draft.unlink(missing_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{folder}: another fetch is at work in this folder; wait until it is done") from error
+    try:
+        with _local(folder):
+            for draft in folder.glob(f".*{_DRAFT}"):
+                draft.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _write_failures(folder: Path, failures: Sequence[tuple[Download, str]]) -> None:

@@ -5,9 +5,9 @@ device gets the same number of batches.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from PIL import Image
@@ -15,14 +15,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample, Sample, TargetT
 
 
 class LoaderState(TypedDict):
-    """Where a training loader stands: `num_batches` of `epoch` are handed out."""
+    """What an order of training samples depends on, but for the seed."""
 
-    epoch: int
-    num_batches: int
     num_samples: int
     samples_per_step: int
 
@@ -30,14 +28,14 @@ class LoaderState(TypedDict):
 class Batch:
     """A few samples on their way to the module, which gets them as a list (`TaskDataModule.transfer_batch_to_device`).
 
-    It is no sequence: Lightning's precision plugins take sequences and dataclasses apart, look for tensors and then
+    It is no sequence: Lightning's precision plugins take sequences and dataclasses apart in search of tensors and then
     fail to put frozen ones together again.
     """
 
-    def __init__(self, samples: list[Sample[Any]]) -> None:
+    def __init__(self, samples: list[LoadedSample[Any]]) -> None:
         self.samples = samples
 
-    def __iter__(self) -> Iterator[Sample[Any]]:
+    def __iter__(self) -> Iterator[LoadedSample[Any]]:
         return iter(self.samples)
 
     def __len__(self) -> int:
@@ -45,7 +43,7 @@ class Batch:
 
 
 class BatchDataset(Dataset[Batch]):
-    """Samples by lists of indices, with their pictures loaded."""
+    """Samples by lists of indices, with their images loaded."""
 
     def __init__(self, samples: Sequence[Sample[Any]]) -> None:
         self.samples = samples
@@ -137,43 +135,32 @@ def eval_loader(dataset: BatchDataset, sampler: EvalBatchSampler, num_workers: i
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Batches of a `TrainBatchSampler` sampler; its state lets a resumed run go on with exactly the next batch.
+    """Batches of a `TrainBatchSampler` sampler, without those that the trainer has done before it was stopped.
 
-    Lightning makes the iterator before it calls `set_epoch`, and on resuming it loads the state before both. So an
-    iteration decides where it starts when its first batch is asked for: after the batches of the loaded state when that
-    tells of the current epoch, else at the beginning. It never touches torch's global random state.
+    The loader itself counts nothing: it may have handed out a batch that no step has used. Lightning makes the iterator
+    before it calls `set_epoch`, so an iteration asks for `num_done`, the batches of this epoch that are done, when its
+    first batch is asked for. It never touches torch's global random state.
     """
 
-    def __init__(self, dataset: BatchDataset, sampler: TrainBatchSampler, num_workers: int = 0) -> None:
+    def __init__(
+        self, dataset: BatchDataset, sampler: TrainBatchSampler, num_workers: int = 0, num_done: Callable[[], int] = int
+    ) -> None:
         super().__init__(
             dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator()
         )
         self._batches = sampler
-        self._num_handed_out = 0
-        self._loaded: LoaderState | None = None
+        self._num_done = num_done
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        loaded, self._loaded = self._loaded, None
-        is_resumed = loaded is not None and loaded["epoch"] == self._batches.epoch
-        self._num_handed_out = loaded["num_batches"] if loaded is not None and is_resumed else 0
-        self._batches.start = self._num_handed_out
-        for batch in super().__iter__():
-            self._num_handed_out += 1
-            yield batch
+        self._batches.start = self._num_done()
+        yield from super().__iter__()
 
     def state_dict(self) -> LoaderState:
-        """What `load_state_dict` needs; the batches that workers have prepared but nobody has seen do not count."""
-        if self._loaded is not None:
-            return self._loaded
-        return LoaderState(
-            epoch=self._batches.epoch,
-            num_batches=self._num_handed_out,
-            num_samples=self._batches.size,
-            samples_per_step=self._batches.samples_per_step,
-        )
+        """What `load_state_dict` compares."""
+        return LoaderState(num_samples=self._batches.size, samples_per_step=self._batches.samples_per_step)
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Make the next iteration go on where the state was taken.
+        """Make sure that the batches are those of the run that is resumed.
 
         Raises:
             UserError: The state belongs to other data or another number of samples per step.
@@ -185,7 +172,6 @@ class ResumableLoader(DataLoader[Batch]):
                     f"the checkpoint cannot be resumed with {key}={current[key]}, it was written with {state[key]}:"
                     " restore the data and batch settings (batch_size x devices), or start from its weights only"
                 )
-        self._loaded = state
 
 
 class _Sized(Dataset[None]):
@@ -198,6 +184,11 @@ class _Sized(Dataset[None]):
         return self.size
 
 
-def load_sample_image(sample: Sample[Any]) -> Sample[Any]:
-    """The sample with its picture loaded."""
-    return sample if isinstance(sample.image, Image.Image) else replace(sample, image=load_image(sample.image))
+def load_sample_image(sample: Sample[TargetT]) -> LoadedSample[TargetT]:
+    """The sample with its image loaded, if it is not.
+
+    Raises:
+        ImageError: The image cannot be read.
+    """
+    image = sample.image if isinstance(sample.image, Image.Image) else load_image(sample.image)
+    return cast(LoadedSample[TargetT], replace(sample, image=image))

@@ -1,7 +1,8 @@
 """Base of the tasks' data modules: synthetic scenes or sources in, checked splits and batches of samples out."""
 
 import hashlib
-from collections.abc import Set
+from collections.abc import Iterator, Sequence, Set
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from perception_r1.data.loading import (
     TrainBatchSampler,
     eval_loader,
 )
-from perception_r1.data.samples import ConcatSamples, ImageCheck, OnBadRow, Subset, load
+from perception_r1.data.samples import ConcatSamples, ImageCheck, OnBadRow, SampleCheck, Subset, load
 from perception_r1.data.sources import DataError, Source
-from perception_r1.data.sources.base import taken
+from perception_r1.data.sources.base import resolve_take
 from perception_r1.data.splits import Samples, divide, sources_by_split
-from perception_r1.data.synthetic.scenes import Split, SyntheticScenes, scene_fingerprint
+from perception_r1.data.synthetic.scenes import SyntheticScenes, scene_fingerprint
 from perception_r1.data.synthetic.worlds import World
 from perception_r1.errors import UserError
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample, Sample, Split, UnloadedSample
 from perception_r1.rows import Row
 from perception_r1.task import Task
 
@@ -40,11 +41,14 @@ _STAGES: dict[str | None, tuple[Split, ...]] = {
 class TaskDataModule(LightningDataModule):
     """Samples of one task: synthetic scenes, or with sources the rows of those.
 
-    Every batch that reaches a module is a `list[Sample]` with pictures in RGB. Training batches come in an order that
-    depends on seed and epoch alone and is resumed exactly. Evaluation shows every sample once, on all devices together.
+    Every batch that reaches a module is a `list[LoadedSample]`. Training batches come in an order that depends on seed
+    and epoch alone and is resumed exactly. Evaluation shows every sample once, on all devices together.
+
+    Attributes:
+        check_sample: Set before `setup`, it makes bad rows of those that the model cannot take.
 
     Args:
-        task: The task that reads the rows; public, so that the command line can hand it to the module.
+        task: The task that reads the rows.
         world: The world of the synthetic scenes.
         train_file: JSON lines of the project's own form to train on instead of synthetic scenes.
         val_file: JSON lines to validate on; without them a share of the training rows is held out.
@@ -60,8 +64,8 @@ class TaskDataModule(LightningDataModule):
         held_out_share: Share of the training images for each split that has no source of its own. All rows of an
             image are in the same split.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and reports them.
-        image_check: "decode" decodes every picture once before training, "header" only looks at its size: then a
-            picture that was cut off stops the run when its turn comes.
+        image_check: "decode" decodes every image once before training, "header" only reads its size: then an image
+            that was cut off stops the run when its turn comes.
         batch_size: Prompts per training step and device.
         eval_batch_size: Most samples in an evaluation batch.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
@@ -102,7 +106,6 @@ class TaskDataModule(LightningDataModule):
         curriculum: Path | None = None,
     ) -> None:
         super().__init__()
-        self.task = task
         self.world = world
         self.sources = sources_by_split(
             {"train": train_file, "val": val_file, "test": test_file}, {"train": train, "val": val, "test": test}
@@ -119,9 +122,20 @@ class TaskDataModule(LightningDataModule):
         self.shuffle = shuffle and curriculum is None
         self.eval_split = eval_split
         self.curriculum = None if curriculum is None else Path(curriculum)
+        self.check_sample: SampleCheck | None = None
+        self._task = task
         self._samples: dict[Split, Samples] = {}
         self._answered: Set[tuple[str, str]] = frozenset()
         self._check_settings()
+
+    @cached_property
+    def task(self) -> Task[Any, Any]:
+        """The task with the labels of its data, which the command line hands to the module.
+
+        Raises:
+            DataError: A source cannot be read.
+        """
+        return self._task.with_labels(self._labels())
 
     def setup(self, stage: str | None = None) -> None:
         """Load and check the splits of a stage; those that are there already are kept.
@@ -135,11 +149,11 @@ class TaskDataModule(LightningDataModule):
                 loaded = self._load(split)
                 if "train" in loaded and self.train_take != "all":
                     size = len(loaded["train"])
-                    loaded["train"] = Subset(loaded["train"], taken(self.train_take, size, self.seed))
+                    loaded["train"] = Subset(loaded["train"], resolve_take(self.train_take, size, self.seed))
                 self._samples |= loaded
 
     def samples(self, split: Split) -> Samples:
-        """The samples of a split that is set up, source by source; pictures of files are not loaded."""
+        """The samples of a split that is set up, source by source; images of files are not loaded."""
         if split not in self._samples:
             raise RuntimeError(f"the {split} samples are not loaded: call setup first")
         return self._samples[split]
@@ -156,7 +170,7 @@ class TaskDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Full training batches for this device, resumable."""
         samples = self.samples("train")
-        rank, world_size = self._place()
+        rank, world_size = self._ranks()
         batches = TrainBatchSampler(
             len(samples),
             batch_size=self.batch_size,
@@ -166,7 +180,7 @@ class TaskDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        return ResumableLoader(BatchDataset(samples), batches, self.num_workers)
+        return ResumableLoader(BatchDataset(samples), batches, self.num_workers, self._num_done)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""
@@ -184,13 +198,16 @@ class TaskDataModule(LightningDataModule):
         loaders = [self._eval_loader(Subset(samples, chosen)) for chosen in indices.values()]
         return loaders if len(loaders) > 1 else loaders[0]
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> list[Sample[Any]]:
-        """Unwrap the samples; pictures stay on the CPU until the policy encodes them."""
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> list[LoadedSample[Any]]:
+        """Unwrap the samples; images stay on the CPU until the policy encodes them."""
         return batch.samples
 
     def synthetic(self, batch_size: int) -> "TaskDataModule":
         """Synthetic scenes of the same task and seed, whatever the sources: what the embedded policy starts from."""
-        return type(self)(self.task, self.world, seed=self.seed, batch_size=batch_size)
+        task = self._task.with_labels(self.world.labels, keeps_own=False)
+        return type(self)(task, self.world, seed=self.seed, batch_size=batch_size)
 
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the samples of all splits; it needs no setup."""
@@ -204,15 +221,19 @@ class TaskDataModule(LightningDataModule):
         return _digest("\n".join(parts))
 
     def _check_settings(self) -> None:
-        sizes = {f"num_{split}": size for split, size in self.num_scenes.items()}
-        for name, value in {**sizes, "batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        for name, value in {"num_workers": self.num_workers, "seed": self.seed}.items():
-            if value < 0:
-                raise UserError(f"{name} must not be negative, got {value}")
+        positive = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
+        positive |= {f"num_{split}": size for split, size in self.num_scenes.items()}
+        for settings, least in ((positive, 1), ({"num_workers": self.num_workers, "seed": self.seed}, 0)):
+            for name, value in settings.items():
+                if value < least:
+                    raise UserError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.held_out_share < 0.5:
             raise UserError(f"held_out_share must be more than 0 and less than 0.5, got {self.held_out_share}")
+
+    def _labels(self) -> Iterator[str]:
+        """Names of the sources' objects, else of the synthetic ones; sources are read when the first is asked for."""
+        sources = [source for group in self.sources.values() for source in group.values()]
+        yield from [label for source in sources for label in source.labels()] or self.world.labels
 
     def _has_source(self, split: Split) -> bool:
         return not self.sources or split in self.sources or "train" in self.sources
@@ -229,19 +250,30 @@ class TaskDataModule(LightningDataModule):
         held_out: list[Split] = [name for name in ("val", "test") if name not in self.sources]
         return divide(self._read("train"), list(self.sources["train"].values()), held_out, self.held_out_share)
 
-    def _read(self, split: Split) -> Samples:
-        parts: list[Samples] = [
-            load(source, self.task, name=name, on_bad_row=self.on_bad_row, image_check=self.image_check)
+    def _read(self, split: Split) -> Sequence[UnloadedSample[Any]]:
+        parts = [
+            load(
+                source,
+                self.task,
+                name=name,
+                on_bad_row=self.on_bad_row,
+                image_check=self.image_check,
+                check_sample=self.check_sample,
+            )
             for name, source in self.sources[split].items()
         ]
         return parts[0] if len(parts) == 1 else ConcatSamples(parts)
 
     def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
-        rank, world_size = self._place()
+        rank, world_size = self._ranks()
         batches = EvalBatchSampler(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
         return eval_loader(BatchDataset(samples), batches, self.num_workers)
 
-    def _place(self) -> tuple[int, int]:
+    def _num_done(self) -> int:
+        """Batches of this epoch that the trainer has done."""
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+
+    def _ranks(self) -> tuple[int, int]:
         """Rank of this process and number of processes.
 
         Raises:
@@ -252,7 +284,7 @@ class TaskDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
-class _SyntheticSamples(Samples):
+class _SyntheticSamples(Sequence[LoadedSample[Any]]):
     """The scenes of a source as samples, drawn when they are asked for."""
 
     def __init__(self, task: Task[Any, Any], source: SyntheticScenes) -> None:

@@ -1,15 +1,15 @@
 """From the rows of a source to samples: every row is checked before training starts, and built when it is asked for.
 
-The check covers the task's own keys and the picture itself, which is decoded once, in a pool of threads: a header says
-nothing about a file that was cut off. A bad row is an error, or left out and counted when asked for; it is never
-replaced by another row.
+The check covers the task's own keys, what the model can take, and the image itself, which is decoded once, in a pool of
+threads: a header says nothing about a file that was cut off. A bad row is an error, or left out and counted when asked
+for; it is never replaced by another row.
 """
 
 import logging
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,14 +22,16 @@ from rich.progress import track
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.sources import DataError, Source, SourceRow
 from perception_r1.errors import UserError
-from perception_r1.records import ImageSource, Sample, TargetT
-from perception_r1.rows import Row, RowError, show
+from perception_r1.records import ImageSource, Sample, TargetT, UnloadedSample
+from perception_r1.rows import Row, RowError, short_repr
 from perception_r1.task import Task
 
 OnBadRow = Literal["error", "skip"]
 ImageCheck = Literal["decode", "header"]
 Size: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
+SampleCheck: TypeAlias = Callable[[UnloadedSample[Any]], None]
+"""Raises a `UserError` when the model cannot take a sample."""
 ItemT = TypeVar("ItemT")
 
 _log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ _NUM_SHOWN = 5
 _NUM_SILENT = 2000
 """Rows that are read without a progress bar: a few seconds of work."""
 _WINDOW = 1024
-"""Rows whose pictures are checked side by side."""
+"""Rows whose images are checked side by side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,26 +48,24 @@ class CheckedRow(Generic[TargetT]):
     """A row after its check.
 
     Attributes:
-        row: The row.
-        sample: Its sample, with the picture not loaded; None where the row is bad.
-        problem: Why it is bad, with its place.
+        sample: Its sample; None where the row is bad.
+        problem: Why it is bad, with its location.
     """
 
-    row: SourceRow
-    sample: Sample[TargetT] | None = None
+    sample: UnloadedSample[TargetT] | None = None
     problem: str | None = None
 
 
-class SourceSamples(Sequence[Sample[TargetT]]):
-    """The good rows of a source as samples, pictures not loaded; only numbers, ids and sizes are in memory."""
+class SourceSamples(Sequence[UnloadedSample[TargetT]]):
+    """The good rows of a source as samples; only numbers, ids and sizes are in memory."""
 
     def __init__(self, source: Source, task: Task[TargetT, Any], name: str) -> None:
         self._source, self._task, self._name = source, task, name
         self._numbers, self._widths, self._heights = array("q"), array("q"), array("q")
         self._ids: list[str] = []
 
-    def add(self, number: int, sample: Sample[TargetT]) -> None:
-        """Remember a good row by its number in the source."""
+    def add(self, number: int, sample: UnloadedSample[TargetT]) -> None:
+        """Add a good row by its number in the source."""
         self._numbers.append(number)
         self._widths.append(sample.width)
         self._heights.append(sample.height)
@@ -76,7 +76,7 @@ class SourceSamples(Sequence[Sample[TargetT]]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[item] for item in range(*index.indices(len(self)))]
         size = self._widths[index], self._heights[index]
         sample = _sample(self._source[self._numbers[index]], self._task, size, self._ids[index])
         return replace(sample, source=self._name)
@@ -94,25 +94,25 @@ class ConcatSamples(Sequence[ItemT]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        part = bisect_right(self._ends, place)
-        return self._parts[part][place - (self._ends[part - 1] if part else 0)]
+            return [self[item] for item in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        part = bisect_right(self._ends, position)
+        return self._parts[part][position - (self._ends[part - 1] if part else 0)]
 
 
 class Subset(Sequence[ItemT]):
     """Some items of a sequence, in a given order."""
 
-    def __init__(self, items: Sequence[ItemT], places: Sequence[int]) -> None:
-        self._items, self._places = items, places
+    def __init__(self, items: Sequence[ItemT], indices: Sequence[int]) -> None:
+        self._items, self._indices = items, indices
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self._items[place] for place in self._places[index]]
-        return self._items[self._places[index]]
+            return [self._items[item] for item in self._indices[index]]
+        return self._items[self._indices[index]]
 
 
 def load(
@@ -122,6 +122,7 @@ def load(
     name: str = "",
     on_bad_row: OnBadRow = "error",
     image_check: ImageCheck = "decode",
+    check_sample: SampleCheck | None = None,
 ) -> SourceSamples[TargetT]:
     """Check the rows of a source.
 
@@ -130,7 +131,8 @@ def load(
         task: The task that reads them.
         name: Of the source, for the samples.
         on_bad_row: Stop at the first bad row, or leave bad rows out and report them.
-        image_check: Decode every picture, or only look at its header, which takes a hundredth of the time.
+        image_check: Decode every image, or only read its header, which takes a hundredth of the time.
+        check_sample: Whether the model can take a sample.
 
     Returns:
         One sample per good row, in order.
@@ -141,7 +143,7 @@ def load(
     if on_bad_row not in get_args(OnBadRow):
         raise UserError(f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, got {on_bad_row!r}")
     samples, problems = SourceSamples(source, task, name), []
-    for number, checked in enumerate(check(source, task, image_check)):
+    for number, checked in enumerate(check(source, task, image_check=image_check, check_sample=check_sample)):
         if checked.sample is not None:
             samples.add(number, checked.sample)
         elif checked.problem is not None:
@@ -157,9 +159,13 @@ def load(
 
 
 def check(
-    source: Source, task: Task[TargetT, Any], image_check: ImageCheck = "decode"
+    source: Source,
+    task: Task[TargetT, Any],
+    *,
+    image_check: ImageCheck = "decode",
+    check_sample: SampleCheck | None = None,
 ) -> Iterator[CheckedRow[TargetT]]:
-    """The rows of a source with their samples or what is wrong with them, in order.
+    """The rows of a source with their samples or what is wrong with them, in order; for the arguments see `load`.
 
     Raises:
         DataError: The source cannot be read or is empty.
@@ -176,34 +182,37 @@ def check(
     try:
         while window := list(islice(rows, _WINDOW)):
             new = {str(row.image): row.image for row in window if row.image is not None and str(row.image) not in sizes}
-            look = partial(_size, is_decoded=image_check == "decode")
-            sizes |= zip(new, pool.map(look, new.values()), strict=True)
+            size_of = partial(_size, is_decoded=image_check == "decode")
+            sizes |= zip(new, pool.map(size_of, new.values()), strict=True)
             for row in window:
                 try:
-                    yield CheckedRow(row=row, sample=_checked_sample(row, task, sizes, ids))
-                except RowError as error:
-                    yield CheckedRow(row=row, problem=" ".join(f"{row.place}: {error}".splitlines()))
+                    sample = _checked_sample(row, task, sizes, ids)
+                    if check_sample is not None:
+                        check_sample(sample)
+                    yield CheckedRow(sample=sample)
+                except (RowError, UserError) as error:
+                    yield CheckedRow(problem=" ".join(f"{row.location}: {error}".splitlines()))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _size(picture: ImageSource, *, is_decoded: bool) -> Size | ImageError:
+def _size(source: ImageSource, *, is_decoded: bool) -> Size | ImageError:
     try:
-        return check_image(picture, is_decoded=is_decoded)
+        return check_image(source, is_decoded=is_decoded)
     except ImageError as error:
         return error
 
 
 def _checked_sample(
     row: SourceRow, task: Task[TargetT, Any], sizes: dict[str, Size | ImageError], ids: dict[str, str]
-) -> Sample[TargetT]:
-    """The sample of a row; `ids` holds those of the rows before, with their places.
+) -> UnloadedSample[TargetT]:
+    """The sample of a row; `ids` holds those of the rows before, with their locations.
 
     Raises:
         RowError: The row is bad.
     """
     if row.image is None:
-        raise RowError(row.problem or "image: is missing")
+        raise RowError(row.problem or "image: is missing, the row needs a text here")
     size = sizes[str(row.image)]
     if isinstance(size, ImageError):
         raise RowError(f"image: {size}")
@@ -217,7 +226,7 @@ def _checked_sample(
     return _sample(row, task, size, _new_id(row, ids))
 
 
-def _sample(row: SourceRow, task: Task[TargetT, Any], size: Size, name: str) -> Sample[TargetT]:
+def _sample(row: SourceRow, task: Task[TargetT, Any], size: Size, name: str) -> UnloadedSample[TargetT]:
     width, height = size
     query, target = task.read_row(Row(row.values, width=width, height=height))
     if row.image is None:
@@ -231,11 +240,11 @@ def _new_id(row: SourceRow, ids: dict[str, str]) -> str:
     if value is None:
         value = row.number
     elif isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError(f"id: must be a text or a whole number, got {show(value)}")
+        raise RowError(f"id: must be a text or a whole number, got {short_repr(value)}")
     name = str(value)
     if name in ids:
         raise RowError(f"id: must be unique, but {name!r} is also that of {ids[name]}")
-    ids[name] = row.place
+    ids[name] = row.location
     return name
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from perception_r1.data.samples import Subset
-from perception_r1.data.sources import DataError, JsonLines, Source
-from perception_r1.data.synthetic.scenes import Split
+from perception_r1.data.sources import DataError, Source, open_source
 from perception_r1.errors import UserError
-from perception_r1.records import ImageBytes, Sample
+from perception_r1.records import ImageBytes, Sample, Split, UnloadedSample
 
 Samples = Sequence[Sample[Any]]
+"""Those of a split, images loaded or not."""
 
 
 def sources_by_split(
@@ -31,14 +31,14 @@ def sources_by_split(
         if named is not None and not named:
             raise UserError(f"{split} names no source: give at least one, or leave it out")
         if file is not None:
-            found[split] = {"": JsonLines(Path(file))}
+            found[split] = {"": open_source(Path(file))}
         elif named is not None:
             found[split] = dict(named)
     return found
 
 
 def divide(
-    samples: Samples, sources: Sequence[Source], held_out: Sequence[Split], share: float
+    samples: Sequence[UnloadedSample[Any]], sources: Sequence[Source], held_out: Sequence[Split], share: float
 ) -> dict[Split, Samples]:
     """Samples by split: images in the order of a hash of their names, the first to the held-out splits.
 
@@ -58,22 +58,21 @@ def divide(
     split_of: dict[str, Split] = dict.fromkeys(images, "train")
     for position, split in enumerate(held_out):
         split_of |= dict.fromkeys(images[position * num_held_out : (position + 1) * num_held_out], split)
-    places: dict[Split, list[int]] = {split: [] for split in ("train", *held_out)}
-    for place, key in enumerate(keys):
-        places[split_of[key]].append(place)
-    return {split: Subset(samples, chosen) for split, chosen in places.items()}
+    indices: dict[Split, list[int]] = {split: [] for split in ("train", *held_out)}
+    for index, key in enumerate(keys):
+        indices[split_of[key]].append(index)
+    return {split: Subset(samples, chosen) for split, chosen in indices.items()}
 
 
-def _image_key(sample: Sample[Any], sources: Sequence[Source]) -> str:
-    """The image's path from the folder of the first source's pictures: the same on every machine.
+def _image_key(sample: UnloadedSample[Any], sources: Sequence[Source]) -> str:
+    """The image's path from the folder of the first source's images: the same on every machine.
 
-    A table may hold a picture several times, under different names; there its content counts.
+    A table may hold an image several times, under different names; there its content counts.
     """
     if isinstance(sample.image, ImageBytes):
         return _digest(sample.image.read()).hex()
     folder = next((source.images for source in sources if source.images is not None), None)
-    is_file = folder is not None and isinstance(sample.image, Path)
-    return os.path.relpath(str(sample.image), folder) if is_file else str(sample.image)
+    return str(sample.image) if folder is None else os.path.relpath(sample.image, folder)
 
 
 def _digest(data: bytes) -> bytes:

@@ -79,17 +79,18 @@ def build_model_folder(
         whole_tokens: Strings that become one plain token each, which shortens answers without changing their text.
     """
     tokenizer = build_tokenizer(corpus, whole_tokens)
-    patch = 16 if family == "qwen3_vl" else _PATCH
-    image_processor = Qwen2VLImageProcessorPil(
-        patch_size=patch,
-        merge_size=_MERGE,
-        size={"shortest_edge": (patch * _MERGE) ** 2, "longest_edge": 1280 * (patch * _MERGE) ** 2},
-    )
     with torch.random.fork_rng(devices=[]):  # a run from the cache must find the same random state
         torch.manual_seed(seed)
         model = build_model(family, tokenizer)
     model.save_pretrained(folder)
-    Processor(tokenizer, image_processor).save(folder)
+    Processor(tokenizer, build_image_processor(family)).save(folder)
+
+
+def build_image_processor(family: Family) -> Qwen2VLImageProcessorPil:
+    """The family's own image processor."""
+    patch = 16 if family == "qwen3_vl" else _PATCH
+    size = {"shortest_edge": (patch * _MERGE) ** 2, "longest_edge": 1280 * (patch * _MERGE) ** 2}
+    return Qwen2VLImageProcessorPil(patch_size=patch, merge_size=_MERGE, size=size)
 
 
 def build_tokenizer(corpus: Iterable[str], whole_tokens: Sequence[str] = ()) -> Qwen2Tokenizer:

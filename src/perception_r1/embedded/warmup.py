@@ -23,10 +23,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 import perception_r1
 from perception_r1.data.module import TaskDataModule
-from perception_r1.embedded.model import Family, build_model_folder
+from perception_r1.embedded.model import Family, build_image_processor, build_model_folder, build_tokenizer
 from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.modules.sft import SFT
 from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.processor import Processor
 
 _SHAPING_CODE = (
     *("embedded", "policy", "modules/base.py", "modules/sft.py"),
@@ -108,9 +109,13 @@ def build_unwarmed(folder: Path, config: EmbeddedConfig, scenes: TaskDataModule,
         scenes: Synthetic scenes of its task; their prompts make the vocabulary.
         seed: Of the weights.
     """
-    scenes.setup("fit")
-    corpus = [message["content"][1]["text"] for i in range(_NUM_CORPUS_SAMPLES) for message in _chat(scenes, i)]
-    build_model_folder(folder, family=config.family, seed=seed, corpus=corpus, whole_tokens=config.whole_tokens)
+    corpus, tokens = _corpus(scenes), config.whole_tokens
+    build_model_folder(folder, family=config.family, seed=seed, corpus=corpus, whole_tokens=tokens)
+
+
+def embedded_processor(config: EmbeddedConfig, scenes: TaskDataModule) -> Processor:
+    """Tokenizer and image processor of the embedded policy, which its warm start leaves as they are."""
+    return Processor(build_tokenizer(_corpus(scenes), config.whole_tokens), build_image_processor(config.family))
 
 
 class StopAtLoss(Callback):
@@ -184,8 +189,11 @@ def _build(
     module.policy.save(folder)
 
 
-def _chat(scenes: TaskDataModule, index: int) -> list[dict[str, Any]]:
-    return scenes.task.messages(scenes.samples("train")[index])
+def _corpus(scenes: TaskDataModule) -> list[str]:
+    """Prompts of scenes."""
+    scenes.setup("fit")
+    samples = [scenes.samples("train")[index] for index in range(_NUM_CORPUS_SAMPLES)]
+    return [message["content"][1]["text"] for sample in samples for message in scenes.task.messages(sample)]
 
 
 def _fingerprint(config: EmbeddedConfig, scenes: TaskDataModule, seed: int) -> str:

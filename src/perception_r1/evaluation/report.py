@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from perception_r1.callbacks.log_samples import sample_card
-from perception_r1.data.loading import load_sample_image
-from perception_r1.data.synthetic.scenes import Split
 from perception_r1.drawing import contact_sheet
 from perception_r1.evaluation.published import PUBLISHED
+from perception_r1.records import Split
 from perception_r1.scoring import ScoredCompletion
 from perception_r1.task import Task
 
@@ -54,7 +52,7 @@ def write_report(
     lines += [*_markdown(rows), ""]
     for title, chosen in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
         if chosen:
-            cards = [sample_card(task, _loaded(scored_completion(index)), step=None) for index in chosen]
+            cards = [sample_card(task, scored_completion(index), step=None) for index in chosen]
             contact_sheet(cards).save(folder / f"{title}.png")
             lines += [f"## {title.capitalize()} answers", "", f"![{title} answers]({title}.png)", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
@@ -98,7 +96,3 @@ def _both(paper: tuple[float, float] | None) -> list[str]:
 
 def _shown(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
-
-
-def _loaded(scored: ScoredCompletion) -> ScoredCompletion:
-    return replace(scored, sample=load_sample_image(scored.sample))

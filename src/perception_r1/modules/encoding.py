@@ -1,25 +1,23 @@
 """Samples of a task as the policy reads and learns them; the policy itself knows chats, images and texts."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.policy import Policy
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample
 from perception_r1.task import Task
 
 
-def encode_prompts(policy: Policy, task: Task[Any, Any], samples: Sequence[Sample[Any]]) -> PromptBatch:
+def encode_prompts(policy: Policy, task: Task[Any, Any], samples: Sequence[LoadedSample[Any]]) -> PromptBatch:
     """Prompts for samples whose images are loaded; raises as `Policy.encode` does."""
-    images = [[cast(Image.Image, sample.image)] for sample in samples]
-    return policy.encode([task.messages(sample) for sample in samples], images)
+    return policy.encode([task.messages(sample) for sample in samples], [[sample.image] for sample in samples])
 
 
 def encode_targets(
-    policy: Policy, task: Task[Any, Any], samples: Sequence[Sample[Any]], prompts: PromptBatch
+    policy: Policy, task: Task[Any, Any], samples: Sequence[LoadedSample[Any]], prompts: PromptBatch
 ) -> list[Tensor]:
     """Token ids of the ideal answer to each of these prompts; raises as `Policy.encode_targets` does."""
     pairs = zip(samples, prompts.image_sizes, strict=True)

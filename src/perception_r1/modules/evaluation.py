@@ -25,7 +25,7 @@ from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import Task
 
@@ -119,7 +119,7 @@ class EvaluationModule(LightningModule):
 
     # ----------------------------------------------------------------------------------------------------- the road
 
-    def complete(self, samples: Sequence[Sample[Any]]) -> list[ParsedCompletion]:
+    def complete(self, samples: Sequence[LoadedSample[Any]]) -> list[ParsedCompletion]:
         """Greedy completions of loaded samples, in their order, parsed and not scored: they need no target."""
         if not samples:
             return []
@@ -139,7 +139,9 @@ class EvaluationModule(LightningModule):
                 found |= zip(indices, parsed, strict=True)
         return [found[index] for index in range(len(samples))]
 
-    def parse(self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout) -> list[ParsedCompletion]:
+    def parse(
+        self, samples: Sequence[LoadedSample[Any]], prompts: PromptBatch, rollout: Rollout
+    ) -> list[ParsedCompletion]:
         """The completions of a rollout as text and as predictions; samples and prompts are those that it answers."""
         group_size = len(rollout.completions) // len(samples)
         return parse_completions(
@@ -152,11 +154,11 @@ class EvaluationModule(LightningModule):
             truncated=rollout.is_truncated,
         )
 
-    def score_greedy(self, samples: Sequence[Sample[Any]]) -> list[ScoredCompletion]:
+    def score_greedy(self, samples: Sequence[LoadedSample[Any]]) -> list[ScoredCompletion]:
         """Greedy completions of loaded samples, in their order, scored with the metrics of evaluation."""
         return score_completions(self.task, self.complete(samples), is_evaluation=True)
 
-    def validation_step(self, batch: list[Sample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]  # for the callbacks
+    def validation_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]  # for the callbacks
         """Answer greedily and accumulate."""
         scored_completions = self.score_greedy(batch)
         update_metrics(self.val_metrics, scored_completions)
@@ -175,7 +177,7 @@ class EvaluationModule(LightningModule):
         self.test_metrics = [fresh.clone(prefix=prefix) for prefix in prefixes]
 
     def test_step(  # type: ignore[override]  # for the callbacks
-        self, batch: list[Sample[Any]], batch_idx: int, dataloader_idx: int = 0
+        self, batch: list[LoadedSample[Any]], batch_idx: int, dataloader_idx: int = 0
     ) -> list[ScoredCompletion]:
         """As `validation_step`, for one source; a batch may be empty where little is left for many devices."""
         scored_completions = self.score_greedy(batch)
@@ -190,7 +192,7 @@ class EvaluationModule(LightningModule):
         """Log the metrics of every source."""
         self.log_dict(self.test_results(), batch_size=1)
 
-    def predict_step(self, batch: Iterable[Sample[Any]], batch_idx: int) -> list[ParsedCompletion]:
+    def predict_step(self, batch: Iterable[LoadedSample[Any]], batch_idx: int) -> list[ParsedCompletion]:
         """Answer greedily; nobody knows what would be right."""
         return self.complete(list(batch))
 

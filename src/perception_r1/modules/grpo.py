@@ -26,7 +26,7 @@ from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 
@@ -120,7 +120,7 @@ class GRPO(PolicyModule):
         if is_needed and self.reference is None:
             self.reference = Policy.load(self.policy_config, is_trained=False)
 
-    def training_step(self, batch: list[Sample[Any]], batch_idx: int) -> None:
+    def training_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> None:
         """Roll out, score, compare within the group, update, log."""
         started, seconds_before = time.perf_counter(), dict(self.phase_seconds)
         group_size = self.planned_group_size()

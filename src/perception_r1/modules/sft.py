@@ -11,13 +11,13 @@ import torch
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_prompts, encode_targets
 from perception_r1.policy.packing import plan_micro_batches
-from perception_r1.records import Sample
+from perception_r1.records import LoadedSample
 
 
 class SFT(PolicyModule):
     """Teach the ideal answers by cross-entropy, averaged over all answer tokens of a batch, on all devices together."""
 
-    def training_step(self, batch: list[Sample[Any]], batch_idx: int) -> None:
+    def training_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> None:
         """Cross-entropy of the ideal answers, one optimiser step."""
         started = time.perf_counter()
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)  # dropout of an adapter, if any

@@ -1,4 +1,4 @@
-"""Counting: a box around every object of one kind. Reward = format * ratio of the counts * closeness of the places."""
+"""Counting: a box around every object of one kind. Reward = format * ratio of the counts * closeness of the points."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,15 +90,10 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     row_keys = ("label", "points", "count", "boxes")
 
     def __post_init__(self) -> None:
-        """Refuse options that make no sense.
-
-        Raises:
-            UserError: The matching is unknown.
-        """
         check_matching(self.matching)
 
     def read_row(self, row: Row) -> tuple[str, CountingTarget]:
-        """The kind of "label"; places from "boxes" or "points", the number from them or from "count"."""
+        """The kind of "label"; points from "boxes" or "points", the number from them or from "count"."""
         label = row.text("label")
         boxes = row.boxes("boxes") if "boxes" in row else None
         points = row.points("points") if "points" in row else None
@@ -118,7 +113,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         return label, CountingTarget(count=next(iter(known.values())), points=points, boxes=boxes)
 
     def prompt(self, query: str) -> str:
-        """The user's text, without the picture."""
+        """The user's text, without the image."""
         return f"Output all the bounding boxes of the {query}"
 
     def format_target(self, sample: Sample[CountingTarget], codec: Codec, image_size: ImageSize) -> str:
@@ -209,13 +204,7 @@ def _square(point: Point) -> Box:
 
 
 class CountingData(TaskDataModule):
-    """Images with the objects of one kind, as points or as a number.
-
-    Args:
-        task: Options of the task.
-        world: The synthetic scenes.
-        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
-    """
+    """Images with the objects of one kind, as points or as a number."""
 
     def __init__(self, task: Counting = Counting(), world: CountingWorld = CountingWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
         super().__init__(task, world, **kwargs)

@@ -1,17 +1,15 @@
 """Detection: a labelled box for every object. Reward = format + F1 + class + IoU, weighted, less what is missing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Self
 
 from torchmetrics import Metric
 
 from perception_r1.codecs import Codec
 from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.splits import sources_by_split
-from perception_r1.data.synthetic.scenes import Split
 from perception_r1.data.synthetic.worlds import DetectionWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
@@ -35,7 +33,7 @@ class DetectionTarget:
         objects: Their names and boxes.
         areas: Area of each object's outline in pixels squared of the original image, None for that of its box; or
             nothing at all.
-        crowds: Regions of many objects. They are no targets; average precision judges no detection in them.
+        crowds: Regions of many objects. They are no targets; average precision counts no detection in them.
     """
 
     objects: tuple[LabelledBox, ...]
@@ -115,12 +113,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
     row_keys = ("objects",)
 
     def __post_init__(self) -> None:
-        """Refuse options that make no sense.
-
-        Raises:
-            UserError: There are no categories, one is there twice, the matching is unknown or a weight is negative.
-        """
-        if not self.category_names or len(set(self.category_names)) < len(self.category_names):
+        if not self.labels or len(set(self.labels)) < len(self.labels):
             raise UserError("categories must hold at least one name, and none twice")
         check_matching(self.matching)
         check_weights(
@@ -132,22 +125,26 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         )
 
     @property
-    def category_names(self) -> tuple[str, ...]:
+    def labels(self) -> tuple[str, ...]:
         """Names of the known categories."""
         return COCO_NAMES if self.categories is None else tuple(self.categories)
 
+    def with_labels(self, labels: Iterable[str], *, keeps_own: bool = True) -> Self:
+        """The task for categories of these names, unless `categories` gives others."""
+        if keeps_own and self.categories is not None:
+            return self
+        return replace(self, categories=tuple(dict.fromkeys(labels)))
+
     @cached_property
     def _known(self) -> frozenset[str]:
-        return frozenset(self.category_names)
+        return frozenset(self.labels)
 
     def read_row(self, row: Row) -> tuple[str, DetectionTarget]:
         """No query, and the labelled boxes of "objects" with their areas, crowds apart."""
         annotations = row.objects("objects")
         for label in (found.item.label for found in annotations):
             if label not in self._known:
-                raise RowError(
-                    f"objects: must have labels among the {len(self.category_names)} categories, got {label!r}"
-                )
+                raise RowError(f"objects: must have labels among the {len(self.labels)} categories, got {label!r}")
         objects = [found for found in annotations if not found.is_crowd]
         return "", DetectionTarget(
             objects=tuple(found.item for found in objects),
@@ -156,8 +153,8 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         )
 
     def prompt(self, query: str) -> str:
-        """The user's text, without the picture."""
-        return f"Please output bbox coordinates and names of {', '.join(self.category_names)}."
+        """The user's text, without the image."""
+        return f"Please output bbox coordinates and names of {', '.join(self.labels)}."
 
     def format_target(self, sample: Sample[DetectionTarget], codec: Codec, image_size: ImageSize) -> str:
         """All objects in the order of the data."""
@@ -219,7 +216,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
 
     def dataset_metrics(self) -> dict[str, Metric]:
         """COCO's average precision over the data set."""
-        return {"ap": BoxAP(self.category_names)}
+        return {"ap": BoxAP(self.labels)}
 
     def _pairs(self, objects: Sequence[LabelledBox], targets: Sequence[LabelledBox]) -> tuple[list[bool], list[float]]:
         """Whether the labels agree, and the IoU, of each pair that stands."""
@@ -254,24 +251,7 @@ class DetectionData(TaskDataModule):
     """Images with all their labelled objects.
 
     Without `task.categories` the known names are those of the synthetic scenes or, with sources, those of the sources.
-
-    Args:
-        task: Options of the task.
-        world: The synthetic scenes.
-        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
     """
 
     def __init__(self, task: Detection = Detection(), world: DetectionWorld = DetectionWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
-        if task.categories is None:
-            names: tuple[Split, ...] = ("train", "val", "test")
-            sources = sources_by_split(
-                {name: kwargs.get(f"{name}_file") for name in names}, {name: kwargs.get(name) for name in names}
-            )
-            found = [label for group in sources.values() for source in group.values() for label in source.labels()]
-            task = replace(task, categories=tuple(dict.fromkeys(found)) or world.labels)
         super().__init__(task, world, **kwargs)
-
-    def synthetic(self, batch_size: int) -> "TaskDataModule":
-        """The synthetic scenes have their own names."""
-        task, world = cast(Detection, self.task), cast(DetectionWorld, self.world)
-        return DetectionData(replace(task, categories=None), world, seed=self.seed, batch_size=batch_size)

@@ -72,11 +72,6 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
     row_keys = ("question", "box")
 
     def __post_init__(self) -> None:
-        """Refuse options that make no sense.
-
-        Raises:
-            UserError: A weight is negative or not finite.
-        """
         check_weights(format_weight=self.format_weight, iou_weight=self.iou_weight)
 
     def read_row(self, row: Row) -> tuple[str, GroundingTarget]:
@@ -84,7 +79,7 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         return row.text("question"), GroundingTarget(box=row.box("box"))
 
     def prompt(self, query: str) -> str:
-        """The user's text, without the picture."""
+        """The user's text, without the image."""
         return f"Output the bounding box of the {query} in the image."
 
     def format_target(self, sample: Sample[GroundingTarget], codec: Codec, image_size: ImageSize) -> str:
@@ -146,13 +141,7 @@ def _holds_center(outer: Box, box: Box) -> bool:
 
 
 class GroundingData(TaskDataModule):
-    """Images with a question and the box that answers it.
-
-    Args:
-        task: Options of the task.
-        world: The synthetic scenes.
-        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
-    """
+    """Images with a question and the box that answers it."""
 
     def __init__(self, task: Grounding = Grounding(), world: GroundingWorld = GroundingWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
         super().__init__(task, world, **kwargs)

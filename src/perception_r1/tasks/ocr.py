@@ -54,11 +54,6 @@ class Ocr(Task[OcrTarget, str]):
     row_keys = ("text",)
 
     def __post_init__(self) -> None:
-        """Refuse word metrics that cannot be computed here.
-
-        Raises:
-            UserError: The option is unknown, or a package or the data of WordNet is missing.
-        """
         if self.word_metrics is not None:
             check_available(self.word_metrics)
 
@@ -78,7 +73,7 @@ class Ocr(Task[OcrTarget, str]):
         return "", OcrTarget(text=row.text("text", may_be_empty=True))
 
     def prompt(self, query: str) -> str:
-        """The user's text, without the picture."""
+        """The user's text, without the image."""
         return "OCR this image."
 
     def format_target(self, sample: Sample[OcrTarget], codec: Codec, image_size: ImageSize) -> str:
@@ -105,13 +100,7 @@ class Ocr(Task[OcrTarget, str]):
 
 
 class OcrData(TaskDataModule):
-    """Images with their text.
-
-    Args:
-        task: Options of the task.
-        world: The synthetic scenes.
-        **kwargs: Files, sizes and batches, as in `TaskDataModule`.
-    """
+    """Images with their text."""
 
     def __init__(self, task: Ocr = Ocr(), world: TextWorld = TextWorld(), **kwargs: Any) -> None:  # noqa: B008 - frozen
         super().__init__(task, world, **kwargs)

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from perception_r1.data.sources import DataError, JsonLines, Source, SourceRow
-from perception_r1.data.sources.base import taken
+from perception_r1.data.sources.base import resolve_take
 from perception_r1.errors import UserError
 
 
@@ -15,7 +15,7 @@ class Numbers(Source):
         self.size = size
 
     def read(self):
-        return [SourceRow(place=f"n:{k}", number=k, values={"n": k}) for k in range(self.size)]
+        return [SourceRow(location=f"n:{k}", number=k, values={"n": k}) for k in range(self.size)]
 
     def contents(self):
         return [str(self.size)]
@@ -69,7 +69,7 @@ def test_more_rows_than_there_are_name_the_source(take):
     with pytest.raises(DataError, match=f"^numbers: take: '{take}' asks for 11 rows, but there are only 10$"):
         len(Numbers(take=take))
     with pytest.raises(ValueError, match="only 0"):
-        taken("first:50%", 0, 0)
+        resolve_take("first:50%", 0, 0)
 
 
 def test_fingerprint_tells_contents_and_choices_apart_but_not_places(tmp_path):
@@ -100,6 +100,6 @@ def test_labels_are_those_in_use_and_no_rubbish():
         def read(self):
             labels = ["dog", "cat", "dog", " ", "\ud800", 3, None]
             rows = [{"objects": [{"label": label}, "x"]} for label in labels] + [{"objects": "x"}, {}]
-            return [SourceRow(place="l", number=1, values=values) for values in rows]
+            return [SourceRow(location="l", number=1, values=values) for values in rows]
 
     assert Labels().labels() == ("cat", "dog")

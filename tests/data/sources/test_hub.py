@@ -191,7 +191,7 @@ def test_an_image_column_of_the_library_may_hold_paths_only(tmp_path):
     ("cell", "sentence"),
     [
         (b"", "has none of the known forms"),
-        (b"no picture", r"cannot read .*a\.parquet:2 as a picture \(it has none of the known forms\)"),
+        (b"no picture", r"cannot read .*a\.parquet:2 as an image \(it has none of the known forms\)"),
         (None, "its cell is empty"),
         ("half", "cannot read"),
     ],
@@ -300,7 +300,7 @@ def test_columns_that_make_no_rows_are_refused_at_once(columns, sentence):
         ({"image": "image", "text": "words"}, "has no column 'words', only image, text, o"),
         ({"image": "image", "text": "o.words"}, "has no column 'o.words', only image, text, o"),
         ({"image": "o.t"}, "has no column 'o.t', only image, text, o"),
-        ({"image": "o", "text": "text"}, "must hold pictures or paths in column 'o', not {'t': "),
+        ({"image": "o", "text": "text"}, "must hold images or paths in column 'o', not {'t': "),
     ],
 )
 def test_columns_that_are_not_there_are_named_beside_those_that_are(tmp_path, columns, sentence):

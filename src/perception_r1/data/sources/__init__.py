@@ -1,10 +1,12 @@
-"""Where annotated pictures come from: one interface, and a reader for each form in which people have them."""
+"""Where annotated images come from: one interface, and a reader for each form in which people have them."""
 
-from perception_r1.data.sources.base import DataError, Source, SourceRow
+from pathlib import Path
+
+from perception_r1.data.sources.base import DataError, Download, Source, SourceRow
 from perception_r1.data.sources.coco import Coco
 from perception_r1.data.sources.hub import Hub
 from perception_r1.data.sources.json_files import Conversations, JsonLines, PerceptionR1
-from perception_r1.data.sources.pixmo import Download, PixMoCount
+from perception_r1.data.sources.pixmo import PixMoCount
 from perception_r1.data.sources.refcoco import RefCoco
 
 __all__ = [
@@ -19,4 +21,10 @@ __all__ = [
     "RefCoco",
     "Source",
     "SourceRow",
+    "open_source",
 ]
+
+
+def open_source(file: Path) -> Source:
+    """A file of the project's own form as a source."""
+    return JsonLines(file)

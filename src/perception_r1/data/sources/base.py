@@ -1,4 +1,4 @@
-"""What a data source is: annotated pictures by number, as rows of the project's own form (`rows.py`).
+"""What a data source is: annotated images by number, as rows of the project's own form (`rows.py`).
 
 Whatever a data set looks like on disk, its reader says no more than how one of its entries becomes such a row; checks,
 splits, conversion and statistics then are the same for all.
@@ -6,16 +6,19 @@ splits, conversion and statistics then are the same for all.
 
 import hashlib
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from perception_r1.errors import UserError
 from perception_r1.records import ImageSource
-from perception_r1.rows import Row, RowError
+from perception_r1.rows import object_labels
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+"""A digest in hex."""
 
 
 class DataError(UserError):
@@ -30,22 +33,37 @@ class SourceRow:
     """One row of a source, not yet checked.
 
     Attributes:
-        place: Where it stands, for messages: "cups.jsonl:12".
-        number: Its number at this place, from 1 on; it stands for the id of a row that has none.
+        location: Where it is, for messages: "cups.jsonl:12".
+        number: Its number there, from 1 on; it stands for the id of a row that has none.
         values: The row in the project's own form, without its image.
-        image: Its picture; None where there is a problem.
+        image: Its image; None where there is a problem.
         problem: Why the entry cannot be a row at all.
     """
 
-    place: str
+    location: str
     number: int
     values: Mapping[str, object]
     image: ImageSource | None = None
     problem: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Download:
+    """A file to fetch.
+
+    Attributes:
+        url: Where it is.
+        sha256: Hex digest of its content.
+        path: Where it goes.
+    """
+
+    url: str
+    sha256: str
+    path: Path
+
+
 class Source(ABC):
-    """Rows by number. Only an index is in memory; pictures never are.
+    """Rows by number. Only an index is in memory; images never are.
 
     Args:
         take: Which rows: "all", or "first:N", "last:N" or "random:N", where N is a number or a percentage ("10%").
@@ -56,16 +74,16 @@ class Source(ABC):
     """
 
     images: Path | None = None
-    """Folder of the pictures, where they are files."""
+    """Folder of the images, where they are files."""
 
     def __init__(self, *, take: str = "all", seed: int = 0) -> None:
         self.take = take
         self.seed = seed
-        _parse(take)
+        _parse_take(take)
 
     @abstractmethod
     def read(self) -> Sequence[SourceRow]:
-        """All rows, before any are taken; called once.
+        """All rows, of which `take` selects; called once.
 
         Raises:
             DataError: The source cannot be read.
@@ -81,14 +99,15 @@ class Source(ABC):
 
     def labels(self) -> tuple[str, ...]:
         """Names of all categories of a detection data set, in the order of the prompt; by default those in use."""
-        found = set()
-        for row in self:
-            objects = row.values.get("objects")
-            for item in objects if isinstance(objects, list | tuple) else ():
-                if isinstance(item, Mapping):
-                    with suppress(RowError):  # a bad label makes a bad row, of which the check tells
-                        found.add(Row(item, width=1, height=1).text("label"))
-        return tuple(sorted(found))
+        return tuple(sorted(object_labels(row.values for row in self)))
+
+    def downloads(self) -> Iterable[Download]:
+        """The images of the rows, where the source names them by URL; by default none.
+
+        Raises:
+            DataError: The source cannot be read.
+        """
+        return ()
 
     @cached_property
     def _rows(self) -> Sequence[SourceRow]:
@@ -96,15 +115,15 @@ class Source(ABC):
 
     @cached_property
     def numbers(self) -> Sequence[int]:
-        """Which rows are taken.
+        """Which rows `take` selects.
 
         Raises:
             DataError: The source cannot be read or has fewer rows.
         """
         size = len(self._rows)
         try:
-            return taken(self.take, size, self.seed)
-        except ValueError as error:
+            return resolve_take(self.take, size, self.seed)
+        except UserError as error:
             raise DataError(f"{self}: {error}") from error
 
     def __len__(self) -> int:
@@ -122,29 +141,29 @@ class Source(ABC):
         return hashlib.sha256("\n".join([type(self).__name__, self.take, str(self.seed), *parts]).encode()).hexdigest()
 
 
-def taken(take: str, size: int, seed: int) -> Sequence[int]:
-    """Numbers of the rows that `take` means (see `Source`), in ascending order.
+def resolve_take(take: str, size: int, seed: int) -> Sequence[int]:
+    """Indices of the rows that `take` means (see `Source`), in ascending order.
 
-    >>> taken("first:3", 10, 0), taken("last:20%", 10, 0)
+    >>> resolve_take("first:3", 10, 0), resolve_take("last:20%", 10, 0)
     (range(0, 3), range(8, 10))
-    >>> taken("random:30%", 10, seed=1)
+    >>> resolve_take("random:30%", 10, seed=1)
     [1, 2, 4]
 
     Raises:
-        ValueError: There are not so many rows.
+        UserError: There are not so many rows.
     """
-    kind, number, is_percent = _parse(take)
+    kind, number, is_percent = _parse_take(take)
     if kind == "all":
         return range(size)
     count = max(1, round(size * number / 100)) if is_percent else int(number)
     if count > size:
-        raise ValueError(f"take: {take!r} asks for {count} rows, but there are only {size}")
+        raise UserError(f"take: {take!r} asks for {count} rows, but there are only {size}")
     if kind == "random":
         return sorted(random.Random(seed).sample(range(size), count))
     return range(count) if kind == "first" else range(size - count, size)
 
 
-def _parse(take: str) -> tuple[str, float, bool]:
+def _parse_take(take: str) -> tuple[str, float, bool]:
     """Kind, number, and whether the number is a percentage."""
     kind, _, amount = take.partition(":")
     is_percent = amount.endswith("%")

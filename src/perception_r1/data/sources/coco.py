@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perception_r1.data.sources.base import DataError, Source, SourceRow
 
@@ -34,12 +35,12 @@ class Annotations:
 
     images: dict[int, tuple[str, int, int]]
     categories: dict[int, str]
-    ids: np.ndarray
-    image_ids: np.ndarray
-    category_ids: np.ndarray
-    boxes: np.ndarray
-    areas: np.ndarray
-    is_crowd: np.ndarray
+    ids: NDArray[np.int64]
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    boxes: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    is_crowd: NDArray[np.bool_]
 
 
 class Coco(Source):
@@ -104,14 +105,16 @@ class _Images(Sequence[SourceRow]):
         number = self._ids[index]
         name, width, height = self._file.images[number]
         first, last = (int(np.searchsorted(self._sorted_ids, number, side)) for side in ("left", "right"))
-        objects = [self._object(int(place)) for place in self._order[first:last]]
+        objects = [self._object(int(item)) for item in self._order[first:last]]
         values = {"id": number, "objects": objects, "width": width, "height": height, "tolerance": TOLERANCE}
-        return SourceRow(place=f"{self._path}:{index + 1}", number=index + 1, values=values, image=self._folder / name)
+        location, image = f"{self._path}:{index + 1}", self._folder / name
+        return SourceRow(location=location, number=index + 1, values=values, image=image)
 
-    def _object(self, place: int) -> dict[str, object]:
-        category = self._file.categories[int(self._file.category_ids[place])]
-        known = {"box": self._file.boxes[place].tolist(), "label": category, "area": float(self._file.areas[place])}
-        return known | ({"crowd": True} if self._file.is_crowd[place] else {})
+    def _object(self, index: int) -> dict[str, object]:
+        """The instance with this index in the file."""
+        category = self._file.categories[int(self._file.category_ids[index])]
+        known = {"box": self._file.boxes[index].tolist(), "label": category, "area": float(self._file.areas[index])}
+        return known | ({"crowd": True} if self._file.is_crowd[index] else {})
 
 
 def read_annotations(path: Path) -> Annotations:
@@ -158,8 +161,8 @@ def _arrays(file: dict[str, Any]) -> Annotations:
     areas = np.array([item.get("area") for item in items], dtype=np.float64)  # NaN where it is not known
     kept = (boxes[:, 2:] != 0).all(1)
 
-    def numbers(key: str) -> np.ndarray:
-        return np.array([int(item[key]) for item in items], dtype=np.int64)[kept]
+    def numbers(key: str) -> NDArray[np.int64]:
+        return np.array([int(item[key]) for item, is_kept in zip(items, kept, strict=True) if is_kept], dtype=np.int64)
 
     return Annotations(
         images=images,

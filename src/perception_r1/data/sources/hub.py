@@ -1,6 +1,6 @@
 """Sources read through the `datasets` library: any data set of the hub or parquet file, told which column is what.
 
-Tables stay on disk, memory-mapped; a picture in a table is read when it is asked for.
+Tables stay on disk, memory-mapped; an image in a table is read when it is asked for.
 """
 
 from array import array
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perception_r1.data.sources.base import DataError, Source, SourceRow
-from perception_r1.data.sources.json_files import Unit
+from perception_r1.data.sources.json_files import Unit, point_pairs
 from perception_r1.errors import UserError
 from perception_r1.records import ImageBytes, ImageSource
 from perception_r1.rows import RowError
@@ -19,13 +19,13 @@ _TEXTS = ("question", "label", "text")
 """Keys whose column may hold a list: one row for each text."""
 _KEYS = ("image", "id", "question", "label", "text", "count", "box", "boxes", "points", "objects.box", "objects.label")
 _TABLES = frozenset((".parquet", ".arrow", ".json", ".jsonl", ".csv"))
-"""Files of a folder that hold rows; all others are pictures or notes."""
-_SLACK = 1.0
+"""Files of a folder that hold rows; all others are images or notes."""
+_TOLERANCE = 1.0
 """Pixels by which boxes may lie outside their image: many public sets have COCO's rounded boxes."""
 
 
 class Hub(Source):
-    """A data set with one picture per entry.
+    """A data set with one image per entry.
 
     Args:
         path: Hub id, a parquet or JSON file, or a folder (of such files, or one that `datasets` has saved).
@@ -36,7 +36,7 @@ class Hub(Source):
         split: Split of the data set; a single file has none.
         name: Its configuration, where it has several.
         revision: Commit or tag on the hub; the newest unless given.
-        images: Folder of the pictures, where the image column holds paths.
+        images: Folder of the images, where the image column holds paths.
         corners: Boxes are given by two corners; otherwise by a corner, width and height.
         unit: Unit of coordinates.
         take: See `Source`.
@@ -78,8 +78,8 @@ class Hub(Source):
         if missing or image not in self.table.column_names:
             known = ", ".join(self.table.column_names)
             raise DataError(f"{self.path}: has no column {(missing or [image])[0]!r}, only {known}")
-        if not (self._has_paths or self._has_pictures):
-            raise DataError(f"{self.path}: must hold pictures or paths in column {image!r}, not {self._feature(image)}")
+        if not (self._has_paths or self._has_images):
+            raise DataError(f"{self.path}: must hold images or paths in column {image!r}, not {self._feature(image)}")
         return _Entries(self)
 
     def contents(self) -> Iterable[Path | str]:
@@ -109,7 +109,7 @@ class Hub(Source):
 
     @cached_property
     def table(self) -> Any:
-        """The data set, its pictures not decoded.
+        """The data set, its images not decoded.
 
         Raises:
             DataError: It cannot be read.
@@ -137,7 +137,7 @@ class Hub(Source):
         return table
 
     def values(self, entry: Mapping[str, Any]) -> dict[str, object]:
-        """An entry without its picture in the project's own form.
+        """An entry without its image in the project's own form.
 
         Raises:
             RowError: Its objects have not as many boxes as labels.
@@ -151,24 +151,24 @@ class Hub(Source):
         if "boxes" in row and isinstance(row["boxes"], list):
             row["boxes"] = [self._box(box) for box in row["boxes"]]
         if "points" in row:
-            row["points"] = _points(row["points"])
+            row["points"] = point_pairs(row["points"])
         if "objects.box" in found:
             boxes, labels = found["objects.box"], found["objects.label"]
             if not isinstance(boxes, list) or not isinstance(labels, list) or len(boxes) != len(labels):
                 raise RowError("objects: must be lists of as many boxes as labels")
             pairs = zip(boxes, labels, strict=True)
             row["objects"] = [{"box": self._box(box), "label": label} for box, label in pairs]
-        return row | {"unit": self.unit, "tolerance": _SLACK}
+        return row | {"unit": self.unit, "tolerance": _TOLERANCE}
 
-    def picture(self, number: int) -> ImageSource:
-        """Where the picture of an entry is.
+    def image(self, number: int) -> ImageSource:
+        """Where the image of an entry is.
 
         Raises:
             RowError: The entry names none.
         """
-        if self._has_pictures:
+        if self._has_images:
             return ImageBytes(f"{self.path}:{number + 1}", partial(self._bytes, number))
-        name = self._pictures[number][self.columns["image"]]
+        name = self._images[number][self.columns["image"]]
         if not isinstance(name, str):
             raise RowError("image: is missing, the row needs a path here")
         return (self.images or Path()) / name
@@ -185,29 +185,29 @@ class Hub(Source):
         return [key for key in keys if hasattr(self._feature(self.columns[key]), "feature")]
 
     @cached_property
-    def _pictures(self) -> Any:
-        """The table's column of pictures."""
+    def _images(self) -> Any:
+        """The table's column of images."""
         return self.table.select_columns([self.columns["image"]])
 
     @property
     def _has_paths(self) -> bool:
-        """The pictures are files, and the column holds their paths."""
+        """The images are files, and the column holds their paths."""
         return getattr(self._feature(self.columns["image"]), "dtype", None) in ("string", "large_string")
 
     @property
-    def _has_pictures(self) -> bool:
-        """The column holds pictures: as bytes, or in the library's own form, an object with bytes or a path."""
+    def _has_images(self) -> bool:
+        """The column holds images: as bytes, or in the library's own form, an object with bytes or a path."""
         feature = self._feature(self.columns["image"])
         is_own = isinstance(feature, _datasets().Image) or (isinstance(feature, Mapping) and "bytes" in feature)
         return is_own or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
     def _bytes(self, number: int) -> bytes:
-        cell = self._pictures[number][self.columns["image"]]
+        cell: Any = self._images[number][self.columns["image"]]
         if isinstance(cell, Mapping):
             path, cell = cell.get("path"), cell["bytes"]
             if cell is None and path is not None:
                 cell = ((self.images or Path()) / path).read_bytes()
-        if cell is None:
+        if not isinstance(cell, bytes):
             raise ValueError("its cell is empty")
         return cell
 
@@ -265,14 +265,14 @@ class _Entries(Sequence[SourceRow]):
 
     def __getitem__(self, index: Any) -> Any:
         number = self._entries[index]
-        place = f"{self._source.path}:{number + 1}"
+        location = f"{self._source.path}:{number + 1}"
         try:
             entry = self._values[number]
             values = self._source.values(entry) | self._texts(entry, self._parts[index])
-            picture = self._source.picture(number)
+            image = self._source.image(number)
         except RowError as error:
-            return SourceRow(place=place, number=index + 1, values={}, problem=str(error))
-        return SourceRow(place=place, number=index + 1, values=values, image=picture)
+            return SourceRow(location=location, number=index + 1, values={}, problem=str(error))
+        return SourceRow(location=location, number=index + 1, values=values, image=image)
 
     def _texts(self, entry: Mapping[str, Any], part: int) -> dict[str, object]:
         """The texts of one row of an entry, with an id of its own where there are several.
@@ -311,18 +311,6 @@ def _follow(entry: Any, column: str) -> Any:
         else:
             entry = entry.get(part) if isinstance(entry, Mapping) else None
     return entry
-
-
-def _points(value: Any) -> object:
-    """Points as pairs, from pairs, from `{"x": ..., "y": ...}` each, or from all x and all y."""
-    if isinstance(value, Mapping):
-        xs, ys = value.get("x"), value.get("y")
-        if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
-            return None if xs is ys is None else value
-        return [list(pair) for pair in zip(xs, ys, strict=True)]
-    if isinstance(value, list):
-        return [[item.get("x"), item.get("y")] if isinstance(item, Mapping) else item for item in value]
-    return value
 
 
 def _is_number(value: object) -> bool:

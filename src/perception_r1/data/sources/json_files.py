@@ -1,23 +1,24 @@
 """Sources in JSON: the project's own lines, pages of text as conversations, and the public files of Perception-R1.
 
 A file is a list of objects (`.json`) or has one object a line (any other name). Lines are read when they are asked for;
-only their places in the file are in memory.
+only where each begins is in memory.
 """
 
 import json
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from perception_r1.data.categories import COCO_NAME_OF
 from perception_r1.data.sources.base import DataError, Source, SourceRow
-from perception_r1.rows import Row, RowError, show
+from perception_r1.rows import Row, RowError, short_repr
 
 Unit = Literal["pixels", "thousandths", "percent", "fractions"]
 
-_SLACK = 1.0
+_TOLERANCE = 1.0
 """Pixels by which the boxes of the public files may lie outside their image: those of detection are COCO's."""
 _AS_JSON = str.maketrans("()'", '[]"')
 """Turns what Python writes, with tuples and single quotes, into JSON."""
@@ -49,9 +50,19 @@ class JsonSource(Source):
     def read(self) -> Sequence[SourceRow]:
         """See `Source`."""
         try:
-            return _List(self) if self.file.suffix == ".json" else _Lines(self)
+            return self._listed() if self.file.suffix == ".json" else _Lines(self)
         except OSError as error:
             raise DataError(f"{self.file}: cannot be read ({error.strerror or error})") from error
+
+    def _listed(self) -> list[SourceRow]:
+        """The objects of one JSON list."""
+        try:
+            values = json.loads(self.file.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.file}: must be a JSON list of objects ({error})") from error
+        if not isinstance(values, list):
+            raise DataError(f"{self.file}: must be a JSON list of objects")
+        return [self.row(number, partial(values.__getitem__, number - 1)) for number in range(1, len(values) + 1)]
 
     def contents(self) -> Iterable[Path | str]:
         """See `Source`."""
@@ -62,21 +73,22 @@ class JsonSource(Source):
 
     def row(self, number: int, read: Any) -> SourceRow:
         """Row number `number` of the file from a function that reads its values."""
-        place = f"{self.file}:{number}"
+        location = f"{self.file}:{number}"
         try:
             values = read()
             if not isinstance(values, dict):
                 raise RowError("the line must be a JSON object in braces")
             values = self.convert(values)
-            image = self.images / Row(values, width=1, height=1).text("image")
-            return SourceRow(place=place, number=number, values=values, image=image)
+            row = Row(values, width=1, height=1)
+            image = self.images / row.text("image") if "image" in row else None
+            return SourceRow(location=location, number=number, values=values, image=image)
         except RowError as error:
             problem = str(error)
         except UnicodeDecodeError:
             problem = "the line must be UTF-8 text"
         except (ValueError, RecursionError) as error:
             problem = f"the line must be a JSON object ({error})"
-        return SourceRow(place=place, number=number, values={}, problem=problem)
+        return SourceRow(location=location, number=number, values={}, problem=problem)
 
 
 class JsonLines(JsonSource):
@@ -141,11 +153,14 @@ class PerceptionR1(JsonSource):
             "image": values.get("image"),
             "id": values.get("id"),
             "unit": self.unit or "thousandths",
-            "tolerance": _SLACK,
+            "tolerance": _TOLERANCE,
         }
         problem = values.get("problem")
         if values.get("clicks") is not None:
-            return row | {"label": problem, "points": _points(_spelled(values["clicks"]))}
+            clicks = point_pairs(_spelled(values["clicks"]))
+            if not isinstance(clicks, list):
+                raise RowError("clicks: must be a list of points")
+            return row | {"label": problem, "points": clicks}
         if values.get("normalized_solution") is not None:
             return row | {"question": problem, "box": _spelled(values["normalized_solution"]), "unit": "thousandths"}
         solution = _spelled(values.get("solution"))
@@ -160,7 +175,7 @@ class PerceptionR1(JsonSource):
         is_box = len(solution) == 4 and all(isinstance(number, int | float) for number in solution)
         if is_box:
             return row | {"question": problem, "box": solution}
-        return row | {"label": problem, "points": _points(solution)}
+        return row | {"label": problem, "points": point_pairs(solution)}
 
 
 def _spelled(value: object) -> object:
@@ -173,11 +188,19 @@ def _spelled(value: object) -> object:
         return value
 
 
-def _points(items: object) -> list[object]:
-    """Points as pairs, from pairs or from `{"x": ..., "y": ...}`; what is neither is left for the check of the row."""
-    if not isinstance(items, list):
-        raise RowError("clicks: must be a list of points")
-    return [[item.get("x"), item.get("y")] if isinstance(item, dict) else item for item in items]
+def point_pairs(value: Any) -> object:
+    """Points as pairs, from pairs, from `{"x": ..., "y": ...}` each, or from all x and all y.
+
+    What is none of these is left for the check of the row.
+    """
+    if isinstance(value, Mapping):
+        xs, ys = value.get("x"), value.get("y")
+        if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
+            return None if xs is ys is None else value
+        return [list(pair) for pair in zip(xs, ys, strict=True)]
+    if isinstance(value, list):
+        return [[item.get("x"), item.get("y")] if isinstance(item, Mapping) else item for item in value]
+    return value
 
 
 def _objects(solution: dict[str, Any]) -> list[dict[str, object]]:
@@ -187,7 +210,7 @@ def _objects(solution: dict[str, Any]) -> list[dict[str, object]]:
         raise RowError("solution: target_id and target_box must be lists of the same length")
     unknown = [number for number in numbers if type(number) is not int or number not in COCO_NAME_OF]
     if unknown:
-        raise RowError(f"solution: target_id must hold COCO's category numbers, got {show(unknown[0])}")
+        raise RowError(f"solution: target_id must hold COCO's category numbers, got {short_repr(unknown[0])}")
     return [{"box": box, "label": COCO_NAME_OF[number]} for number, box in zip(numbers, boxes, strict=True)]
 
 
@@ -215,23 +238,3 @@ class _Lines(Sequence[SourceRow]):
                 return json.loads(file.readline().decode("utf-8-sig"))
 
         return self._source.row(self._numbers[index], read)
-
-
-class _List(Sequence[SourceRow]):
-    """The objects of one JSON list."""
-
-    def __init__(self, source: JsonSource) -> None:
-        self._source = source
-        try:
-            values = json.loads(source.file.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{source.file}: must be a JSON list of objects ({error})") from error
-        if not isinstance(values, list):
-            raise DataError(f"{source.file}: must be a JSON list of objects")
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._source.row(index + 1, lambda: self._values[index])

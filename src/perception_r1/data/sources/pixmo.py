@@ -1,42 +1,22 @@
-"""PixMo-Count: a data set whose pictures have to be fetched by URL."""
+"""PixMo-Count: a data set whose images have to be fetched by URL."""
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from perception_r1.data.sources.base import DataError
+from perception_r1.data.sources.base import SHA256, DataError, Download
 from perception_r1.data.sources.hub import Hub
-
-SHA256 = re.compile(r"[0-9a-f]{64}")
-"""A digest in hex."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Download:
-    """A file to fetch.
-
-    Attributes:
-        url: Where it is.
-        sha256: Hex digest of its content.
-        path: Where it goes.
-    """
-
-    url: str
-    sha256: str
-    path: Path
 
 
 class PixMoCount(Hub):
     """PixMo-Count: objects of one kind, with points in pixels or only their number.
 
-    `perception-r1 data fetch` puts the pictures into a folder, each under the SHA-256 of its file; the rows of pictures
-    that are not there cannot be used.
+    `perception-r1 data fetch` puts the images into a folder, each under the SHA-256 of its file; a row whose image is
+    not there cannot be used.
 
     Args:
-        images: Folder of the fetched pictures.
+        images: Folder of the fetched images.
         path: Hub id, or parquet file.
         split: "train", "validation" or "test".
         revision: Commit or tag on the hub; the newest unless given.
@@ -71,20 +51,20 @@ class PixMoCount(Hub):
         return row if row.get("points") else row | {"points": None}
 
     def downloads(self) -> Iterable[Download]:
-        """The pictures of the rows that are taken, each once; what a row lacks is empty.
+        """The images of the rows, each once; what a row lacks is empty.
 
         Raises:
-            DataError: The data set cannot be read or names no pictures.
+            DataError: The data set cannot be read or names no images.
         """
         numbers, columns = self.numbers, ["image_url", "image_sha256"]
         if "image_url" not in self.table.column_names:
             raise DataError(f"{self}: has no column 'image_url', so there is nothing to fetch")
-        pictures = self.table.select_columns(columns)
+        table = self.table.select_columns(columns)
         seen: set[str] = set()
         for number in numbers:
-            entry = pictures[number]
+            entry = table[number]
             url, sha256 = (entry[column] or "" for column in columns)
             if sha256 not in seen:
                 seen.add(sha256)
-                name = sha256 if SHA256.fullmatch(sha256) else f"malformed-{number + 1}"  # may name any place
+                name = sha256 if SHA256.fullmatch(sha256) else f"malformed-{number + 1}"  # may be any path
                 yield Download(url=url, sha256=sha256, path=self.images / name)

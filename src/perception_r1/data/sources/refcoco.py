@@ -40,13 +40,13 @@ class RefCoco(Source):
     def read(self) -> Sequence[SourceRow]:
         """See `Source`; in the order of the file."""
         file = read_annotations(self.annotations)
-        place_of = {int(number): place for place, number in enumerate(file.ids)}
+        index_of = {int(number): index for index, number in enumerate(file.ids)}
         rows = _Sentences(self.references, file, self.images)
         references = _read_references(self.references)
         try:
             for reference in references:
                 if reference["split"] == self.split:
-                    rows.add(place_of[reference["ann_id"]], reference["sentences"])
+                    rows.add(index_of[reference["ann_id"]], reference["sentences"])
         except (KeyError, TypeError, OverflowError) as error:
             raise DataError(
                 f"{self.references}: must hold references with split, ann_id and sentences that belong to "
@@ -66,15 +66,15 @@ class RefCoco(Source):
 
 
 class _Sentences(Sequence[SourceRow]):
-    """The sentences of references, each with the place of its object among the annotations."""
+    """The sentences of references, each with the index of its object among the annotations."""
 
     def __init__(self, path: Path, file: Annotations, folder: Path) -> None:
         self._path, self._file, self._folder = path, file, folder
-        self._places, self._ids = array("q"), array("q")
+        self._objects, self._ids = array("q"), array("q")
         self._questions: list[str] = []
 
-    def add(self, place: int, sentences: Sequence[Mapping[str, Any]]) -> None:
-        """Sentences about the object at a place.
+    def add(self, index: int, sentences: Sequence[Mapping[str, Any]]) -> None:
+        """Sentences about the object of this index.
 
         Raises:
             KeyError, TypeError, OverflowError: They are none.
@@ -82,23 +82,24 @@ class _Sentences(Sequence[SourceRow]):
         for sentence in sentences:
             self._questions.append(sentence["sent"])
             self._ids.append(sentence["sent_id"])
-            self._places.append(place)
+            self._objects.append(index)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._objects)
 
     def __getitem__(self, index: Any) -> Any:
-        place = self._places[index]
-        name, width, height = self._file.images[int(self._file.image_ids[place])]
+        number = self._objects[index]
+        name, width, height = self._file.images[int(self._file.image_ids[number])]
         values = {
             "id": self._ids[index],
             "question": self._questions[index],
-            "box": self._file.boxes[place].tolist(),
+            "box": self._file.boxes[number].tolist(),
             "width": width,
             "height": height,
             "tolerance": TOLERANCE,
         }
-        return SourceRow(place=f"{self._path}:{index + 1}", number=index + 1, values=values, image=self._folder / name)
+        location, image = f"{self._path}:{index + 1}", self._folder / name
+        return SourceRow(location=location, number=index + 1, values=values, image=image)
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -1,19 +1,18 @@
-"""A synthetic data set: scenes of a world, each drawn when it is asked for, in splits that share no picture.
+"""A synthetic data set: scenes of a world, each drawn when it is asked for, in splits that share no image.
 
 Scene `i` of a split depends on nothing but (world, seed, split, i). A hash of its pixels decides to which split a
-picture belongs, so that no held-out picture equals a training picture.
+image belongs, so that no held-out image equals a training image.
 """
 
 import hashlib
 import json
 import random
 from dataclasses import asdict
-from typing import Literal, get_args
+from typing import get_args
 
 from perception_r1.data.synthetic.worlds import Scene, World
 from perception_r1.errors import UserError
-
-Split = Literal["train", "val", "test"]
+from perception_r1.records import Split
 
 _NUM_SHARES = 8
 """The pixel hash cuts all scenes into this many equal shares: one for val, one for test, the others for train."""
@@ -24,8 +23,8 @@ _MAX_DRAWS = 2000
 class SyntheticScenes:
     """A split of a world as a sequence of scenes, each drawn when it is asked for.
 
-    A scene is drawn again until the hash of its pixels falls into the split's share, so no picture of one split equals
-    a picture of another. Within val and test every picture occurs once; building the source makes sure of it.
+    A scene is drawn again until the hash of its pixels falls into the split's share, so no image of one split equals
+    an image of another. Within val and test every image occurs once; building the source makes sure of it.
 
     Raises:
         UserError: The world has too few different scenes for the split, or an argument is out of range.
@@ -50,12 +49,8 @@ class SyntheticScenes:
             return self._draw(index, self._draws[index])
         return self._next(index, set())[1]
 
-    def fingerprint(self) -> str:
-        """A hex digest of everything that determines the scenes."""
-        return scene_fingerprint(self.world, self.split, self.seed, self.size)
-
     def _draws_without_repeats(self) -> list[int]:
-        """For every index, the number of the draw that is in the split and shows a new picture."""
+        """For every index, the number of the draw that is in the split and shows a new image."""
         seen: set[bytes] = set()
         return [self._next(index, seen)[0] for index in range(self.size)]
 
@@ -68,7 +63,7 @@ class SyntheticScenes:
                 seen.add(digest)
                 return draw, scene
         raise UserError(
-            f"{type(self.world).__name__} has too few different pictures for {self.size} {self.split} scenes (stuck at"
+            f"{type(self.world).__name__} has too few different images for {self.size} {self.split} scenes (stuck at"
             f" number {index}): ask for fewer or give it more variety (tint, num_colours, image_size ...)"
         )
 
@@ -78,7 +73,7 @@ class SyntheticScenes:
 
 
 def scene_fingerprint(world: World, split: Split, seed: int, size: int) -> str:
-    """A hex digest of everything that determines the scenes of a `SyntheticScenes`, which need not be built for it."""
+    """A hex digest of everything that determines the scenes, which need not be built for it."""
     return _digest(f"{_settings(world, split, seed)} {size}".encode()).hex()
 
 

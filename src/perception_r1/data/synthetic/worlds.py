@@ -1,7 +1,7 @@
-"""Worlds: what can be in a synthetic picture, drawn with exact annotations as rows of the project's own data format.
+"""Worlds: what can be in a synthetic image, drawn with exact annotations as rows of the project's own data format.
 
 Objects sit on a grid, so their boxes are whole pixels that a patch-based model can name exactly. The background carries
-the position (red grows to the right, green grows downwards) and differs a little from picture to picture.
+the position (red grows to the right, green grows downwards) and differs a little from image to image.
 """
 
 import random
@@ -17,10 +17,10 @@ from perception_r1.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One synthetic picture with its annotation.
+    """One synthetic image with its annotation.
 
     Attributes:
-        image: The picture in RGB.
+        image: The image in RGB.
         values: The row in the task's own data format, without the image: boxes and points in pixels.
     """
 
@@ -30,16 +30,21 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class World(ABC):
-    """What can be in a picture.
+    """What can be in an image.
 
     Attributes:
-        tint: Largest random shift of the background colour from picture to picture, in steps of 0 to 255.
+        tint: Largest random shift of the background colour from image to image, in steps of 0 to 255.
     """
 
     tint: int = 8
 
     def __post_init__(self) -> None:
         _check("tint", self.tint, 0, 60)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every name an object can have; none where objects have no names."""
+        return ()
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Scene:
@@ -51,7 +56,7 @@ class ShapeWorld(World):
     """Coloured shapes of one size, which never overlap, on a grid.
 
     Attributes:
-        image_size: Width and height of the picture in pixels.
+        image_size: Width and height of the image in pixels.
         grid: Every object's corner is a multiple of this many pixels.
         object_size: Width and height of an object in pixels, a multiple of the grid.
         num_colours: How many colours there are: red, green, blue, yellow, in this order.
@@ -81,7 +86,7 @@ class ShapeWorld(World):
 
     @property
     def capacity(self) -> int:
-        """How many objects always find a place."""
+        """How many objects always fit."""
         return (self.image_size // self.object_size) ** 2
 
     @property
@@ -127,7 +132,7 @@ class ShapeWorld(World):
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingWorld(ShapeWorld):
-    """One object is asked for; the others, if any, look different.
+    """One object is asked for; the others, if any, are of other kinds.
 
     Attributes:
         max_distractors: Largest number of other objects.
@@ -190,7 +195,7 @@ class DetectionWorld(ShapeWorld):
     """Any objects; all of them are asked for.
 
     Attributes:
-        empty_share: Share of the pictures without any object.
+        empty_share: Share of the images without any object.
         max_objects: Largest number of objects.
     """
 
@@ -203,7 +208,7 @@ class DetectionWorld(ShapeWorld):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.empty_share <= 1:
-            raise ValueError(f"empty_share must lie between 0 and 1, got {self.empty_share}")
+            raise UserError(f"empty_share must lie between 0 and 1, got {self.empty_share}")
         _check("max_objects", self.max_objects, 1, 1000)
         self._check_room(self.max_objects)
 
@@ -220,10 +225,10 @@ class TextWorld(World):
     """Lines of random characters, each in a cell of its own, on paper.
 
     Attributes:
-        alphabet: The characters; the default leaves out those that look alike (O, Q, I, S, Z ...).
+        alphabet: The characters; the default leaves out those that are easily confused (O, Q, I, S, Z ...).
         min_chars: Fewest characters in a line.
-        max_chars: Most characters in a line; it sets the width of the picture.
-        num_lines: Lines of text; it sets the height of the picture.
+        max_chars: Most characters in a line; it sets the width of the image.
+        num_lines: Lines of text; it sets the height of the image.
         cell_width: Width of a character's cell in pixels.
         cell_height: Height of a character's cell in pixels.
         font_size: Size of the font in pixels.
