@@ -19,6 +19,7 @@ from perception_r1.commands.options import known, make_task, new_parser, option_
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.sources import SourceRow, open_source
 from perception_r1.errors import UserError
+from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.records import ImageSize, Sample, UnloadedSample
 from perception_r1.rows import Row, RowError, object_labels
 from perception_r1.scoring import ScoredCompletion, parse_completions, score_completions
