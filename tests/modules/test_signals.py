@@ -195,9 +195,7 @@ def shown(folder: Path) -> dict[str, list[Any]]:
     events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0, "images": 0}, purge_orphaned_data=True)
     tags = events.Reload().Tags()
     metrics = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
-    images = {
-        tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)] for tag in tags["images"]
-    }
+    images = {tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)] for tag in tags["images"]}
     return {tag: sorted(values) for tag, values in (metrics | images).items()}
 
 

@@ -28,7 +28,7 @@ class Lottery(Grounding):
     name = "lottery"
     component_names = ("luck",)
     metric_names = ("length",)
-    primary_metric = "luck"
+    primary_metric = "reward/luck"
 
     def parse_answer(self, text: str, codec: Any, image_size: Any) -> Any:
         return text
