@@ -165,7 +165,7 @@ def test_a_damaged_file_is_one_sentence(capsys, tmp_path, monkeypatch, text):
 
 def test_without_any_folder_of_configurations_the_way_out_is_told(monkeypatch):
     monkeypatch.setattr(module, "_FOLDERS", ())
-    with pytest.raises(UserError, match=r"there is no configs/default.yaml, here or beside the package"):
+    with pytest.raises(UserError, match=r"there is no configs/default\.yaml, here or beside the package"):
         compose(["--task", "ocr"])
 
 
