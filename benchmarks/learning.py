@@ -35,7 +35,7 @@ PRIMARY_METRICS = {
     "grounding": ("accuracy_50", "accuracy at IoU 0.5"),
     "counting": ("count_accuracy", "count accuracy"),
     "detection": ("ap50", "AP50"),
-    "ocr": ("similarity", "1 - edit distance"),
+    "ocr": ("reward/similarity", "1 - edit distance"),
 }
 """Task -> name of its metric in run.json, and in words."""
 VARIANTS = {
@@ -104,7 +104,7 @@ def row(run: Run, card: dict[str, Any]) -> dict[str, Any]:
         "metric": metric,
         "before": card["before"][metric],
         "after": card["after"][metric],
-        "format_after": card["after"].get("format"),
+        "format_after": card["after"].get("reward/format"),
         "steps": card["steps"],
         "seconds": card["seconds"],
         "commit": (card["git"] or {}).get("commit"),

@@ -110,7 +110,7 @@ def test_a_folder_of_configurations_here_comes_first_and_may_hold_some_of_the_pa
     with (tmp_path / "configs" / "model" / "tiny.yaml").open("a") as file:
         file.write("    num_val: 3\n")
     assert printed("--task", "mine")["data"]["init_args"]["num_val"] == 3
-    with pytest.raises(UserError, match="give one of counting, detection, grounding, mine, ocr$"):
+    with pytest.raises(UserError, match=r"give one of counting, detection, grounding, mine, ocr$"):
         compose(["--task", "cup"])
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_file_is_one_sentence(capsys, tmp_path, monkeypatch, text):
 
 def test_without_any_folder_of_configurations_the_way_out_is_told(monkeypatch):
     monkeypatch.setattr(module, "_FOLDERS", ())
-    with pytest.raises(UserError, match="there is no configs/default.yaml, here or beside the package"):
+    with pytest.raises(UserError, match=r"there is no configs/default.yaml, here or beside the package"):
         compose(["--task", "ocr"])
 
 

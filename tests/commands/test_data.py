@@ -169,7 +169,8 @@ def test_help_tells_the_verbs(capsys):
     assert all(f" {verb}: " in text for verb in ("check", "stats", "convert", "fetch"))
     assert main(["data", "check", "--help"]) == 0
     text = capsys.readouterr().out
-    assert [word for word in ("perception-r1 data check --task NAME", "--split", "--to", "--data.help") if word not in text] == []
+    words = ("perception-r1 data check --task NAME", "--split", "--to", "--data.help")
+    assert [word for word in words if word not in text] == []
 
 
 @pytest.mark.parametrize(

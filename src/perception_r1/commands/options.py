@@ -32,7 +32,7 @@ def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequen
         argv: The arguments.
 
     Returns:
-        The exit status: that of the command, 2 after a user's error, or 143 after SIGTERM.
+        The exit status of the command, 2 after a user's error, 143 after SIGTERM.
     """
     try:
         return command(argv)
@@ -56,11 +56,11 @@ def _sentence(error: BaseException | None) -> str | None:
     told = (UserError, lightning.MisconfigurationException) if lightning else UserError
     while error is not None and not isinstance(error, told):
         error = error.__cause__ or error.__context__
-    return None if error is None else str(error)
+    return None if error is None else " ".join(str(error).split())
 
 
 def new_parser(name: str, description: str, epilog: str | None = None) -> jsonargparse.ArgumentParser:
-    """A parser for `parse_completion`."""
+    """A parser for `parse`."""
     return jsonargparse.ArgumentParser(
         prog=f"perception-r1 {name}", description=description, epilog=epilog, exit_on_error=False
     )

@@ -115,8 +115,7 @@ class PerceptionCLI(ConfiguredCLI):
         is_embedded = self.model.policy_config.name == EMBEDDED
         check_devices(self.trainer)
         self.datamodule.trainer = self.trainer  # it tells among how many processes the samples are divided
-        if verb == "fit":
-            self.model.check_trainer(self.trainer)
+        self.model.check_trainer(self.trainer, is_training=verb == "fit")
         embedded = self.config_init[verb].embedded if is_embedded else None
         if self.datamodule.sources:  # synthetic scenes suit every model
             _, processor = load_reader(self.model.policy_config, embedded, self.datamodule)
