@@ -40,7 +40,7 @@ PRIMARY_METRICS = {
 """Task -> name of its metric in run.json, and in words."""
 VARIANTS = {
     "grpo": [],
-    "sft": ["-c", "configs/variant/sft.yaml"],
+    "sft": ["--variant", "sft"],
     "sequential": ["--data.task.init_args.matching", "sequential"],
 }
 MATCHED_TASKS = ("counting", "detection")
@@ -69,10 +69,7 @@ def train(run: Run, runs: Path, options: list[str]) -> dict[str, Any]:
     if done is not None:
         return done
     command = [
-        *(sys.executable, "-m", "perception_r1", "fit", "-c", "configs/default.yaml"),
-        *("-c", f"configs/task/{run.task}.yaml", "-c", "configs/model/tiny.yaml"),
-        *("-c", f"configs/tiny/{run.task}.yaml"),
-        *VARIANTS[run.variant],
+        *(sys.executable, "-m", "perception_r1", "fit", "--task", run.task, *VARIANTS[run.variant]),
         *("--seed_everything", str(run.seed), "--trainer.logger.init_args.save_dir", str(runs)),
         *("--trainer.logger.init_args.name", run.task),
         *("--trainer.logger.init_args.version", f"{run.variant}-{run.seed}"),
