@@ -35,12 +35,12 @@ PRIMARY_METRICS = {
     "grounding": ("accuracy_50", "accuracy at IoU 0.5"),
     "counting": ("count_accuracy", "count accuracy"),
     "detection": ("ap50", "AP50"),
-    "ocr": ("similarity", "1 - edit distance"),
+    "ocr": ("reward/similarity", "1 - edit distance"),
 }
 """Task -> name of its metric in run.json, and in words."""
 VARIANTS = {
     "grpo": [],
-    "sft": ["-c", "configs/variant/sft.yaml"],
+    "sft": ["--variant", "sft"],
     "sequential": ["--data.task.init_args.matching", "sequential"],
 }
 MATCHED_TASKS = ("counting", "detection")
@@ -69,10 +69,7 @@ def train(run: Run, runs: Path, options: list[str]) -> dict[str, Any]:
     if done is not None:
         return done
     command = [
-        *(sys.executable, "-m", "perception_r1", "fit", "-c", "configs/default.yaml"),
-        *("-c", f"configs/task/{run.task}.yaml", "-c", "configs/model/tiny.yaml"),
-        *("-c", f"configs/tiny/{run.task}.yaml"),
-        *VARIANTS[run.variant],
+        *(sys.executable, "-m", "perception_r1", "fit", "--task", run.task, *VARIANTS[run.variant]),
         *("--seed_everything", str(run.seed), "--trainer.logger.init_args.save_dir", str(runs)),
         *("--trainer.logger.init_args.name", run.task),
         *("--trainer.logger.init_args.version", f"{run.variant}-{run.seed}"),
@@ -104,7 +101,7 @@ def row(run: Run, card: dict[str, Any]) -> dict[str, Any]:
         "metric": metric,
         "before": card["before"][metric],
         "after": card["after"][metric],
-        "format_after": card["after"].get("format"),
+        "format_after": card["after"].get("reward/format"),
         "steps": card["steps"],
         "seconds": card["seconds"],
         "commit": (card["git"] or {}).get("commit"),

@@ -38,7 +38,7 @@ def check_out(commit: str, parent: Path) -> Path:
 
 def train(folder: Path, task: str, steps: int) -> dict[str, list[float]]:
     """Run some steps; returns what TensorBoard has of each of them."""
-    configs = ["default", f"task/{task}", "model/tiny", f"tiny/{task}"]
+    configs = ["default", f"task/{task}", "model/tiny", f"tiny/{task}"]  # as older commits take them too
     command = [sys.executable, "-m", "perception_r1", "fit", "--seed_everything", "0"]
     command += [word for name in configs for word in ("-c", f"configs/{name}.yaml")]
     command += [
@@ -48,6 +48,8 @@ def train(folder: Path, task: str, steps: int) -> dict[str, list[float]]:
         "0",
         "--before_after.enabled",
         "false",
+        "--trainer.logger.init_args.name",
+        task,
     ]
     environment = os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

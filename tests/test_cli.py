@@ -21,6 +21,12 @@ from perception_r1.modules import GRPO, SFT
 from perception_r1.tasks import TASKS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+SHARED_OPTIONS = (
+    *("--model.optimizer", "Optimiser of the trainable weights.", "--model.lr_scheduler.warmup_steps"),
+    *("--model.max_grad_norm", "--model.seed", "Seed of sampling and dropout", "--model.policy.name"),
+    *("--model.max_new_tokens", "Longest completion, end token included.", "--model.eval_batch_tokens"),
+)
+"""What the two trainings inherit, with a part of its explanation."""
 OWN_COMMANDS = ("data", "predict", "export", "score")
 """What is not a verb of the trainer."""
 
@@ -71,7 +77,8 @@ def fitted(monkeypatch, tmp_path, folder):
                 "--trainer.max_steps",
             ],
         ),
-        (["fit", "--model.help", "GRPO"], ["--model.group_size", "Completions of each prompt (G)", "--model.kl_coef"]),
+        (["fit", "--model.help", "GRPO"], ["--model.group_size", "Completions of each prompt (G)", *SHARED_OPTIONS]),
+        (["fit", "--model.help", "SFT"], ["Teach the ideal answers", *SHARED_OPTIONS]),
         (["fit", "--data.help", "CountingData"], ["--data.train_file", "--data.batch_size", "--data.on_bad_row"]),
     ],
 )
@@ -137,6 +144,7 @@ def test_the_name_of_a_run_is_that_of_its_folder(fitted, variant):
         (["--ckpt_path", "last"], "No run under logs/counting has a checkpoints/last.ckpt yet; train first"),
         (["--ckpt_path", "best"], "No run under logs/counting has a checkpoints/best.ckpt yet; train first"),
         (["--model.policy.name", "/nowhere"], "There is no model folder /nowhere."),
+        (["--model.optimizer.lr", "-1"], "model.optimizer cannot be made: Invalid learning rate: -1"),
         (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val has no effect here; set model.max_grad_norm"),
     ],
 )

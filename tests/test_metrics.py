@@ -14,12 +14,14 @@ from pycocotools.cocoeval import COCOeval
 from torch import multiprocessing as mp
 from torch.utils.data import DataLoader
 
-from perception_r1.metrics import BoxAP, MeanScore, task_metrics
+from perception_r1.metrics import BoxAP, MeanScore, make_metrics
 from perception_r1.records import ImageSize, LabelledBox, Score
 from perception_r1.rows import Row
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
+from tests.callbacks.toy import ToyTask
 
 NAMES = ("cat", "dog", "cup")
+SIZE = ImageSize(width=200, height=100, resized_width=28, resized_height=28)
 STATS = [
     "ap",
     "ap50",
@@ -137,8 +139,8 @@ def our_images(truth: dict[str, list], results: list[dict]) -> list[Image]:
 
 def update(metric: BoxAP, images: list[Image]) -> None:
     metric.update(
-        predictions=[image.prediction for image in images],
-        targets=[image.target for image in images],
+        preds=[image.prediction for image in images],
+        target=[image.target for image in images],
         image_sizes=[image.image_size for image in images],
         ids=[image.id for image in images],
     )
@@ -152,23 +154,60 @@ def exactly(values: dict[str, float]) -> object:
     return pytest.approx(values, abs=1e-9, rel=0, nan_ok=True)
 
 
+def add(metric: MeanScore, *rows: tuple[float, float, float]) -> None:
+    """Count scores of the toy task, given as reward, its component and its metric."""
+    scores = [Score(reward=r, components={"format": f}, metrics={"accuracy": a}) for r, f, a in rows]
+    metric.update(preds=[None] * len(rows), target=[None] * len(rows), scores=scores)
+
+
 def test_score_means_agree_with_a_naive_mean():
     rng = np.random.default_rng(0)
     table = rng.uniform(size=(50, 3))
-    metric = MeanScore(("reward", "iou", "count"))
+    metric = MeanScore(ToyTask())
     for start in range(0, 50, 7):
-        rows = table[start : start + 7].tolist()
-        metric.update(scores=[Score(reward=r, components={"iou": i}, metrics={"count": c}) for r, i, c in rows])
+        add(metric, *table[start : start + 7].tolist())
     means = metric.compute()
-    assert [means[name].item() for name in ("reward", "iou", "count")] == pytest.approx(table.mean(axis=0), abs=1e-12)
+    assert list(means) == ["reward", "reward/format", "accuracy"]
+    assert [value.item() for value in means.values()] == pytest.approx(table.mean(axis=0), abs=1e-12)
     metric.reset()
-    metric.update(scores=[])
-    assert metric.compute()["iou"].isnan()
+    add(metric)
+    assert metric.compute()["reward/format"].isnan()
+
+
+def test_predictions_without_scores_are_scored_by_the_task():
+    target = (0.25, 0.25, 0.75, 0.75)
+    metric = MeanScore(ToyTask())
+    metric.update(preds=[target, None, target, (0, 0, 1, 1)], target=[target] * 4)
+    assert {name: value.item() for name, value in metric.compute().items()} == {
+        "reward": 0.5, "reward/format": 0.5, "accuracy": 0.5
+    }  # fmt: skip
 
 
 def test_score_means_refuse_names_that_collide():
+    class Twice(ToyTask):
+        metric_names = ("accuracy", "accuracy")
+
     with pytest.raises(ValueError, match="different"):
-        MeanScore(("reward", "iou", "iou"))
+        MeanScore(Twice())
+
+
+def test_in_training_there_are_neither_slow_metrics_nor_those_of_a_data_set():
+    class Slow(ToyTask):
+        eval_metric_names = ("bleu",)
+
+        def eval_metrics(self, prediction, target):
+            return {"bleu": 0.25}
+
+        def dataset_metrics(self):
+            return {"boxes": BoxAP(NAMES)}
+
+    means = ["reward", "reward/format", "accuracy"]
+    assert list(make_metrics(Slow(), is_evaluation=False).compute()) == means
+    metrics = make_metrics(Slow()).clone(prefix="val/")
+    metrics.update(preds=[None], target=[DetectionTarget(objects=())], image_sizes=[SIZE], ids=["1"])
+    values = metrics.compute()
+    assert list(values)[:5] == [f"val/{name}" for name in (*means, "bleu", "ap")]
+    assert values["val/bleu"] == 0.25
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -216,12 +255,9 @@ def test_ids_that_are_no_numbers_have_an_order_of_their_own():
 
 
 def test_box_ap_worked_by_hand():
-    image_size = ImageSize(width=200, height=100, resized_width=28, resized_height=28)
     cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))  # 100 x 50 pixels: medium
     target = DetectionTarget(objects=(cat,))
-    hit, miss = (
-        Image(prediction=found, target=target, image_size=image_size, id="1") for found in (Objects((cat,)), None)
-    )
+    hit, miss = (Image(prediction=found, target=target, image_size=SIZE, id="1") for found in (Objects((cat,)), None))
     metric = BoxAP(NAMES)
     update(metric, [])
     assert all(value.isnan() for value in metric.compute().values())
@@ -240,14 +276,13 @@ def test_box_ap_worked_by_hand():
 
 
 def test_an_area_decides_the_size_and_a_crowd_forgives():
-    image_size = ImageSize(width=200, height=100, resized_width=28, resized_height=28)
     cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))
     inside = LabelledBox(label="cat", box=(0.6, 0.1, 0.7, 0.3))
     crowd = LabelledBox(label="cat", box=(0.5, 0.0, 1.0, 1.0))
     image = Image(
         prediction=Objects((inside, inside, cat)),
         target=DetectionTarget(objects=(cat,), areas=(1024.0,), crowds=(crowd,)),
-        image_size=image_size,
+        image_size=SIZE,
         id="1",
     )
     metric = BoxAP(NAMES)
@@ -276,12 +311,12 @@ def test_an_area_decides_the_size_and_a_crowd_forgives():
     ],
 )
 def test_no_cast_reduces_the_state(cast):
-    means, ap = MeanScore(("reward",)), BoxAP(NAMES)
+    means, ap = MeanScore(ToyTask()), BoxAP(NAMES)
     module = torch.nn.ModuleList([means, ap])
     images = our_images(*make_coco(0, 20, 2))
     for half in (images[:10], images[10:]):
         cast(module)
-        means.update(scores=[Score(reward=0.1)])
+        add(means, (0.1, 0, 0))
         update(ap, half)
     cast(module)
     assert means.compute()["reward"].item() == 0.1
@@ -292,16 +327,16 @@ def test_no_cast_reduces_the_state(cast):
 
 
 class Logs(LightningModule):
-    """Logs a metric of the rewards as the modules do; a batch is places among them."""
+    """Logs a metric of the rewards as the modules do; a batch holds indices of them."""
 
     def __init__(self, rewards) -> None:
         super().__init__()
         self.rewards = rewards
-        self.means = MeanScore(("reward",))
+        self.means = MeanScore(ToyTask())
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def validation_step(self, batch, batch_idx) -> None:
-        self.means.update(scores=[Score(reward=float(self.rewards[index])) for index in batch])
+        add(self.means, *((float(self.rewards[index]), 0, 0) for index in batch))
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.means.compute(), sync_dist=True, batch_size=1)
@@ -322,24 +357,17 @@ def test_what_is_logged_is_exact(tmp_path, precision):
     assert found[0]["reward"] == pytest.approx(rewards.mean(), abs=1e-12, rel=0)
 
 
-def test_task_metrics_give_one_flat_dict():
+def test_the_metrics_of_a_task_are_one_flat_dict():
     task = Detection(categories=NAMES)
     cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))
     target = DetectionTarget(objects=(cat,))
     prediction = DetectionPrediction(objects=(cat,), num_listed=1, is_exact=True)
-    metrics = task_metrics(task)
-    image_size = ImageSize(width=200, height=100, resized_width=28, resized_height=28)
+    metrics = make_metrics(task)
     for guess in (prediction, None):
-        metrics.update(
-            scores=[task.score(guess, target)],
-            predictions=[guess],
-            targets=[target],
-            image_sizes=[image_size],
-            ids=["1"],
-        )
+        metrics.update(preds=[guess], target=[target], image_sizes=[SIZE], ids=["1"])
     values = {name: value.item() for name, value in metrics.compute().items()}
     assert values["reward"] == pytest.approx(1.5)
-    assert values["iou"] == pytest.approx(0.5)
+    assert values["reward/iou"] == pytest.approx(0.5)
     assert values["ap50"] == pytest.approx(values["ap"]) == pytest.approx(51 / 101)  # recall levels 0, .01, ... .5
     metrics.reset()
     assert metrics["ap"].records == []
@@ -354,11 +382,11 @@ def _merged(rank: int, port: int, queue) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     images = our_images(*make_coco(0, 12, 0))
     for shares in SHARES:
-        means, ap = MeanScore(("reward",)), BoxAP(NAMES)
+        means, ap = MeanScore(ToyTask()), BoxAP(NAMES)
         for index in shares[rank]:
-            means.update(scores=[Score(reward=index / 7)])
+            add(means, (index / 7, 0, 0))
             update(ap, [images[index]])
-        values = {**means.compute(), **ap.compute()}
+        values = {"reward": means.compute()["reward"], **ap.compute()}
         queue.put({name: value.item() for name, value in values.items()})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,7 +1,8 @@
-"""What is known about a whole data set: means of scores, and COCO's average precision.
+"""Metrics over a whole data set as torchmetrics: means of rewards and scores, and COCO's average precision.
 
-`task_metrics(task)` and `update_metrics` are all that validation, testing and offline scoring need. Metrics are float64
-and depend neither on the batches nor on the number of devices.
+`make_metrics(task)` makes the one collection of which training, validation and test use clones with a prefix of their
+own, and `update_metrics` feeds it. A metric takes `preds` and `target`; its state is float64 and depends neither on the
+batches nor on the number of devices.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from perception_r1.records import ImageSize, LabelledBox, Score
-from perception_r1.scoring import ScoredCompletion
+from perception_r1.scoring import ScoredCompletion, score_prediction
 from perception_r1.task import Task
 
 _COCO_STATS = (
@@ -35,7 +36,7 @@ _COCO_STATS = (
     ("ar_medium", 10),
     ("ar_large", 11),
 )
-"""Our names of pycocotools' metrics and their places in `COCOeval.stats`; recalls are those at 100 detections."""
+"""Our names of pycocotools' metrics and their indices in `COCOeval.stats`; recalls are those at 100 detections."""
 
 _IMAGE, _TARGET, _CROWD, _DETECTION = range(4)
 """Kinds of record in the state of `BoxAP`."""
@@ -47,58 +48,37 @@ _MAX_DIGITS, _HASH_BITS = 15, 52
 """Whole numbers of so many digits or bits are exact in float64."""
 
 
-def task_metrics(task: Task[Any, Any]) -> MetricCollection:
-    """All metrics of a task under plain names ("reward", "iou", "ap50"), from scores with the metrics of evaluation.
+def make_metrics(task: Task[Any, Any], *, is_evaluation: bool = True) -> MetricCollection:
+    """All metrics of a task as one collection, to be cloned with a prefix: `make_metrics(task).clone(prefix="val/")`.
 
-    `update(scores=..., predictions=..., targets=..., image_sizes=..., ids=...)` takes sequences of one length,
-    `compute()` gives one flat dict of float64 scalars. Metrics are never grouped: two that agree on the first batch would
-    stay merged for ever.
-    """
-    means = MeanScore(("reward", *task.component_names, *task.metric_names, *task.eval_metric_names))
-    return MetricCollection({"scores": means, **task.dataset_metrics()}, compute_groups=False)
+    `compute()` gives one flat dict of float64 scalars by name, which is the prefix and one of
 
+        reward               the mean reward
+        reward/COMPONENT     the mean of each of `task.component_names`
+        METRIC               the mean of each of `task.metric_names` and `task.eval_metric_names`
+        METRIC               over the whole data set, of each of `task.dataset_metrics()` (AP, say)
 
-def update_metrics(metrics: MetricCollection, scored_completions: Sequence[ScoredCompletion]) -> None:
-    """Feed scored completions to a task's metrics."""
-    metrics.update(
-        scores=[scored.score for scored in scored_completions],
-        predictions=[scored.prediction for scored in scored_completions],
-        targets=[scored.sample.target for scored in scored_completions],
-        image_sizes=[scored.image_size for scored in scored_completions],
-        ids=[scored.sample.id for scored in scored_completions],
-    )
-
-
-class SourceMetrics:
-    """The metrics of a task for each source of a data set; a single source needs no name.
+    Metrics are never grouped: two that agree on the first batch would stay merged for ever.
 
     Args:
         task: The task.
-        names: Of the sources, as in `Sample.source`.
-        device: Where the states are: those of several processes are added up there.
+        is_evaluation: False leaves out what is too slow for every training step, `eval_metrics` and `dataset_metrics`.
     """
-
-    def __init__(self, task: Task[Any, Any], names: Sequence[str], device: torch.device | str = "cpu") -> None:
-        self.by_source = {name: task_metrics(task).to(device) for name in names}
-
-    def update(self, scored_completions: Sequence[ScoredCompletion]) -> None:
-        """Feed scored completions of any of the sources."""
-        for name, metrics in self.by_source.items():
-            own = [scored for scored in scored_completions if len(self.by_source) == 1 or scored.sample.source == name]
-            if own:
-                update_metrics(metrics, own)
-
-    def compute(self) -> dict[str, dict[str, float]]:
-        """Metrics by name, by source."""
-        return {
-            name: {metric: float(value) for metric, value in metrics.compute().items()}
-            for name, metrics in self.by_source.items()
-        }
+    metrics = MetricCollection({"scores": MeanScore(task, is_evaluation=is_evaluation)}, compute_groups=False)
+    if is_evaluation:
+        metrics.add_metrics({**task.dataset_metrics()})  # behind the means: given at once they were sorted by name
+    return metrics
 
 
-def score_means(task: Task[Any, Any]) -> "MeanScore":
-    """The metric of a task that is cheap enough for every training step: no metric over a whole data set."""
-    return MeanScore(("reward", *task.component_names, *task.metric_names))
+def update_metrics(metrics: MetricCollection, scored_completions: Sequence[ScoredCompletion]) -> None:
+    """Feed scored completions to a task's metrics; none of them is scored again."""
+    metrics.update(
+        preds=[scored.prediction for scored in scored_completions],
+        target=[scored.sample.target for scored in scored_completions],
+        scores=[scored.score for scored in scored_completions],
+        image_sizes=[scored.image_size for scored in scored_completions],
+        ids=[scored.sample.id for scored in scored_completions],
+    )
 
 
 class _ExactMetric(Metric):
@@ -114,43 +94,62 @@ class _ExactMetric(Metric):
 
 
 class MeanScore(_ExactMetric):
-    """Mean reward, components and metrics over all samples; not a number before the first.
+    """Mean reward, components and metrics of a task's predictions; not a number before the first.
 
     Args:
-        names: "reward" and the names of the components and metrics, all different.
+        task: What scores a prediction.
+        is_evaluation: The metrics include the task's `eval_metrics`.
 
     Raises:
-        ValueError: A name is there twice.
+        ValueError: Two components or two metrics have one name.
 
-    >>> means = MeanScore(("reward", "iou"))
-    >>> means.update(scores=[Score(reward=2.0, components={"iou": 1.0}), Score(reward=1.0, components={"iou": 0.0})])
+    >>> from perception_r1.tasks.ocr import Ocr, OcrTarget
+    >>> means = MeanScore(Ocr())
+    >>> means.update(preds=["n quzxk", None], target=[OcrTarget(text="on quick")] * 2)
     >>> {name: value.item() for name, value in means.compute().items()}
-    {'reward': 1.5, 'iou': 0.5}
+    {'reward': 0.3125, 'reward/similarity': 0.3125, 'edit_distance': 0.6875, 'exact_match': 0.0}
     """
 
     full_state_update = False
     sums: Tensor
     count: Tensor
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, task: Task[Any, Any], *, is_evaluation: bool = True) -> None:
         super().__init__()
-        if len(set(names)) < len(names):
-            raise ValueError(f"names of components and metrics must all be different, not {', '.join(names)}")
-        self.names = tuple(names)
+        self.task = task
+        self.is_evaluation = is_evaluation
+        metric_names = (*task.metric_names, *(task.eval_metric_names if is_evaluation else ()))
+        self.names = ("reward", *(f"reward/{name}" for name in task.component_names), *metric_names)
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"names of components and of metrics must all be different, not {', '.join(self.names)}")
         self.add_state("sums", torch.zeros(len(self.names), dtype=self.dtype), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=self.dtype), dist_reduce_fx="sum")
 
-    def update(self, scores: Sequence[Score]) -> None:
-        """Add the scores of a batch."""
-        rows = [{"reward": score.reward, **score.components, **score.metrics} for score in scores]
-        values = [[row[name] for name in self.names] for row in rows]
-        table = torch.tensor(values, dtype=self.dtype, device=self.sums.device)
-        self.sums += table.reshape(-1, len(self.names)).sum(dim=0)
-        self.count += len(scores)
+    def update(self, preds: Sequence[Any], target: Sequence[Any], scores: Sequence[Score] | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            preds: The task's prediction of each sample, None where there is none.
+            target: The task's target of each sample.
+            scores: The scores of the predictions where they are known; else they are computed.
+        """
+        if scores is None:
+            pairs = zip(preds, target, strict=True)
+            scores = [score_prediction(self.task, *pair, is_evaluation=self.is_evaluation) for pair in pairs]
+        rows = [self._row(score) for score in scores]
+        table = torch.tensor(rows, dtype=self.dtype, device=self.sums.device)
+        # not in place: a state that was reset in inference mode may be updated outside of it
+        self.sums = self.sums + table.reshape(-1, len(self.names)).sum(dim=0)
+        self.count = self.count + len(rows)
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean of each name."""
+        """The mean of each name, see `make_metrics`."""
         return dict(zip(self.names, self.sums / self.count, strict=True))
+
+    def _row(self, score: Score) -> list[float]:
+        components = {f"reward/{name}": value for name, value in score.components.items()}
+        values = {"reward": score.reward, **components, **score.metrics}
+        return [values[name] for name in self.names]
 
 
 class HasObjects(Protocol):
@@ -177,7 +176,7 @@ class BoxAP(_ExactMetric):
     """COCO's average precision and recall of boxes by pycocotools, each detection with score 1.0.
 
     Boxes are measured in pixels of the original image. Detections beyond the first 100 of an image do not count, as in
-    COCO. A metric without any object to judge it by is not a number.
+    COCO. A metric for which there is no object at all is not a number.
 
     With equal scores the precision at a recall depends on the order of the images, which is COCO's: by their ids. Ids
     that are no whole numbers (of up to 15 digits) come last, in the order of their hashes.
@@ -200,19 +199,19 @@ class BoxAP(_ExactMetric):
 
     def update(
         self,
-        predictions: Sequence[HasObjects | None],
-        targets: Sequence[HasAnnotations],
+        preds: Sequence[HasObjects | None],
+        target: Sequence[HasAnnotations],
         image_sizes: Sequence[ImageSize],
         ids: Sequence[str],
     ) -> None:
         """Add the images of a batch, one id each; None is a prediction without objects."""
         rows: list[tuple[float, ...]] = []
-        for prediction, target, image_size, image_id in zip(predictions, targets, image_sizes, ids, strict=True):
-            rows.append((_IMAGE, *_place(image_id), 0, 0, 0, 0))
-            areas = target.areas or [None] * len(target.objects)
-            for item, area in zip(target.objects, areas, strict=True):
+        for prediction, annotated, image_size, image_id in zip(preds, target, image_sizes, ids, strict=True):
+            rows.append((_IMAGE, *_sort_key(image_id), 0, 0, 0, 0))
+            areas = annotated.areas or [None] * len(annotated.objects)
+            for item, area in zip(annotated.objects, areas, strict=True):
                 rows.append(self._record(_TARGET, item, image_size, area))
-            rows += [self._record(_CROWD, item, image_size) for item in target.crowds]
+            rows += [self._record(_CROWD, item, image_size) for item in annotated.crowds]
             if prediction is not None:
                 rows += [self._record(_DETECTION, item, image_size) for item in prediction.objects]
         if rows:
@@ -223,7 +222,7 @@ class BoxAP(_ExactMetric):
         has_records = isinstance(self.records, Tensor) or len(self.records) > 0  # a tensor once devices are merged
         flat = dim_zero_cat(self.records) if has_records else torch.zeros(0, dtype=self.dtype)
         stats = _coco_stats(flat.cpu().numpy().reshape(-1, _RECORD_SIZE), num_categories=len(self.category_numbers))
-        values = {name: stats[place] for name, place in _COCO_STATS}
+        values = {name: stats[index] for name, index in _COCO_STATS}
         return {
             name: torch.tensor(value if value >= 0 else float("nan"), dtype=self.dtype, device=self.device)
             for name, value in values.items()
@@ -243,10 +242,10 @@ class BoxAP(_ExactMetric):
         return kind, self.category_numbers[item.label], x, y, width, height, width * height if area is None else area
 
 
-def _place(image_id: str) -> tuple[int, int]:
+def _sort_key(image_id: str) -> tuple[int, int]:
     """Where an image stands among all: whole numbers first, each as its value, then all other ids by a hash.
 
-    >>> _place("000000000139") < _place("285") < _place("page 7")
+    >>> _sort_key("000000000139") < _sort_key("285") < _sort_key("page 7")
     True
     """
     if image_id.isascii() and image_id.isdigit() and len(image_id) <= _MAX_DIGITS:
@@ -256,7 +255,7 @@ def _place(image_id: str) -> tuple[int, int]:
 
 
 def _coco_stats(rows: NDArray[np.float64], *, num_categories: int) -> list[float]:
-    """The twelve numbers of `COCOeval.summarize`; -1 where COCO has nothing to judge.
+    """The twelve numbers of `COCOeval.summarize`; -1 where there is no object.
 
     Args:
         rows: [records, 7], see `BoxAP`.
@@ -267,7 +266,7 @@ def _coco_stats(rows: NDArray[np.float64], *, num_categories: int) -> list[float
     if not (kinds == _TARGET).any():
         return [-1.0] * 12
     numbers = np.empty(len(images), dtype=int)
-    numbers[np.lexsort((images[:, 2], images[:, 1]))] = range(1, len(images) + 1)  # in order of their places
+    numbers[np.lexsort((images[:, 2], images[:, 1]))] = range(1, len(images) + 1)  # in the order of their keys
     image_numbers = numbers[(kinds == _IMAGE).cumsum() - 1]  # [records]
     is_target, is_detection = np.isin(kinds, (_TARGET, _CROWD)), kinds == _DETECTION
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints

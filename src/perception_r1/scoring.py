@@ -1,4 +1,7 @@
-"""From a completion to its score: the one place where model text is scored, in training, validation and offline."""
+"""From a completion to its score: the one place where model text is read, in training, evaluation and offline.
+
+completion --parse_completions--> prediction --score_prediction--> Score
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,15 +13,14 @@ from perception_r1.task import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredCompletion:
-    """One completion and everything that is known about it.
+class ParsedCompletion:
+    """One completion and what it says.
 
     Attributes:
         sample: The sample it answers.
         image_size: The sizes of the sample's image.
         completion: The decoded text, special tokens and end token included.
         prediction: The task's own record of what the text says; None when it is no answer.
-        score: Reward, components and metrics.
         num_tokens: Length of the completion in tokens, its end token included; 0 where only text is at hand.
         is_truncated: The completion ran into the length limit before an end token.
     """
@@ -27,12 +29,22 @@ class ScoredCompletion:
     image_size: ImageSize
     completion: str
     prediction: Any
-    score: Score
     num_tokens: int = 0
     is_truncated: bool = False
 
 
-def score_completions(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredCompletion(ParsedCompletion):
+    """One completion and everything that is known about it.
+
+    Attributes:
+        score: Reward, components and metrics.
+    """
+
+    score: Score
+
+
+def parse_completions(
     task: Task[Any, Any],
     codec: Codec,
     *,
@@ -41,33 +53,48 @@ def score_completions(
     completions: Sequence[str],
     lengths: Sequence[int] | None = None,
     truncated: Sequence[bool] | None = None,
-    is_evaluation: bool = False,
-) -> list[ScoredCompletion]:
-    """Parse and score completions; the sequences run in parallel, one entry per completion.
-
-    In evaluation the scores also hold the task's `eval_metrics`.
+) -> list[ParsedCompletion]:
+    """Read completions; the sequences run in parallel, one entry per completion.
 
     Raises:
         ValueError: The sequences differ in length.
     """
     count = len(completions)
-    scored_completions = []
-    for sample, image_size, completion, num_tokens, is_truncated in zip(
-        samples, image_sizes, completions, lengths or [0] * count, truncated or [False] * count, strict=True
-    ):
-        prediction = task.parse_completion(completion, codec, image_size)
-        score = task.score(prediction, sample.target)
-        if is_evaluation:
-            score = replace(score, metrics={**score.metrics, **task.eval_metrics(prediction, sample.target)})
-        scored_completions.append(
-            ScoredCompletion(
-                sample=sample,
-                image_size=image_size,
-                completion=completion,
-                prediction=prediction,
-                score=score,
-                num_tokens=num_tokens,
-                is_truncated=is_truncated,
-            )
+    columns = samples, image_sizes, completions, lengths or [0] * count, truncated or [False] * count
+    return [
+        ParsedCompletion(
+            sample=sample,
+            image_size=image_size,
+            completion=completion,
+            prediction=task.parse_completion(completion, codec, image_size),
+            num_tokens=num_tokens,
+            is_truncated=is_truncated,
         )
-    return scored_completions
+        for sample, image_size, completion, num_tokens, is_truncated in zip(*columns, strict=True)
+    ]
+
+
+def score_prediction(task: Task[Any, Any], prediction: Any, target: Any, *, is_evaluation: bool = False) -> Score:
+    """The score of one prediction; in evaluation its metrics include the task's `eval_metrics`."""
+    score = task.score(prediction, target)
+    if is_evaluation:
+        score = replace(score, metrics={**score.metrics, **task.eval_metrics(prediction, target)})
+    return score
+
+
+def score_completions(
+    task: Task[Any, Any], completions: Sequence[ParsedCompletion], *, is_evaluation: bool = False
+) -> list[ScoredCompletion]:
+    """Score completions against the targets of their samples; see `score_prediction`."""
+    return [
+        ScoredCompletion(
+            sample=parsed.sample,
+            image_size=parsed.image_size,
+            completion=parsed.completion,
+            prediction=parsed.prediction,
+            score=score_prediction(task, parsed.prediction, parsed.sample.target, is_evaluation=is_evaluation),
+            num_tokens=parsed.num_tokens,
+            is_truncated=parsed.is_truncated,
+        )
+        for parsed in completions
+    ]

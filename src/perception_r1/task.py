@@ -111,7 +111,7 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     def dataset_metrics(self) -> dict[str, Metric]:
         """Metrics over a whole data set that no mean of per-sample metrics gives (AP, say).
 
-        Each takes any of `update(predictions=..., targets=..., image_sizes=..., ids=...)`, sequences of one length, and
+        Each takes any of `update(preds=..., target=..., image_sizes=..., ids=...)`, sequences of one length, and
         computes to a scalar tensor or a dict of them. Its metrics must not depend on the order of the samples.
         """
         return {}

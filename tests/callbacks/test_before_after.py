@@ -23,9 +23,9 @@ def test_the_policy_is_evaluated_before_and_after(tmp_path: Path, console: Conso
     assert f"tensorboard --logdir {tmp_path / 'run'}\n" in text  # on one line, however long
 
 
-def test_the_headline_comes_first_and_bold():
+def test_the_primary_metric_comes_first_and_bold():
     table = before_after_table(
-        {"errors": 1.0, "accuracy": 0.25}, {"errors": 1.5, "accuracy": 0.5}, primary_metric="accuracy"
+        {"errors": 1.0, "accuracy": 0.25}, {"errors": 1.5, "accuracy": 0.5}, primary_metrics={"accuracy"}
     )
     console = Console(width=80, force_terminal=True)
     with console.capture() as capture:
@@ -37,15 +37,15 @@ def test_the_headline_comes_first_and_bold():
     assert "\x1b[1m" not in second
 
 
-def test_figures_that_are_not_known_are_dashes():
+def test_metrics_that_are_not_known_are_dashes():
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(before_after_table({}, {"accuracy": 0.5}, primary_metric="accuracy"))
+        console.print(before_after_table({}, {"accuracy": 0.5}, primary_metrics={"accuracy"}))
     row = next(line for line in capture.get().splitlines() if "accuracy" in line)
     assert row.count("-") == 2
 
 
-def test_a_resumed_run_keeps_the_figures_from_before(tmp_path: Path, console: Console):
+def test_a_resumed_run_keeps_the_metrics_from_before(tmp_path: Path, console: Console):
     checkpoint = ModelCheckpoint(tmp_path / "run" / "checkpoints", save_last=True)
     toy_trainer(tmp_path, [BeforeAfter(), checkpoint], enable_checkpointing=True, max_steps=2).fit(
         ToyModule(), datamodule=ToyData()

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from perception_r1.callbacks.log_samples import LogSamples, sample_card, summarise
 from perception_r1.records import Overlay
-from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_outcome, toy_samples, toy_trainer
+from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_samples, toy_scored, toy_trainer
 
 
 def test_each_validation_logs_the_first_samples_and_the_folder_keeps_first_and_last(tmp_path: Path):
@@ -56,7 +56,7 @@ def test_no_pictures_when_none_are_asked_for(tmp_path: Path):
 
 @pytest.mark.parametrize("completion", ["", "\x00\u202e\ud800" * 100, "中文" * 10_000])
 def test_a_card_is_drawn_for_any_completion(completion: str):
-    scored = replace(toy_outcome(toy_samples(1)[0], completion, is_right=False), is_truncated=True)
+    scored = replace(toy_scored(toy_samples(1)[0], completion, is_right=False), is_truncated=True)
     assert sample_card(ToyTask(), scored, step=3).width == 960
 
 
@@ -64,7 +64,7 @@ def test_the_card_is_the_same_whether_or_not_the_image_is_loaded(tmp_path: Path)
     loaded = toy_samples(1)[0]
     loaded.image.save(tmp_path / "a.png")
     cards = [
-        sample_card(ToyTask(), toy_outcome(sample), step=0)
+        sample_card(ToyTask(), toy_scored(sample), step=0)
         for sample in (loaded, replace(loaded, image=tmp_path / "a.png"))
     ]
     assert cards[0].tobytes() == cards[1].tobytes()

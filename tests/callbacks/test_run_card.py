@@ -34,9 +34,9 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, console: Console, monkey
     assert card["versions"]["perception_r1"] == perception_r1.__version__
     assert card["hardware"]["cores"] > 0
     assert card["seeds"]["everything"] == 17
-    assert card["task"] == {"class_path": "tests.callbacks.toy.ToyTask", "init_args": {"think": False}}
+    assert card["task"] == {"class_path": "ToyTask"}
     assert card["data"] == "abc123"
-    assert card["policy"] == {"name": None, "num_parameters": 3, "num_trainable": 2}
+    assert card["policy"] == {"num_parameters": 3}
     assert card["trainer"]["strategy"] == "SingleDeviceStrategy"
     assert card["steps"] == 4
     assert card["num_skipped_steps"] == 1

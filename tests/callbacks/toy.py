@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +60,7 @@ def toy_samples(count: int) -> list[Sample[Box]]:
     ]
 
 
-def toy_outcome(sample: Sample[Box], completion: str = "there", *, is_right: bool = True) -> ScoredCompletion:
+def toy_scored(sample: Sample[Box], completion: str = "there", *, is_right: bool = True) -> ScoredCompletion:
     prediction = sample.target if is_right else None
     return ScoredCompletion(
         sample=sample,
@@ -109,6 +110,10 @@ class ToyModule(LightningModule):
         self.fail_at = fail_at
         self.error = error or RuntimeError("The toy broke.\nBadly.")
         self.num_evaluated: list[int] = []
+        self.test_metrics = [SimpleNamespace(prefix="test/")]
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": {"class_path": "ToyTask"}, "policy": {"num_parameters": 3}}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.layer.weight], lr=0.1)
@@ -120,22 +125,26 @@ class ToyModule(LightningModule):
         return self.layer(torch.ones(1, 2)).sum()
 
     def answer(self, batch: list[Sample[Box]]) -> list[ScoredCompletion]:
-        return [toy_outcome(sample, is_right=self.global_step > 0) for sample in batch]
+        return [toy_scored(sample, is_right=self.global_step > 0) for sample in batch]
 
     def validation_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
         return self.answer(batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
-        return self.answer(batch)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[ScoredCompletion]:
+        scored_completions = self.answer(batch)
+        self.tested += scored_completions
+        return scored_completions
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
         return self.answer(batch)
 
-    def evaluate(self, batches: Any) -> dict[str, float]:
-        scored_completions = [scored for batch in batches for scored in self.answer(batch)]
-        self.num_evaluated.append(len(scored_completions))
-        accuracy = sum(scored.score.metrics["accuracy"] for scored in scored_completions) / len(scored_completions)
-        return {"errors": 1.0 - accuracy, "accuracy": accuracy}
+    def on_test_start(self) -> None:
+        self.tested: list[ScoredCompletion] = []
+
+    def test_results(self) -> dict[str, float]:
+        self.num_evaluated.append(len(self.tested))
+        accuracy = sum(scored.score.metrics["accuracy"] for scored in self.tested) / len(self.tested)
+        return {"test/errors": 1.0 - accuracy, "test/accuracy": accuracy}
 
 
 def toy_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:

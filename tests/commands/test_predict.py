@@ -1,10 +1,14 @@
 """`perception-r1 predict`: what it asks, what it reads in the answer, what it does with pictures it cannot use."""
 
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import ExifTags, Image
 from transformers import AutoModelForImageTextToText
 
@@ -15,6 +19,7 @@ from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
+from perception_r1.records import Sample
 from perception_r1.tasks.counting import Counting
 from perception_r1.tasks.detection import Detection
 from tests.commands.test_export import plain_inputs, trained_policy
@@ -99,7 +104,8 @@ def test_a_run_knows_its_task_and_its_checkpoint(capsys, runs, pictures, tmp_pat
 def test_an_adapter_answers_as_its_policy(capsys, runs, pictures):
     opened = open_run(runs["lora"])
     policy, _ = load_checkpoint(opened.policy, checkpoint_path(opened, "last"))
-    sample = answers._sample(pictures / "b.png", "cup")
+    image = Image.open(pictures / "b.png").convert("RGB")
+    sample = Sample(id="1", image=image, width=84, height=56, query="cup", target=None)
     prompts = encode_prompts(policy, opened.task, [sample])
     rollout = policy.generate(policy.prefill(prompts), group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
     (line,), _ = run(capsys, runs["lora"], pictures / "b.png", "--query", "cup", "--ckpt", "last")
@@ -175,8 +181,8 @@ def test_a_run_s_own_options_hold_unless_others_are_given(capsys, runs, tmp_path
     card["task"] = {"class_path": "perception_r1.tasks.detection.Detection", "init_args": init_args}
     (run_folder / "run.json").write_text(json.dumps(card))
     seen = []
-    monkeypatch.setattr(predict, "_load", lambda run, options: (None, 1))
-    monkeypatch.setattr(predict, "predict_images", lambda policy, task, *_, **options: seen.append(task) or iter([]))
+    monkeypatch.setattr(predict, "load_checkpoint", lambda config, path: (None, 0))
+    monkeypatch.setattr(predict, "answer_images", lambda module, *_, **options: seen.append(module.task))
     run(capsys, run_folder, pictures)
     run(capsys, run_folder, pictures, "--categories", '["dog"]', "--think=false")
     run(capsys, run_folder, pictures, "--task", "counting", "--query", "cup")
@@ -213,6 +219,33 @@ def test_batches_answer_as_single_pictures_do(capsys, folder, pictures, monkeypa
     single, _ = run(capsys, folder, pictures, *options)
     assert whole == parts == single
     assert len(whole) == 3
+
+
+def test_a_kill_stops_after_the_pictures_that_are_answered(capsys, folder, pictures, monkeypatch):
+    generate = Policy.generate
+
+    def kill(self, prompts, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(Policy, "generate", kill)
+    monkeypatch.setattr(answers, "BATCH_SIZE", 1)
+    handler = signal.getsignal(signal.SIGTERM)
+    lines, _ = run(capsys, folder, pictures, "--task", "ocr", "--max_new_tokens", 1, status=143)
+    assert len(lines) == 1
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_prompt_that_is_too_long_is_named_before_it_is_encoded(capsys, runs, pictures, tmp_path):
+    shutil.copytree(runs["full"], tmp_path / "version_0")
+    text = "Output the bounding box of the cup in the image."
+    longest = plain_inputs(open_run(runs["full"]).policy.name, text, (84, 56))["input_ids"].shape[1]
+    config = yaml.safe_load((tmp_path / "version_0" / "config.yaml").read_text())
+    config["model"]["init_args"]["policy"]["max_prompt_length"] = longest - 1
+    (tmp_path / "version_0" / "config.yaml").write_text(yaml.safe_dump(config))
+    lines, text = run(capsys, tmp_path / "version_0", pictures, "--query", "cup", "--max_new_tokens", 1, status=1)
+    assert [line["image"] for line in lines] == [str(pictures / name) for name in ("a.webp", "c.JPG")]
+    assert f"{pictures / 'b.png'}: A prompt has {longest} tokens but max_prompt_length is {longest - 1}; " in text
 
 
 def test_boxes_are_drawn_where_they_are(capsys, folder, tmp_path, says):

@@ -64,7 +64,10 @@ def test_golden_vectors(tmp_path, capsys, name, codec, missing_weight):
     assert summary.startswith(f"{name}: {len(rows)} completions\n  reward ")
     metrics = dict(line.split() for line in summary.splitlines()[1:])
     assert float(metrics["reward"]) == pytest.approx(sum(line["reward"] for line in found) / len(found), rel=1e-5)
-    assert list(metrics)[: 1 + len(TASKS[name].component_names)] == ["reward", *TASKS[name].component_names]
+    assert list(metrics)[: 1 + len(TASKS[name].component_names)] == [
+        "reward",
+        *(f"reward/{part}" for part in TASKS[name].component_names),
+    ]
 
 
 def test_a_line_says_everything_about_its_completion(tmp_path, capsys):

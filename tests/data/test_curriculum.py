@@ -50,11 +50,17 @@ def test_samples_without_a_reward_are_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no json", "[]", "3", '{"id": "1"}', '{"id": "1", "reward": null}', '{"reward": 1}', '{"id": "1", "re']
+    "text", ["no json", "[]", "3", '{"id": "1"}', '{"id": "1", "reward": null}', '{"reward": 1}', '{"id": "1", "re']
 )
 def test_another_file_is_an_error_of_one_sentence(tmp_path, text):
     (tmp_path / "p.jsonl").write_text(text + "\n")
-    with pytest.raises(DataError, match=r"p\.jsonl: must be the predictions\.jsonl of an evaluation"):
+    with pytest.raises(DataError, match=r"p\.jsonl:1: must be a row of the predictions\.jsonl of an evaluation \("):
+        easy_to_hard(samples_of(("", "1")), tmp_path / "p.jsonl")
+
+
+def test_an_empty_file_has_no_rewards(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"p\.jsonl: has no reward for 1 of 1 training samples, first 1; evaluate"):
         easy_to_hard(samples_of(("", "1")), tmp_path / "p.jsonl")
 
 
@@ -62,7 +68,7 @@ def test_a_file_that_cannot_be_read_is_an_error_of_one_sentence(tmp_path):
     with pytest.raises(DataError, match=r"p\.jsonl: cannot be read \(No such file or directory\)"):
         easy_to_hard([], tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="must be the predictions"):
+    with pytest.raises(DataError, match=r"p\.jsonl:1: must be a row of the predictions.*UTF-8"):
         easy_to_hard([], tmp_path / "p.jsonl")
 
 

@@ -340,3 +340,35 @@ def test_fingerprint_changes_with_scenes_and_with_file_contents(task, write_rows
 def test_settings_out_of_range_are_refused(task, setting, value):
     with pytest.raises(ValueError, match=f"^{setting} must "):
         data(task, **{setting: value})
+
+
+def test_each_source_has_a_test_loader_of_its_own_also_for_what_is_left_to_answer(task, write_rows, tmp_path):
+    names = {"one": 3, "two": 2, "three": 1}
+    sources = {
+        name: JsonLines(write_rows(rows(size), f"{name}.jsonl", num_images=size)) for name, size in names.items()
+    }
+    module = data(task, test=sources)
+    module.setup("test")
+
+    def found():
+        return [[(sample.source, sample.id) for batch in loader for sample in batch] for loader in loaders()]
+
+    def loaders():
+        return module.test_dataloader()
+
+    whole = found()
+    assert module.tested_sources == tuple(names)
+    assert whole == [[(name, f"{i}/{k}") for i in range(size) for k in range(2)] for name, size in names.items()]
+    assert [len(loader) for loader in loaders()] == [3, 2, 1]
+    module.leave_out({*whole[0][1:4], *whole[2]})
+    assert found() == [[whole[0][0], *whole[0][4:]], whole[1], []]
+    module.leave_out(frozenset())
+    model = Recorder()
+    model.test_step = lambda batch, batch_idx, dataloader_idx=0: Recorder.validation_step(model, batch, batch_idx)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, limit_test_batches=1).test(model, datamodule=module, verbose=False)
+    assert model.evaluated == ["0/0", "0/1", "0/0", "0/1", "0/0", "0/1"]  # the limit is one of each source
+    single = data(task, test={"one": sources["one"]})
+    single.setup("test")
+    assert not isinstance(single.test_dataloader(), list)

@@ -13,7 +13,7 @@ from perception_r1.data.synthetic.scenes import SyntheticScenes
 from perception_r1.evaluation.predictions import rescore, row_key
 from perception_r1.modules.base import PolicyModule
 from perception_r1.records import Sample
-from perception_r1.scoring import score_completions
+from perception_r1.scoring import parse_completions, score_completions
 from perception_r1.tasks.counting import CountingData
 from perception_r1.tasks.detection import DetectionData
 from perception_r1.tasks.grounding import GroundingData
@@ -26,17 +26,17 @@ LEFT_BEHIND = ("predictions.jsonl", "metrics.json", "report.md", "worst.png", "b
 
 
 def write_sources(folder: Path, task: str, sizes: Mapping[str, int]) -> dict[str, Path]:
-    """A file of rows for each name, with pictures; ids are those of their places, so sources share them."""
+    """A file of rows for each name, with pictures; ids are their indices, so sources share them."""
     scenes = iter(SyntheticScenes(DATA[task]().world, "test", 0, sum(sizes.values())))
     files = {}
     for name, size in sizes.items():
         rows = []
-        for place in range(size):
+        for index in range(size):
             scene = next(scenes)
-            picture = folder / name / f"{place}.png"
+            picture = folder / name / f"{index}.png"
             picture.parent.mkdir(parents=True, exist_ok=True)
             scene.image.save(picture)
-            rows.append({**scene.values, "image": picture.name, "id": place, "note": name})
+            rows.append({**scene.values, "image": picture.name, "id": index, "note": name})
         files[name] = folder / name / "rows.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return files
@@ -92,8 +92,7 @@ def answers_of(rows: Iterable[Mapping[str, Any]]) -> Callable[[PolicyModule, lis
     known = {row_key(row): row for row in rows}
 
     def answer(module: PolicyModule, samples: list[Sample]) -> Any:
-        codec = module.policy.codec
-        return [rescore(module.task, codec, sample, known[sample.source, sample.id]) for sample in samples]
+        return [rescore(module.task, module.codec, sample, known[sample.source, sample.id]) for sample in samples]
 
     return answer
 
@@ -104,25 +103,25 @@ def answer_by_lot(module: PolicyModule, samples: list[Sample]) -> Any:
     for sample in samples:
         lot = random.Random(f"{sample.source} {sample.id}")
         image_size = module.policy.processor.image_size(sample.width, sample.height)
-        right = module.task.target_text(sample, module.policy.codec, image_size)
-        place = lot.randrange(len(right) + 1)
+        right = module.task.target_text(sample, module.codec, image_size)
+        cut = lot.randrange(len(right) + 1)
         kinds = [
             right,
             right + "<|im_end|>",
-            right[:place],
+            right[:cut],
             right + right,
             right.replace("5", "6", 1),
             "\ud800\n|\x1b[31m",
         ]
         completions.append(kinds[lot.randrange(len(kinds))])
         image_sizes.append(image_size)
-    return score_completions(
+    parsed = parse_completions(
         module.task,
-        module.policy.codec,
+        module.codec,
         samples=samples,
         image_sizes=image_sizes,
         completions=completions,
         lengths=[len(completion) for completion in completions],
         truncated=[len(completion) % 2 == 1 for completion in completions],
-        is_evaluation=True,
     )
+    return score_completions(module.task, parsed, is_evaluation=True)

@@ -72,7 +72,7 @@ def seed(place: Path, undisturbed, **files: str) -> Path:
 
 
 def test_an_evaluation_answers_every_sample_once_in_the_order_of_the_data(undisturbed):
-    expected = [(name, str(place)) for name, size in SIZES.items() for place in range(size)]
+    expected = [(name, str(index)) for name, size in SIZES.items() for index in range(size)]
     assert undisturbed.answered == expected
     rows = [json.loads(line) for line in lines(undisturbed)]
     assert [(row["source"], row["id"]) for row in rows] == expected
@@ -80,12 +80,15 @@ def test_an_evaluation_answers_every_sample_once_in_the_order_of_the_data(undist
     assert 0 < sum(row["reward"] > 1 for row in rows) < NUM_SAMPLES  # there is something to get wrong
 
 
-def test_figures_are_the_means_of_each_source(undisturbed):
+def test_metrics_are_the_means_of_each_source(undisturbed):
     metrics = json.loads(undisturbed.left["metrics.json"])
     assert list(metrics) == list(SIZES)
     for name, values in metrics.items():
         rows = [row for row in map(json.loads, lines(undisturbed)) if row["source"] == name]
-        found = [{"reward": row["reward"], **row["components"], **row["metrics"]} for row in rows]
+        components = [{f"reward/{key}": value for key, value in row["components"].items()} for row in rows]
+        found = [
+            {"reward": row["reward"], **more, **row["metrics"]} for row, more in zip(rows, components, strict=True)
+        ]
         assert values == {key: pytest.approx(math.fsum(row[key] for row in found) / len(rows)) for key in found[0]}
 
 
@@ -126,7 +129,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_ends_as_if_nothing_had_been(un
 
 
 LEFT_OVER = {
-    # what lies there -> places of the samples that are still to be answered
+    # what lies there -> indices of the samples that are still to be answered
     "parts": (lambda rows: {"answers__rank0__jsonl": rows[:7], "answers__rank1__jsonl": rows[9:]}, range(7, 9)),
     "a line torn at its end": (lambda rows: {"answers__rank0__jsonl": [*rows[:7], rows[7][:-1]]}, range(7, 20)),
     "a line torn at its start": (lambda rows: {"answers__rank0__jsonl": [*rows[:7], rows[7][:1]]}, range(7, 20)),
@@ -164,7 +167,7 @@ def test_what_is_there_is_not_answered_again_and_nothing_is_lost(undisturbed, tm
     folder = seed(tmp_path, undisturbed, **{name: "".join(rows) for name, rows in leave(lines(undisturbed)).items()})
     # the model need not run: what it would say is known, and that it is asked for no more is seen
     monkeypatch.setattr(PolicyModule, "score_greedy", answers_of(map(json.loads, lines(undisturbed))))
-    assert evaluate(tmp_path, undisturbed.words, monkeypatch) == [undisturbed.answered[place] for place in expected]
+    assert evaluate(tmp_path, undisturbed.words, monkeypatch) == [undisturbed.answered[index] for index in expected]
     assert left_behind(folder) == undisturbed.left
 
 
@@ -247,7 +250,7 @@ def summary_of(text: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("task", DATA)
-def test_each_source_has_figures_and_they_are_those_that_score_gives(by_lot, tmp_path, capsys, task):
+def test_each_source_has_metrics_and_they_are_those_that_score_gives(by_lot, tmp_path, capsys, task):
     found = by_lot(task, write_sources(tmp_path, task, {"one": 9, "two": 6}))
     metrics = json.loads((found / "metrics.json").read_text())
     assert list(metrics) == ["one", "two"]
@@ -255,11 +258,11 @@ def test_each_source_has_figures_and_they_are_those_that_score_gives(by_lot, tmp
     assert 0 < metrics["one"]["reward"] < 3
     events = EventAccumulator(str(found))
     events.Reload()
-    module = DATA[task]().task
+    components = {f"reward/{name}" for name in DATA[task]().task.component_names}
     for source, values in metrics.items():
+        assert components <= values.keys()
         for name, value in values.items():
-            tag = f"test/{source}/reward/{name}" if name in module.component_names else f"test/{source}/{name}"
-            logged = events.Scalars(tag)[0].value
+            logged = events.Scalars(f"test/{source}/{name}")[0].value
             assert logged == pytest.approx(value, rel=1e-6) if value is not None else math.isnan(logged)
     capsys.readouterr()
     options = ["--categories", json.dumps(module_categories(tmp_path))] if task == "detection" else []
@@ -314,7 +317,7 @@ def test_a_limited_evaluation_begins_anew_and_answers_the_same_each_time(folder,
         logger = TensorBoardLogger(tmp_path, name="", version="eval-x")
         make_trainer(tmp_path, [Evaluation()], logger=logger, limit_test_batches=limit).test(module, data)
         rows = rows_of(tmp_path / "eval-x" / "predictions.jsonl")
-        assert [row["id"] for row in rows] == [f"test-{place}" for place in range(count)]
+        assert [row["id"] for row in rows] == [f"test-{index}" for index in range(count)]
 
 
 def test_a_folder_of_another_name_is_not_taken_for_the_same_question(folder, tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from perception_r1.errors import UserError
 from perception_r1.evaluation.predictions import prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.rows import Row
-from perception_r1.scoring import score_completions
+from perception_r1.scoring import parse_completions, score_completions
 from perception_r1.tasks import TASKS
-from tests.callbacks.toy import ToyTask, toy_outcome, toy_samples
+from tests.callbacks.toy import ToyTask, toy_samples, toy_scored
 from tests.hostile import texts
 
 ROWS = {
@@ -34,22 +34,22 @@ def sample_of(name: str) -> Sample:
     )
 
 
-def outcome_of(name: str, codec: str, completion: str, **options: str):
-    (scored,) = score_completions(
-        TASKS[name](**options),
+def scored_completion_of(name: str, codec: str, completion: str, **options: str):
+    task = TASKS[name](**options)
+    parsed = parse_completions(
+        task,
         CODECS[codec],
         samples=[sample_of(name)],
         image_sizes=[FRAME],
         completions=[completion],
         lengths=[17],
         truncated=[True],
-        is_evaluation=True,
     )
-    return scored
+    return score_completions(task, parsed, is_evaluation=True)[0]
 
 
 def test_a_row_is_the_data_row_with_all_that_is_known_about_its_answer():
-    assert prediction_row(ToyTask(), replace(toy_outcome(toy_samples(1)[0]), prediction=None)) == {
+    assert prediction_row(ToyTask(), replace(toy_scored(toy_samples(1)[0]), prediction=None)) == {
         "id": "toy-0",
         "source": "",
         "width": 64,
@@ -65,17 +65,17 @@ def test_a_row_is_the_data_row_with_all_that_is_known_about_its_answer():
         "num_tokens": 5,
         "is_truncated": False,
     }
-    row = prediction_row(TASKS["counting"](), outcome_of("counting", "qwen2_vl", ""))
+    row = prediction_row(TASKS["counting"](), scored_completion_of("counting", "qwen2_vl", ""))
     assert {key: row[key] for key in ROWS["counting"]} == ROWS["counting"]
     assert row_key(row) == ("s", "7")
     # a key without a value is left out: `score` would take it for one
     bare = replace(toy_samples(1)[0], row={"count": None, "label": "cup"})
-    assert prediction_row(ToyTask(), toy_outcome(bare)).keys() & {"count", "label"} == {"label"}
+    assert prediction_row(ToyTask(), toy_scored(bare)).keys() & {"count", "label"} == {"label"}
 
 
 @pytest.mark.parametrize("completion", ["two\nlines", "\u2028\x85\x00", "\ud800", "中文", "\r", ""])
 def test_no_completion_breaks_its_line(completion: str, tmp_path: Path):
-    line = row_line(prediction_row(ToyTask(), toy_outcome(toy_samples(1)[0], completion)))
+    line = row_line(prediction_row(ToyTask(), toy_scored(toy_samples(1)[0], completion)))
     assert line.endswith("\n")
     assert len(line.splitlines()) == 1
     assert line.isascii()
@@ -86,15 +86,15 @@ def test_no_completion_breaks_its_line(completion: str, tmp_path: Path):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("name", TASKS)
 @given(text=texts)
-def test_a_row_is_read_back_to_the_same_outcome_whatever_was_answered(name: str, codec: str, text: str):
+def test_a_row_is_read_back_to_the_same_scored_completion_whatever_was_answered(name: str, codec: str, text: str):
     for completion in (text, TASKS[name]().target_text(sample_of(name), CODECS[codec], FRAME) + text):
-        scored = outcome_of(name, codec, completion)
+        scored = scored_completion_of(name, codec, completion)
         row = json.loads(row_line(prediction_row(TASKS[name](), scored)))
         assert rescore(TASKS[name](), CODECS[codec], sample_of(name), row) == scored
 
 
-def test_figures_of_evaluation_alone_are_read_back_too():
-    scored = outcome_of("ocr", "qwen2_vl", "first line\nthird", word_metrics="stems")
+def test_metrics_of_evaluation_alone_are_read_back_too():
+    scored = scored_completion_of("ocr", "qwen2_vl", "first line\nthird", word_metrics="stems")
     row = json.loads(row_line(prediction_row(TASKS["ocr"](), scored)))
     assert 0 < row["metrics"]["word_f1"] < 1
     assert rescore(TASKS["ocr"](word_metrics="stems"), CODECS["qwen2_vl"], sample_of("ocr"), row) == scored
@@ -102,14 +102,14 @@ def test_figures_of_evaluation_alone_are_read_back_too():
 
 def test_what_is_not_a_number_is_null():
     score = Score(reward=1.0, components={"format": math.nan}, metrics={"accuracy": -math.inf})
-    line = row_line(prediction_row(ToyTask(), replace(toy_outcome(toy_samples(1)[0]), score=score)))
+    line = row_line(prediction_row(ToyTask(), replace(toy_scored(toy_samples(1)[0]), score=score)))
     row = json.loads(line, parse_constant=pytest.fail)
     assert (row["components"], row["metrics"]) == ({"format": None}, {"accuracy": None})
 
 
 @pytest.mark.parametrize("size", [1, 20, 100])
 def test_a_line_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path, size: int):
-    line = row_line(prediction_row(ToyTask(), toy_outcome(toy_samples(1)[0])))
+    line = row_line(prediction_row(ToyTask(), toy_scored(toy_samples(1)[0])))
     path = tmp_path / "rows.jsonl"
     path.write_text(line + line[:size])
     assert list(read_rows(path)) == [json.loads(line)]

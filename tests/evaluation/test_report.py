@@ -14,15 +14,15 @@ from perception_r1.drawing import contact_sheet
 from perception_r1.evaluation.published import PUBLISHED
 from perception_r1.evaluation.report import write_report
 from perception_r1.records import Score
-from tests.callbacks.toy import ToyTask, toy_outcome, toy_samples
+from tests.callbacks.toy import ToyTask, toy_samples, toy_scored
 from tests.hostile import WORST
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 
-def outcomes_of(rewards):
+def scored_with(rewards):
     return [
-        replace(toy_outcome(sample), score=Score(reward=reward, components={"format": reward}))
+        replace(toy_scored(sample), score=Score(reward=reward, components={"format": reward}))
         for sample, reward in zip(toy_samples(len(rewards)), rewards, strict=True)
     ]
 
@@ -33,7 +33,7 @@ def report(folder: Path, metrics, *, rewards=(1.0,), scored_completions=None, nu
         ToyTask(),
         metrics,
         split="val",
-        scored_completions=scored_completions or outcomes_of(rewards),
+        scored_completion=(scored_completions or scored_with(rewards)).__getitem__,
         rewards=list(rewards),
         num_samples=num_samples,
         checkpoint=None,
@@ -46,7 +46,7 @@ def row_of(text: str, source: str, metric: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")][2:]
 
 
-def test_published_figures_stand_beside_the_sources_of_their_names(tmp_path: Path, console: Console):
+def test_published_metrics_stand_beside_the_sources_of_their_names(tmp_path: Path, console: Console):
     values = {"reward": 1.5, "accuracy_50": 0.25, "accuracy": 0.5}
     text = report(tmp_path, {"refcocoplus_testA": values, "mine": values})
     assert row_of(text, "refcocoplus_testA", "accuracy_50") == ["0.2500", "0.8250", "0.8680"]
@@ -59,14 +59,14 @@ def test_published_figures_stand_beside_the_sources_of_their_names(tmp_path: Pat
     assert all(word in shown for word in ("refcocoplus_testA", "0.8250", "0.8680", "mine", str(tmp_path / "report.md")))
 
 
-def test_the_published_figures_have_the_names_of_the_configurations():
+def test_the_published_metrics_have_the_names_of_the_configurations():
     settings = [yaml.safe_load(file.read_text())["data"]["init_args"] for file in CONFIGS.glob("*.yaml")]
     # without a test split of its own a part of the training rows is tested
     known = {name for found in settings for name in found.get("test") or found["train"]}
     assert PUBLISHED.keys() <= known
 
 
-def test_a_figure_that_is_not_a_number_is_a_dash(tmp_path: Path, console: Console):
+def test_a_metric_that_is_not_a_number_is_a_dash(tmp_path: Path, console: Console):
     text = report(tmp_path, {"test": {"accuracy": math.nan, "ap": 0.5}})
     assert row_of(text, "test", "accuracy") == ["-", "", ""]
     assert row_of(text, "test", "ap") == ["0.5000", "", ""]
@@ -75,9 +75,9 @@ def test_a_figure_that_is_not_a_number_is_a_dash(tmp_path: Path, console: Consol
 def test_the_lowest_and_the_highest_rewards_are_drawn_in_their_order(tmp_path: Path, console: Console):
     rewards = [0.5, 2.0, -1.0, 0.0, 3.0]
     text = report(tmp_path, {"test": {"accuracy": 1.0}}, rewards=rewards)
-    scored_completions = outcomes_of(rewards)
-    for name, places in (("worst", (2, 3)), ("best", (4, 1))):
-        cards = [sample_card(ToyTask(), scored_completions[place], step=None) for place in places]
+    scored_completions = scored_with(rewards)
+    for name, indices in (("worst", (2, 3)), ("best", (4, 1))):
+        cards = [sample_card(ToyTask(), scored_completions[index], step=None) for index in indices]
         with Image.open(tmp_path / f"{name}.png") as drawn:
             assert ImageChops.difference(drawn, contact_sheet(cards)).getbbox() is None
         assert f"![{name} answers]({name}.png)" in text
@@ -98,7 +98,7 @@ HOSTILE = WORST | {"terminal": "\ud800 | \x1b[31m [bold]", "markdown": "# headin
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_completions_do_no_harm(tmp_path: Path, console: Console, kind: str):
-    scored_completions = [toy_outcome(toy_samples(1)[0], HOSTILE[kind])]
+    scored_completions = [toy_scored(toy_samples(1)[0], HOSTILE[kind])]
     text = report(tmp_path, {"test": {"accuracy": 1.0}}, scored_completions=scored_completions, num_samples=1)
     assert HOSTILE[kind] not in text
     assert (tmp_path / "worst.png").stat().st_size > 1000

@@ -24,15 +24,15 @@ class Samples(Callback):
 
 
 class Updating(GRPO):
-    """Remembers the experience of every update."""
+    """Keeps the experience of every update."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.experiences: list[Any] = []
 
-    def update(self, experience: Any) -> dict[str, float]:
+    def update(self, experience: Any, *logprobs: Any) -> Any:
         self.experiences.append(experience)
-        return super().update(experience)
+        return super().update(experience, *logprobs)
 
 
 def settings(kind: str, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -45,6 +45,7 @@ def settings(kind: str, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "parts": (exact | {"micro_batch_tokens": None if rank else 1}, {"precision": "64-true"}),
         "whole": (exact, {"precision": "64-true"}),
         "sft": ({"kind": SFT, "micro_batch_tokens": 1 if rank else None}, {}),
+        "sft_whole": ({"kind": SFT, "max_grad_norm": 1e9}, {"precision": "64-true"}),
     }[kind]
 
 
@@ -61,6 +62,7 @@ def train(model: str, folder: Path, kind: str) -> None:
         **settings(kind, 0)[1],
     )
     module = make_module(Path(model), **({"kind": Updating} | settings(kind, trainer.global_rank)[0]))
+    module_kind = type(module)
     trainer.fit(module, datamodule=make_data(module.task))
     experiences = getattr(module, "experiences", [])
     result = {
@@ -68,7 +70,8 @@ def train(model: str, folder: Path, kind: str) -> None:
         "steps": log.steps,
         "num_parts": [len(experience.micro_batches) for experience in experiences],
         "completions": [[row.tolist() for row in experience.completions] for experience in experiences],
-        "validated": float(trainer.callback_metrics["val/length"]) if kind != "sft" else 0.0,
+        "loss": log.steps[1]["train/loss"],
+        "validated": float(trainer.callback_metrics["val/length"]) if module_kind is not SFT else 0.0,
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
     torch.save((gradients.first, weights_of(module)), folder / f"rank{trainer.global_rank}.pt")

@@ -202,7 +202,7 @@ def test_counters_survive_a_resume(folder, tmp_path):
     assert second.phase_seconds["decode"] > first.phase_seconds["decode"]
 
 
-@pytest.mark.parametrize(("primary_metric", "tag"), [("luck", "val/reward/luck"), ("length", "val/length")])
+@pytest.mark.parametrize(("primary_metric", "tag"), [("reward/luck", "val/reward/luck"), ("length", "val/length")])
 def test_the_best_checkpoint_is_that_of_the_best_validation(folder, tmp_path, monkeypatch, primary_metric, tag):
     class Metrics(Callback):
         def on_validation_end(self, trainer, pl_module):

@@ -16,7 +16,7 @@ def planned(first: int, final: int, num_steps: int) -> list[int]:
     """The size of each step of a run."""
     return [
         GRPO.planned_group_size(
-            SimpleNamespace(initial_group_size=first, final_group_size=final, num_steps=num_steps, global_step=step)
+            SimpleNamespace(group_size=first, final_group_size=final, num_steps=num_steps, global_step=step)
         )
         for step in range(num_steps)
     ]
@@ -64,17 +64,17 @@ def test_the_size_is_fixed_within_a_step_of_several_updates(folder, tmp_path, mo
     seen = []
     real = GRPO.update
 
-    def update(module, experience):
-        seen.append((module.global_step, module.group_size, len(experience.completions)))
-        return real(module, experience)
+    def update(module, experience, *logprobs):
+        seen.append((module.global_step, len(experience.completions)))
+        return real(module, experience, *logprobs)
 
     monkeypatch.setattr(GRPO, "update", update)
     run(folder, tmp_path, 0, num_iterations=2)
     # two prompts; the planned size changes after the second and the fourth update
-    assert seen == [(0, 2, 4), (1, 2, 4), (2, 3, 6), (3, 3, 6), (4, 4, 8), (5, 4, 8)]
+    assert seen == [(0, 4), (1, 4), (2, 6), (3, 6), (4, 8), (5, 8)]
     seen.clear()
     run(folder, tmp_path, 1, num_iterations=3)
-    assert seen == [(0, 2, 4), (1, 2, 4), (2, 2, 4), (3, 3, 6), (4, 3, 6), (5, 3, 6)]
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 6), (4, 6), (5, 6)]
 
 
 def test_without_a_final_size_groups_stay(folder, tmp_path):

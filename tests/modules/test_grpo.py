@@ -1,10 +1,12 @@
 import gc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import perception_r1.modules.grpo as grpo_module
 from perception_r1.errors import UserError
@@ -12,7 +14,7 @@ from perception_r1.modules import GRPO
 from perception_r1.modules.base import MAX_SKIPPED_IN_A_ROW
 from perception_r1.policy.load import LoraConfig
 from perception_r1.policy.policy import Policy
-from tests.modules.toy import Gradients, Log, Lottery, fit, make_data, make_module, trained_weights
+from tests.modules.toy import Gradients, Log, Lottery, fit, make_data, make_module, make_trainer, trained_weights
 
 
 class Weights(Callback):
@@ -41,7 +43,7 @@ def spoil_loss(monkeypatch, steps, value=float("nan")):
     """Make the loss of some steps `value`."""
     plain = GRPO.update
 
-    def update(self, experience):
+    def update(self, *arguments):
         def spoilt(*args, **kwargs):
             micro_batches = grpo_loss(*args, **kwargs)
             factor = value if self.global_step in steps else 1.0
@@ -50,13 +52,13 @@ def spoil_loss(monkeypatch, steps, value=float("nan")):
             )
 
         monkeypatch.setattr(grpo_module, "grpo_loss", spoilt)
-        return plain(self, experience)
+        return plain(self, *arguments)
 
     grpo_loss = grpo_module.grpo_loss
     monkeypatch.setattr(GRPO, "update", update)
 
 
-def test_a_step_logs_reward_terms_and_what_completions_look_like(folder, tmp_path):
+def test_a_step_logs_reward_components_and_what_completions_are_like(folder, tmp_path):
     log = Log()
     fit(folder, tmp_path, callbacks=[log])
     wanted = {"reward", "reward/luck", "reward_std", "frac_reward_zero_std", "loss", "kl", "clip_fraction", "grad_norm"}
@@ -147,7 +149,7 @@ def test_micro_batches_change_no_gradient(folder, tmp_path, monkeypatch, kl_coef
     """Whole groups apart, or groups split over their completions."""
     num_parts = []
     plain = GRPO.update
-    spy = lambda self, experience: num_parts.append(len(experience.micro_batches)) or plain(self, experience)  # noqa: E731
+    spy = lambda self, experience, *a: num_parts.append(len(experience.micro_batches)) or plain(self, experience, *a)  # noqa: E731
     monkeypatch.setattr(GRPO, "update", spy)
 
     def first(budget):
@@ -267,6 +269,50 @@ def test_trainer_settings_without_effect_are_refused(folder, tmp_path, options, 
         fit(folder, tmp_path, **options)
 
 
+class Sharded(DDPStrategy):
+    """Stands for those that shard the model, as DeepSpeed's does."""
+
+
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy, Sharded])
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_strategy_that_would_train_apart_is_refused_in_every_verb(folder, tmp_path, strategy, verb):
+    trainer, module = make_trainer(tmp_path, strategy=strategy()), make_module(folder)
+    with pytest.raises(UserError, match=f"trainer.strategy {strategy.__name__} is not supported; use auto or ddp"):
+        getattr(trainer, verb)(module, make_data())
+    assert not hasattr(module, "policy")
+    with pytest.raises(UserError, match="use auto or ddp"):
+        make_module(Path("none")).check_trainer(make_trainer(tmp_path, strategy=strategy(), devices=2))
+    make_module(Path("none")).check_trainer(make_trainer(tmp_path, strategy="ddp", devices=2))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (partial(torch.optim.AdamW, lr=-1.0), r"model\.optimizer cannot be made: Invalid learning rate: -1\.0"),
+        (partial(torch.optim.AdamW, betas=(2.0, 0.9)), "model.optimizer cannot be made: Invalid beta parameter"),
+        (partial(torch.optim.SGD, lr=0.1, nesterov=True), "cannot be made: Nesterov momentum requires a momentum"),
+        (partial(torch.optim.SGD, momentum_=1), "cannot be made: .*unexpected keyword argument 'momentum_'"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_made_is_one_sentence_before_anything_is_loaded(
+    folder, tmp_path, optimizer, message
+):
+    module = make_module(folder)
+    module.optimizer_factory = optimizer
+    with pytest.raises(UserError, match=message) as error:
+        fit(folder, tmp_path, module)
+    assert "\n" not in str(error.value)
+    assert not hasattr(module, "policy")
+    make_trainer(tmp_path).validate(module, make_data(), verbose=False)  # which needs none
+
+
+def test_an_optimiser_that_refuses_the_weights_of_the_model_is_one_sentence(folder, tmp_path):
+    module = make_module(folder)
+    module.optimizer_factory = torch.optim.Muon  # takes matrices alone
+    with pytest.raises(UserError, match=r"model\.optimizer cannot be made: Muon only supports 2D parameters"):
+        fit(folder, tmp_path, module)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -377,8 +423,8 @@ def test_a_step_logs_the_seconds_of_its_phases(folder, tmp_path, policy):
 def test_the_sampling_gap_is_the_mean_distance_between_sampler_and_first_update(
     folder, tmp_path, monkeypatch, budget, shift
 ):
-    def sample(self, prompts):
-        rollout = plain(self, prompts)
+    def sample(self, prompts, group_size):
+        rollout = plain(self, prompts, group_size)
         turns = [shift * (-1) ** row for row in range(len(rollout.logprobs))]
         return replace(rollout, logprobs=[row + turn for row, turn in zip(rollout.logprobs, turns, strict=True)])
 
@@ -398,8 +444,8 @@ def test_mixed_precision_points_every_gradient_where_full_precision_does(folder,
     """After a rollout in the same autocast context, whose casts of the weights know nothing of gradients."""
     plain, rollouts = GRPO.generate, []
 
-    def sample(self, prompts):
-        rollouts.append(plain(self, prompts))
+    def sample(self, prompts, group_size):
+        rollouts.append(plain(self, prompts, group_size))
         return rollouts[0]
 
     monkeypatch.setattr(GRPO, "generate", sample)

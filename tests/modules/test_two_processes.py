@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from perception_r1.modules.encoding import encode_prompts
+from perception_r1.modules.encoding import encode_prompts, encode_targets
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.modules.toy import Lottery, make_data
 
 ROOT = Path(__file__).parents[2]
 
-KINDS = ("grpo", "uneven", "parts", "whole", "sft")
+KINDS = ("grpo", "uneven", "parts", "whole", "sft", "sft_whole")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def tensors(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_learn_the_same_from_different_samples(runs, kind):
-    """Some kinds have more parts on one process or nothing to learn on it, which must not make the other one wait."""
+    """Some kinds have more micro-batches or nothing to learn on one process, which must not make the other one wait."""
     first, second = results(runs / kind)
     for one, other in zip(*tensors(runs / kind), strict=True):
         assert one.keys() == other.keys() != set()
@@ -58,7 +58,7 @@ def test_two_processes_learn_the_same_from_different_samples(runs, kind):
     assert len(seen) == len(set(seen)) == 8
     assert first["steps"] == second["steps"]
     assert first["validated"] == second["validated"]
-    assert (first["validated"] > 0) == (kind != "sft")
+    assert (first["validated"] > 0) == (not kind.startswith("sft"))
     assert sorted(path.name for path in runs.glob(f"{kind}/version_0/checkpoints/*")) == ["best.ckpt", "last.ckpt"]
 
 
@@ -96,3 +96,27 @@ def test_the_gradient_of_two_processes_is_that_of_one_over_all_their_samples(fol
     for name, parameter in policy.named_parameters():
         scale = max(float(parameter.grad.abs().max()), 1e-3)
         torch.testing.assert_close(found[f"policy.{name}"], parameter.grad, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def test_the_gradient_of_sft_is_that_of_the_mean_over_the_answer_tokens_of_all_processes(folder, runs):
+    policy, task, data = Policy.load(PolicyConfig(name=str(folder))).double(), Lottery(), make_data()
+    data.setup("fit")
+    samples = {sample.id: sample for sample in data.samples("train")}
+    loss, counts, means = torch.zeros((), dtype=torch.float64), [], []
+    for result in results(runs / "sft_whole"):
+        batch = [samples[name] for name in result["ids"][0]]
+        prompts = encode_prompts(policy, task, batch)
+        answers = encode_targets(policy, task, batch, prompts)
+        own = -policy(prompts, answers).sum()
+        counts.append(sum(map(len, answers)))
+        means.append(float(own) / counts[-1])
+        loss = loss + own
+    loss = loss / sum(counts)
+    assert counts[0] != counts[1]
+    assert float(loss) != pytest.approx(sum(means) / 2, rel=1e-5)  # the mean of their means is another
+    assert [result["loss"] for result in results(runs / "sft_whole")] == [pytest.approx(float(loss), rel=1e-6)] * 2
+    loss.backward()
+    found = tensors(runs / "sft_whole")[0][0]
+    for name, parameter in policy.named_parameters():
+        scale = max(float(parameter.grad.abs().max()), 1e-3)
+        torch.testing.assert_close(found[f"policy.{name}"], parameter.grad, rtol=0, atol=1e-6 * scale, msg=name)

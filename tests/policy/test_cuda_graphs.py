@@ -238,7 +238,7 @@ def test_graphs_of_cuda_write_what_the_eager_path_writes_there(policy, group_siz
     params = sampling_of(policy, eos_token_ids=policy.eos_token_ids)
     for indices in ((0, 1, 2), (2, 0, 3)):
         prompts = policy.prefill(oracle.encode(policy.processor, indices).to("cuda"))
-        one = policy.generate(policy.prefill(prompts), seeds=indices, temperature=0.7, **options)
+        one = policy.generate(prompts, seeds=indices, temperature=0.7, **options)
         other = generate(Decoder(policy.model), prompts, group_size=group_size, params=params, seeds=indices)
         assert_same(one, other)
 

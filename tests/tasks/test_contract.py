@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_r1.codecs import CODECS
-from perception_r1.metrics import task_metrics
+from perception_r1.metrics import make_metrics
 from perception_r1.records import ImageSize, LabelledBox, Sample, Score
 from perception_r1.task import MAX_TEXT, Task
 from perception_r1.tasks import TASKS
@@ -123,16 +123,14 @@ def test_worst_cases_are_scored_without_a_complaint(name, text):
 
 
 @tasks
-def test_names_are_all_different_and_the_headline_is_one_of_them(name):
+def test_names_are_all_different_and_the_primary_metric_is_one_of_them(name):
     task = TASKS[name]()
     assert is_dataclass(task)
-    metrics = task_metrics(task)
+    metrics = make_metrics(task)
     target = TARGETS[name][1][0][1]
-    metrics.update(
-        scores=[task.score(None, target)], predictions=[None], targets=[target], image_sizes=[FRAME], ids=["1"]
-    )
+    metrics.update(preds=[None], target=[target], image_sizes=[FRAME], ids=["1"])
     values = metrics.compute()
-    own = ["reward", *task.component_names, *task.metric_names]
+    own = ["reward", *(f"reward/{name}" for name in task.component_names), *task.metric_names]
     assert len(set(own)) == len(own)
     assert set(own) <= set(values)
     assert task.primary_metric in values

@@ -8,10 +8,10 @@ import pytest
 
 from perception_r1.codecs import CODECS
 from perception_r1.geometry import center
-from perception_r1.metrics import task_metrics, update_metrics
+from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.records import ImageSize, Overlay, Sample
 from perception_r1.rows import Row, RowError
-from perception_r1.scoring import score_completions
+from perception_r1.scoring import parse_completions, score_completions
 from perception_r1.tasks.counting import Counting, CountingPrediction, CountingTarget
 from tests.tasks import golden
 
@@ -57,10 +57,11 @@ def test_means_are_the_share_of_right_counts_and_the_mean_absolute_error(seed):
         completions.append(("I see " if is_wordy else "") + (REF + BOX * found if found else "none"))
         is_right.append(found == wanted and found > 0 and not is_wordy)
         errors.append(abs(found - wanted))
-    scored_completions = score_completions(
+    parsed = parse_completions(
         Counting(), CODECS["qwen2_vl"], samples=samples, image_sizes=[FRAME] * 200, completions=completions
     )
-    metrics = task_metrics(Counting())
+    scored_completions = score_completions(Counting(), parsed)
+    metrics = make_metrics(Counting())
     rng.shuffle(scored_completions)
     for start in range(0, 200, 33):
         update_metrics(metrics, scored_completions[start : start + 33])

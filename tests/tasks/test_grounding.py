@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from perception_r1.codecs import CODECS
-from perception_r1.metrics import task_metrics, update_metrics
+from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.records import ImageSize, Overlay, Sample
 from perception_r1.rows import Row, RowError
-from perception_r1.scoring import score_completions
+from perception_r1.scoring import parse_completions, score_completions
 from perception_r1.tasks.grounding import Grounding, GroundingPrediction, GroundingTarget
 from tests.tasks import golden
 
@@ -130,27 +130,24 @@ def test_figures_are_those_of_whole_pixels_also_on_the_thresholds(seed):
         image_sizes.append(ImageSize(width=width, height=height, resized_width=width, resized_height=height))
         completions.append(f'[{{"bbox_2d": {box}, "label": "cup"}}]')
         wanted.append(naive_metrics(box, target))
-    scored_completions = score_completions(
-        task,
-        CODECS["qwen2_5_vl"],
-        samples=samples,
-        image_sizes=image_sizes,
-        completions=completions,
-        is_evaluation=True,
+    parsed = parse_completions(
+        task, CODECS["qwen2_5_vl"], samples=samples, image_sizes=image_sizes, completions=completions
     )
+    scored_completions = score_completions(task, parsed, is_evaluation=True)
     for scored, metrics in zip(scored_completions, wanted, strict=True):
         found = golden.flat(scored.score)
         assert {name: found[name] for name in metrics} == pytest.approx(
             {k: float(v) for k, v in metrics.items()}, abs=1e-9
         )
-    metrics = task_metrics(task)
+    metrics = make_metrics(task)
     rng.shuffle(scored_completions)
     for start in range(0, 400, 33):
         update_metrics(metrics, scored_completions[start : start + 33])
     values = metrics.compute()
     for name in wanted[0]:
         mean = math.fsum(metrics[name] for metrics in wanted) / 400
-        assert values[name].item() == pytest.approx(mean, abs=1e-9, rel=0)
+        tag = f"reward/{name}" if name in task.component_names else name
+        assert values[tag].item() == pytest.approx(mean, abs=1e-9, rel=0)
         assert 0 < mean < 1
 
 

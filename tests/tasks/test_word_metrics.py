@@ -15,9 +15,9 @@ from nltk.stem.porter import PorterStemmer
 
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
-from perception_r1.metrics import task_metrics, update_metrics
+from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.records import ImageSize, Sample
-from perception_r1.scoring import score_completions
+from perception_r1.scoring import parse_completions, score_completions
 from perception_r1.tasks._word_metrics import NAMES, word_metrics
 from perception_r1.tasks.ocr import Ocr, OcrTarget
 from tests.hostile import WORST, filled, texts
@@ -136,18 +136,14 @@ def test_all_figures_are_those_of_the_protocol(wordnet, seed, equals, synonyms):
         Sample(id=str(k), image=Path(), width=100, height=50, query="", target=OcrTarget(text=wanted))
         for k, (_, wanted) in enumerate(pages)
     ]
-    scored_completions = score_completions(
-        task,
-        CODEC,
-        samples=samples,
-        image_sizes=[FRAME] * 43,
-        completions=[text for text, _ in pages],
-        is_evaluation=True,
+    parsed = parse_completions(
+        task, CODEC, samples=samples, image_sizes=[FRAME] * 43, completions=[text for text, _ in pages]
     )
+    scored_completions = score_completions(task, parsed, is_evaluation=True)
     wanted = [naive_metrics(*page, synonyms) for page in pages]
     for scored, metrics in zip(scored_completions, wanted, strict=True):
         assert {name: scored.score.metrics[name] for name in metrics} == exactly(metrics)
-    metrics = task_metrics(task)
+    metrics = make_metrics(task)
     random.Random(seed).shuffle(scored_completions)
     for start in range(0, 43, 5):
         update_metrics(metrics, scored_completions[start : start + 5])
@@ -184,13 +180,12 @@ def test_word_figures_are_for_evaluation_only():
     sample = Sample(id="1", image=Path(), width=100, height=50, query="", target=OcrTarget(text="a b c d"))
     arguments = {"samples": [sample], "image_sizes": [FRAME], "completions": ["a b c d"]}
     task = Ocr(word_metrics="stems")
-    assert set(score_completions(task, CODEC, **arguments)[0].score.metrics) == set(Ocr.metric_names)
-    (scored,) = score_completions(task, CODEC, **arguments, is_evaluation=True)
+    parsed = parse_completions(task, CODEC, **arguments)
+    assert set(score_completions(task, parsed)[0].score.metrics) == set(Ocr.metric_names)
+    (scored,) = score_completions(task, parsed, is_evaluation=True)
     assert tuple(scored.score.metrics) == (*Ocr.metric_names, *NAMES)
     assert scored.score.metrics["bleu"] == 1
-    assert set(score_completions(Ocr(), CODEC, **arguments, is_evaluation=True)[0].score.metrics) == set(
-        Ocr.metric_names
-    )
+    assert set(score_completions(Ocr(), parsed, is_evaluation=True)[0].score.metrics) == set(Ocr.metric_names)
 
 
 @pytest.mark.parametrize("package", ["nltk.corpus", "jieba"])

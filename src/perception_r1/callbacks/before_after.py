@@ -1,9 +1,10 @@
-"""What training changed: greedy metrics on the test split before and after, as a table, and where to look next."""
+"""What training changed: greedy metrics on the test split before and after, as a table, and where its files are."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
@@ -14,13 +15,14 @@ from rich.text import Text
 from perception_r1.callbacks.files import run_folder
 
 if TYPE_CHECKING:
-    from perception_r1.modules.base import PolicyModule
+    from perception_r1.modules.evaluation import EvaluationModule
 
 
 class BeforeAfter(Callback):
     """Evaluate the policy on the test split before the first step and after the last one, and show both.
 
-    A resumed run keeps the metrics from before its very first step. `trainer.limit_test_batches` holds here too.
+    A resumed run keeps the metrics from before its very first step. `trainer.limit_test_batches` holds here too. Where
+    the test split has several sources, the names of metrics begin with that of the source: "refcoco_val/accuracy_50".
 
     Args:
         enabled: Evaluate; otherwise only the run's files are named at the end.
@@ -47,15 +49,17 @@ class BeforeAfter(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the table and name the run's files."""
-        places = _places(trainer)
+        files = _files(trainer)
         if not trainer.is_global_zero:
             return
         console = get_console()
         if self.after:
-            task = cast("PolicyModule", pl_module).task
-            console.print(before_after_table(self.before, self.after, primary_metric=task.primary_metric))
-        for name, place in places.items():
-            console.print(Text.assemble((f"{name:<13}", "bold"), place), soft_wrap=True)
+            module = cast("EvaluationModule", pl_module)
+            tags = [f"{metrics.prefix}{module.task.primary_metric}" for metrics in module.test_metrics]
+            primary = [tag.removeprefix("test/") for tag in tags]
+            console.print(before_after_table(self.before, self.after, primary_metrics=primary))
+        for name, path in files.items():
+            console.print(Text.assemble((f"{name:<13}", "bold"), path), soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics from before training, for a resumed run."""
@@ -66,44 +70,58 @@ class BeforeAfter(Callback):
         self.before = dict(state_dict["before"])
 
 
-def before_after_table(before: Mapping[str, float], after: Mapping[str, float], *, primary_metric: str) -> Table:
-    """A row per metric, the primary metric first and bold; a metric that is not known is shown as "-"."""
+def before_after_table(
+    before: Mapping[str, float], after: Mapping[str, float], *, primary_metrics: Collection[str]
+) -> Table:
+    """A row per metric, the primary ones first and bold; a metric that is not known is shown as "-"."""
     table = Table(title="Greedy answers on the test split", title_justify="left")
     table.add_column("metric")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
-    for metric in sorted(after, key=lambda name: name != primary_metric):
+    for metric in sorted(after, key=lambda name: name not in primary_metrics):
         change = after[metric] - before[metric] if metric in before else None
         row = (
             Text(metric),
-            _metric(before.get(metric)),
-            _metric(after[metric]),
+            _number(before.get(metric)),
+            _number(after[metric]),
             Text("-") if change is None else Text(f"{change:+.4f}"),
         )
-        is_primary = metric == primary_metric
+        is_primary = metric in primary_metrics
         if is_primary and change:
             row[3].stylize("green" if change > 0 else "red")
         table.add_row(*row, style="bold" if is_primary else "", end_section=is_primary)
     return table
 
 
-def _metric(value: float | None) -> Text:
+def _number(value: float | None) -> Text:
     return Text("-" if value is None else f"{value:.4f}")
 
 
 def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[str, float]:
-    """Greedy metrics on the test split; nothing when the data has none."""
+    """Metrics of the test split by the steps of `test`, in its precision; nothing when the data has no such split."""
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None or not is_overridden("test_dataloader", datamodule):
         return {}
+    module = cast("EvaluationModule", pl_module)
     datamodule.setup("test")  # a fit sets up the other splits only
-    loader = datamodule.test_dataloader()
-    num_batches = _limit(trainer, len(loader))
-    if num_batches == 0:
+    loaders = datamodule.test_dataloader()
+    limited = [
+        (loader, _limit(trainer, len(loader))) for loader in (loaders if isinstance(loaders, list) else [loaders])
+    ]
+    total = sum(num_batches for _, num_batches in limited)
+    if total == 0:
         return {}
-    batches = (datamodule.transfer_batch_to_device(batch, pl_module.device, 0) for batch in islice(loader, num_batches))
+    steps = (
+        (datamodule.transfer_batch_to_device(batch, module.device, loader_index), batch_index, loader_index)
+        for loader_index, (loader, num_batches) in enumerate(limited)
+        for batch_index, batch in enumerate(islice(loader, num_batches))
+    )
     console = get_console() if trainer.is_global_zero else Console(quiet=True)
-    return cast("PolicyModule", pl_module).evaluate(_shown(batches, console, when, num_batches))
+    module.on_test_start()
+    with torch.no_grad():
+        for step in _shown(steps, console, when, total):
+            trainer.strategy.test_step(*step)
+    return {tag.removeprefix("test/"): value for tag, value in module.test_results().items()}
 
 
 def _limit(trainer: Trainer, num_batches: int) -> int:
@@ -126,7 +144,7 @@ def _shown(batches: Iterable[Any], console: Console, when: str, total: int) -> I
             yield batch
 
 
-def _places(trainer: Trainer) -> dict[str, str]:
+def _files(trainer: Trainer) -> dict[str, str]:
     """Where the results of the run lie; asked on all ranks, since they agree on the folder."""
     folder = run_folder(trainer)
     if folder is None:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from perception_r1.modules.base import PolicyModule, tag_metrics
+from perception_r1.modules.evaluation import EvaluationModule
 
 FOLDER = "checkpoints"
 """Folder of a run in which its checkpoints lie."""
@@ -88,9 +88,7 @@ class Checkpoints(Checkpoint):
         """Save `best.ckpt` when the task's primary metric has improved, and `last.ckpt` in any case."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        task = cast(PolicyModule, pl_module).task
-        (tag,) = tag_metrics("val", {task.primary_metric: None}, task)
-        value = trainer.callback_metrics.get(tag)
+        value = trainer.callback_metrics.get(cast(EvaluationModule, pl_module).monitor)
         if isinstance(value, Tensor) and float(value) > self.best_value:
             self.best_value, self._is_best_due = float(value), True
         self._cut = None

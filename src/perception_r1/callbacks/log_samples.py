@@ -20,7 +20,7 @@ from perception_r1.scoring import ScoredCompletion
 from perception_r1.task import Task
 
 if TYPE_CHECKING:
-    from perception_r1.modules.base import PolicyModule
+    from perception_r1.modules.evaluation import EvaluationModule
 
 
 class LogSamples(Callback):
@@ -65,7 +65,7 @@ class LogSamples(Callback):
         folder = run_folder(trainer)
         if not self._scored_completions:
             return
-        task = cast("PolicyModule", pl_module).task
+        task = cast("EvaluationModule", pl_module).task
         cards = [
             sample_card(task, scored, step=trainer.global_step, panel_width=self.panel_width)
             for scored in self._scored_completions

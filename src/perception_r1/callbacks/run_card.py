@@ -3,10 +3,9 @@
 import os
 import sys
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +14,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.environment import git_state, hardware, versions
 from perception_r1.callbacks.files import run_folder, write_json
-from perception_r1.task import Task
+
+if TYPE_CHECKING:
+    from perception_r1.modules.evaluation import EvaluationModule
 
 _MAX_REASON = 300
 """Longest reason of a failure, in characters: the traceback is in the log."""
@@ -74,8 +75,6 @@ def status_of(exception: BaseException) -> str:
 def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """What the run consists of."""
     seed = os.environ.get("PL_GLOBAL_SEED")
-    network = getattr(pl_module, "policy", None) or pl_module
-    parameters = list(network.parameters())
     fingerprint = getattr(getattr(trainer, "datamodule", None), "fingerprint", None)
     return {
         "command": sys.argv,
@@ -94,22 +93,10 @@ def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
             "module": getattr(pl_module, "seed", None),
             "torch": torch.initial_seed(),
         },
-        "task": _described(getattr(pl_module, "task", None)),
         "data": fingerprint() if fingerprint is not None else None,
-        "policy": {
-            "name": getattr(getattr(pl_module, "policy_config", None), "name", None),
-            "num_parameters": sum(parameter.numel() for parameter in parameters),
-            "num_trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        },
+        **cast("EvaluationModule", pl_module).describe(),
         "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
-
-
-def _described(task: Task[Any, Any] | None) -> dict[str, Any] | None:
-    """The task as it was in this run, options that follow from the data included: its class and their values."""
-    if task is None:
-        return None
-    return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "init_args": asdict(task)}
 
 
 def _results(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

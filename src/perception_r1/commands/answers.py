@@ -1,41 +1,25 @@
-"""Pictures to answers: the road of evaluation up to the parse, for pictures that nobody has annotated.
+"""Pictures to answers: the greedy evaluation up to the parse, for pictures that nobody has annotated.
 
-Picture -> sample without target -> policy (greedy) -> completion -> `parse_completion` -> `serialize_prediction`.
+Picture -> sample without target -> `EvaluationModule.predict_step`, called by a trainer -> ParsedCompletion
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from perception_r1.data.images import load_image
+from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
-from perception_r1.modules.encoding import encode_prompts
-from perception_r1.policy.policy import Policy
+from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.records import LoadedSample, Sample
-from perception_r1.task import Task
 
 BATCH_SIZE = 8
 """Pictures answered at once: enough to keep a device busy, few enough for its memory."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What was answered to one picture.
-
-    Attributes:
-        sample: The picture, loaded, and the query; it has no target.
-        completion: The decoded text, special tokens and end token included.
-        prediction: The task's own record of what the text says; None when it is no answer.
-        description: The prediction as JSON-ready data, coordinates in pixels of the upright picture.
-    """
-
-    sample: LoadedSample[None]
-    completion: str
-    prediction: Any
-    description: Any
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -59,52 +43,73 @@ def _is_image(path: Path) -> bool:
     return form in Image.OPEN and path.is_file() and not path.name.startswith(".")
 
 
-def predict_images(
-    policy: Policy, task: Task[Any, Any], paths: Sequence[Path], *, query: str, max_new_tokens: int
-) -> Iterator[list[Answer | UserError]]:
-    """Greedy answers in batches, in the order of the pictures; an error stands for a picture without one.
+def answer_images(
+    module: EvaluationModule, paths: Sequence[Path], *, query: str, precision: str, callback: Callback
+) -> None:
+    """Answer pictures greedily on one device, in their order.
 
     Args:
-        policy: In evaluation mode.
-        task: What to ask, and how to read the answer.
+        module: A module with its policy.
         paths: The pictures.
         query: What fills the slot of the task's prompt.
-        max_new_tokens: Longest completion, end token included.
+        precision: That of the trainer.
+        callback: Gets the answers by `on_predict_batch_end`: `outputs` are the `ParsedCompletion`s, and
+            `batch.problems` says what is wrong with the pictures that have none.
     """
-    for start in range(0, len(paths), BATCH_SIZE):
-        loaded = [_sample(path, query) for path in paths[start : start + BATCH_SIZE]]
-        samples = [sample for sample in loaded if isinstance(sample, Sample)]
-        answers = iter(_answer(policy, task, samples, max_new_tokens))
-        yield [next(answers) if isinstance(sample, Sample) else sample for sample in loaded]
-
-
-def _sample(path: Path, query: str) -> LoadedSample[None] | UserError:
-    try:
-        image = load_image(path)
-    except UserError as error:
-        return error
-    return Sample(id=str(path), image=image, width=image.width, height=image.height, query=query, target=None)
-
-
-def _answer(
-    policy: Policy, task: Task[Any, Any], samples: Sequence[LoadedSample[None]], max_new_tokens: int
-) -> list[Answer | UserError]:
-    """Answers to loaded pictures; when some picture is not for this model, each of them is asked about alone."""
-    if not samples:
-        return []
-    try:
-        prompts = encode_prompts(policy, task, samples)
-    except UserError as error:
-        if len(samples) == 1:
-            return [UserError(f"{samples[0].id}: {error}")]
-        return [answer for sample in samples for answer in _answer(policy, task, [sample], max_new_tokens)]
-    rollout = policy.generate(
-        policy.prefill(prompts), group_size=1, max_new_tokens=max_new_tokens, seeds=[0] * len(samples), is_greedy=True
+    trainer = Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]  # it is a string in a file
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
     )
-    answers: list[Answer | UserError] = []
-    completions = policy.processor.decode(rollout.completions)
-    for sample, image_size, completion in zip(samples, prompts.image_sizes, completions, strict=True):
-        prediction = task.parse_completion(completion, policy.codec, image_size)
-        description = task.serialize_prediction(prediction, image_size)
-        answers.append(Answer(sample=sample, completion=completion, prediction=prediction, description=description))
-    return answers
+    batches = DataLoader(_PictureBatches(module, paths, query), batch_size=None)
+    trainer.predict(module, batches, return_predictions=False)
+
+
+class PictureBatch(Batch):
+    """The pictures of a batch that can be answered, and what is wrong with the others."""
+
+    def __init__(self, samples: list[LoadedSample[Any]], problems: list[str]) -> None:
+        super().__init__(samples)
+        self.problems = problems
+
+
+class _PictureBatches(Dataset[PictureBatch]):
+    """Batches of pictures, loaded when they are asked for."""
+
+    def __init__(self, module: EvaluationModule, paths: Sequence[Path], query: str) -> None:
+        self.task, self.policy, self.query = module.task, module.policy, query
+        self.groups = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> PictureBatch:
+        batch = PictureBatch([], [])
+        for path in self.groups[index]:
+            try:
+                batch.samples.append(self._load(path))
+            except UserError as error:
+                batch.problems.append(str(error))
+        return batch
+
+    def _load(self, path: Path) -> LoadedSample[None]:
+        """A picture as a sample without target.
+
+        Raises:
+            UserError: It cannot be read, or is not for this model.
+        """
+        image = load_image(path)
+        width, height = image.size
+        sample = Sample(id=str(path), image=image, width=width, height=height, query=self.query, target=None)
+        try:
+            self.policy.processor.check_prompt(
+                self.task.messages(sample), width=width, height=height, max_tokens=self.policy.max_prompt_length
+            )
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        return sample

@@ -1,19 +1,21 @@
 """`perception-r1 predict`: what a run or a model answers to pictures, as JSON lines and, if wanted, drawn on them."""
 
 import json
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import jsonargparse
-import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from rich.console import Console
 
-from perception_r1.callbacks.displays import Lines, open_display
-from perception_r1.commands.answers import Answer, find_images, predict_images
+from perception_r1.callbacks.displays import Display, Lines, open_display
+from perception_r1.commands.answers import PictureBatch, answer_images, find_images
 from perception_r1.commands.options import (
     check_unused,
     first_positional,
@@ -26,13 +28,18 @@ from perception_r1.commands.options import (
     task_values,
 )
 from perception_r1.commands.runs import CARD, Run, checkpoint_path, is_run, load_checkpoint, open_run
+from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import annotate, draw_card
 from perception_r1.errors import UserError
+from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
+from perception_r1.scoring import ParsedCompletion
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 
+Precision = Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]
+"""Precisions of the trainer in which a policy can answer."""
 _MAX_NEW_TOKENS = 2048
 """Longest completion of a model that comes without a run, that of `configs/task` where answers are longest."""
 _LINE_SECONDS = 20.0
@@ -62,12 +69,21 @@ def _predict(argv: Sequence[str]) -> int:
     paths = find_images(options.pictures)
     if options.out is not None:
         check_unused("--out", options.out)
-    policy, max_new_tokens = _load(run, options)
-    answers = predict_images(policy, task, paths, query=query, max_new_tokens=max_new_tokens)
-    num_failed = _write(answers, task, len(paths), options.out)
-    if num_failed:
-        sys.stderr.write(f"{num_failed} of {len(paths)} pictures could not be answered.\n")
-    return int(num_failed > 0)
+    module, precision = _load(run, task, options)
+    files, console = [sys.stdout], Console(stderr=True)  # a bar on the terminal redirects sys.stdout
+    # bars and JSON lines on one terminal would overwrite each other
+    display = Lines(console, _LINE_SECONDS) if sys.stdout.isatty() else open_display(console, _LINE_SECONDS)
+    with ExitStack() as stack:
+        stack.callback(display.close)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            files.append(stack.enter_context((options.out / "predictions.jsonl").open("w", encoding="utf-8")))
+        display.start("pictures", 0, len(paths))
+        writer = _Writer(task, files, console, display, options.out)
+        answer_images(module, paths, query=query, precision=precision, callback=writer)
+    if writer.num_failed:
+        sys.stderr.write(f"{writer.num_failed} of {len(paths)} pictures could not be answered.\n")
+    return int(writer.num_failed > 0)
 
 
 def _parser(task_class: type[Task[Any, Any]] | None, defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
@@ -83,6 +99,7 @@ def _parser(task_class: type[Task[Any, Any]] | None, defaults: dict[str, Any]) -
     parser.add_argument("--query", type=str | None, help='What the prompt asks for, where it asks: "red cup".')
     parser.add_argument("--ckpt", type=str | None, help="Checkpoint of a run: best (the default), last, or a file.")
     parser.add_argument("--out", type=Path | None, help="Folder for annotated pictures and predictions.jsonl.")
+    parser.add_argument("--precision", type=Precision | None, help="Of the trainer; else that of the run, or 32-true.")
     parser.add_argument("--max_new_tokens", type=int | None, help="Longest completion; else that of the run.")
     parser.add_argument("--min_pixels", type=int | None, help="Smaller pictures are enlarged to this many pixels.")
     parser.add_argument("--max_pixels", type=int | None, help="Larger pictures are shrunk to this many pixels.")
@@ -117,8 +134,8 @@ def _query(task: Task[Any, Any], query: str | None) -> str:
     return query or ""
 
 
-def _load(run: Run | None, options: jsonargparse.Namespace) -> tuple[Policy, int]:
-    """The policy on its device, and its longest completion.
+def _load(run: Run | None, task: Task[Any, Any], options: jsonargparse.Namespace) -> tuple[EvaluationModule, str]:
+    """The module with its policy, and the precision in which it answers.
 
     Raises:
         UserError: The model or the checkpoint cannot be used, or a number is out of range.
@@ -128,68 +145,70 @@ def _load(run: Run | None, options: jsonargparse.Namespace) -> tuple[Policy, int
         max_new_tokens = options.max_new_tokens
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    config = PolicyConfig(name=options.model) if run is None else run.policy
     given = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
+    module = EvaluationModule(task, policy=replace(config, **given), max_new_tokens=max_new_tokens)
     if run is not None:
-        policy, _ = load_checkpoint(replace(run.policy, **given), checkpoint_path(run, options.ckpt or "best"))
+        module.policy, _ = load_checkpoint(module.policy_config, checkpoint_path(run, options.ckpt or "best"))
     elif options.ckpt is not None:
         raise UserError(f"--ckpt is for a run, and {options.model} is none: it has no {CARD}")
     else:
-        policy = Policy.load(PolicyConfig(name=options.model, **given), is_trained=False)
-    return policy.to("cuda" if torch.cuda.is_available() else "cpu"), max_new_tokens
+        module.policy = Policy.load(module.policy_config, is_trained=False)
+    return module, options.precision or ("32-true" if run is None else run.precision)
 
 
-def _write(answers: Iterator[list[Answer | UserError]], task: Task[Any, Any], total: int, out: Path | None) -> int:
-    """Write answers as they come, errors to stderr and progress beside them; the number of pictures without answer."""
-    stdout = sys.stdout  # a bar on the terminal redirects it; the lines must go where the caller wants them
-    files = [stdout]
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.append((out / "predictions.jsonl").open("w", encoding="utf-8"))
-    console = Console(stderr=True)
-    # bars and JSON lines on one terminal would overwrite each other
-    display = Lines(console, _LINE_SECONDS) if stdout.isatty() else open_display(console, _LINE_SECONDS)
-    display.start("pictures", 0, total)
-    num_done = num_failed = 0
-    try:
-        for batch in answers:
-            for answer in batch:
-                if isinstance(answer, UserError):
-                    num_failed += 1
-                    console.print(str(answer), soft_wrap=True, highlight=False, markup=False)
-                else:
-                    _write_one(answer, task, files, out)
-            num_done += len(batch)
-            display.advance("pictures", num_done, {})
-    finally:
-        display.close()
-        for file in files[1:]:
-            file.close()
-    return num_failed
+class _Writer(Callback):
+    """Writes answers as they come, problems to stderr and progress beside them."""
+
+    def __init__(
+        self, task: Task[Any, Any], files: Sequence[IO[str]], console: Console, display: Display, out: Path | None
+    ) -> None:
+        self.task, self.files, self.console, self.display, self.out = task, files, console, display, out
+        self.num_done = self.num_failed = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Sequence[ParsedCompletion],
+        batch: PictureBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write what is known about the pictures of a batch."""
+        for problem in batch.problems:
+            self.console.print(problem, soft_wrap=True, highlight=False, markup=False)
+        for parsed in outputs:
+            self._write(parsed)
+        self.num_failed += len(batch.problems)
+        self.num_done += len(outputs) + len(batch.problems)
+        self.display.advance("pictures", self.num_done, {})
+        if trainer.received_sigterm:  # the trainer itself heeds it in training and test alone
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _write(self, parsed: ParsedCompletion) -> None:
+        """One answer as a line of JSON, in ASCII, so that no character of a completion can break the line."""
+        record = {
+            "image": parsed.sample.id,
+            "query": parsed.sample.query,
+            "completion": parsed.completion,
+            "prediction": self.task.serialize_prediction(parsed.prediction, parsed.image_size),
+        }
+        line = json.dumps(record, allow_nan=False) + "\n"
+        for file in self.files:
+            file.write(line)
+            file.flush()
+        if self.out is not None:
+            draw(parsed, self.task).save(_free_name(self.out, Path(parsed.sample.id).stem))
 
 
-def _write_one(answer: Answer, task: Task[Any, Any], files: Sequence[IO[str]], out: Path | None) -> None:
-    """One answer as a line of JSON, in ASCII, so that no character of a completion can break the line."""
-    record = {
-        "image": answer.sample.id,
-        "query": answer.sample.query,
-        "completion": answer.completion,
-        "prediction": answer.description,
-    }
-    line = json.dumps(record, allow_nan=False) + "\n"
-    for file in files:
-        file.write(line)
-        file.flush()
-    if out is not None:
-        draw(answer, task).save(_free_name(out, Path(answer.sample.id).stem))
-
-
-def draw(answer: Answer, task: Task[Any, Any]) -> Image.Image:
+def draw(parsed: ParsedCompletion, task: Task[Any, Any]) -> Image.Image:
     """The picture with what was predicted on it; of a task without overlays a card with the words."""
-    image = answer.sample.image
+    image = load_sample_image(parsed.sample).image
     if type(task).overlays is Task.overlays:
-        fields = {"prompt": task.prompt(answer.sample.query), "completion": answer.completion}
-        return draw_card(image, title=Path(answer.sample.id).name, fields=fields)
-    return annotate(image, [], [] if answer.prediction is None else task.overlays(answer.prediction))
+        fields = {"prompt": task.prompt(parsed.sample.query), "completion": parsed.completion}
+        return draw_card(image, title=Path(parsed.sample.id).name, fields=fields)
+    return annotate(image, [], [] if parsed.prediction is None else task.overlays(parsed.prediction))
 
 
 def _free_name(folder: Path, stem: str) -> Path:

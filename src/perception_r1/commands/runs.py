@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonargparse
 import yaml
@@ -34,6 +34,7 @@ class Run:
         task: The task as it was trained, with the categories that came from the data.
         policy: The model that was trained and what of it; its name is that of the warmed-up folder for `tiny`.
         max_new_tokens: Longest completion, end token included.
+        precision: That of its trainer.
         card: `run.json`, see `callbacks/run_card.py`.
     """
 
@@ -42,6 +43,7 @@ class Run:
     task: Task[Any, Any]
     policy: PolicyConfig
     max_new_tokens: int
+    precision: str
     card: Mapping[str, Any]
 
 
@@ -60,8 +62,9 @@ def open_run(folder: Path) -> Run:
         raise UserError(f"there is no run in {folder}: give a folder with a {CARD}, such as logs/counting/version_0")
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        module = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
-        training, settings = module["class_path"].rpartition(".")[2], module["init_args"]
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        training, settings = config["model"]["class_path"].rpartition(".")[2], config["model"]["init_args"]
+        precision = config["trainer"]["precision"]
         name = card["policy"]["name"]
         values = {
             "task": card["task"],
@@ -80,6 +83,7 @@ def open_run(folder: Path) -> Run:
         task=made.task,
         policy=made.policy,
         max_new_tokens=made.max_new_tokens,
+        precision="32-true" if precision is None else str(precision),
         card=card,
     )
 
@@ -126,6 +130,6 @@ def _instantiated(values: dict[str, Any], folder: Path) -> jsonargparse.Namespac
     parser.add_argument("--policy", type=PolicyConfig, required=True)
     parser.add_argument("--max_new_tokens", type=int, required=True)
     try:
-        return parser.instantiate(parser.parse_object(values))
+        return cast(jsonargparse.Namespace, parser.instantiate(parser.parse_object(values)))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(f"the run {folder} cannot be opened: {plain(str(error))}") from error

@@ -19,10 +19,10 @@ from perception_r1.commands.options import known, make_task, new_parser, option_
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.sources import SourceRow, open_source
 from perception_r1.errors import UserError
-from perception_r1.metrics import SourceMetrics
+from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.records import ImageSize, Sample, UnloadedSample
 from perception_r1.rows import Row, RowError, object_labels
-from perception_r1.scoring import ScoredCompletion, score_completions
+from perception_r1.scoring import ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 
@@ -49,9 +49,8 @@ def _score(argv: Sequence[str]) -> int:
         raise UserError(f"{options.file}: is empty, it needs one JSON object per line")
     task, codec = _make_task(options, rows), CODECS[options.codec]
     samples, image_sizes, completions = zip(*(_read_row(row, task, codec, options) for row in rows), strict=True)
-    scored_completions = score_completions(
-        task, codec, samples=samples, image_sizes=image_sizes, completions=completions, is_evaluation=True
-    )
+    parsed = parse_completions(task, codec, samples=samples, image_sizes=image_sizes, completions=completions)
+    scored_completions = score_completions(task, parsed, is_evaluation=True)
     for row, scored in zip(rows, scored_completions, strict=True):
         sys.stdout.write(json.dumps(_described(row, scored, task), allow_nan=False) + "\n")
     sys.stderr.write(_summary(task, scored_completions))
@@ -183,13 +182,12 @@ def _described(row: SourceRow, scored: ScoredCompletion, task: Task[Any, Any]) -
 def _summary(task: Task[Any, Any], scored_completions: Sequence[ScoredCompletion]) -> str:
     """Means and metrics of each source of the file, one a line."""
     counts = Counter(scored.sample.source for scored in scored_completions)
-    metrics = SourceMetrics(task, list(counts))
-    metrics.update(scored_completions)
-    names = ("reward", *task.component_names, *task.metric_names, *task.eval_metric_names)
     text = ""
-    for source, values in metrics.compute().items():
-        own = {name: values[name] for name in names}  # first, in their order
+    for source, count in counts.items():
+        metrics = make_metrics(task)
+        update_metrics(metrics, [scored for scored in scored_completions if scored.sample.source == source])
+        values = metrics.compute()
         width = max(len(name) for name in values)
-        rows = "".join(f"  {name:<{width}}  {value:.6g}\n" for name, value in (own | values).items())
-        text += f"{task.name}{f' of {source}' if source else ''}: {counts[source]} completions\n{rows}"
+        rows = "".join(f"  {name:<{width}}  {float(value):.6g}\n" for name, value in values.items())
+        text += f"{task.name}{f' of {source}' if source else ''}: {count} completions\n{rows}"
     return text

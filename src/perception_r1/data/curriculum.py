@@ -3,12 +3,11 @@
 The paper scores the training set once with the base model and lets a run go from higher rewards to lower ones.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perception_r1.data.sources import DataError
+from perception_r1.data.sources import DataError, open_source
 from perception_r1.records import Sample
 
 
@@ -35,13 +34,10 @@ def easy_to_hard(samples: Sequence[Sample[Any]], path: Path) -> list[int]:
 def _rewards(path: Path) -> dict[tuple[str, str], float]:
     """Reward by source and id."""
     found: dict[tuple[str, str], float] = {}
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                found[row.get("source", ""), str(row["id"])] = float(row["reward"])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: must be the predictions.jsonl of an evaluation ({error})") from error
+    for row in open_source(path):
+        name, reward = row.values.get("id"), row.values.get("reward")
+        if name is None or not isinstance(reward, int | float):
+            problem = row.problem or "it has no id or no reward"
+            raise DataError(f"{row.location}: must be a row of the predictions.jsonl of an evaluation ({problem})")
+        found[str(row.values.get("source", "")), str(name)] = float(reward)
     return found

@@ -160,7 +160,7 @@ class TaskDataModule(LightningDataModule):
 
     @property
     def tested_sources(self) -> tuple[str, ...]:
-        """Names of the sources that `test` evaluates, as in `Sample.source`; one of them at least."""
+        """Names of the sources that `test` evaluates, as in `Sample.source`, at least one: each has a loader."""
         return tuple(self.sources.get(self.eval_split) or self.sources.get("train") or {"": None})
 
     def leave_out(self, answered: Set[tuple[str, str]]) -> None:
@@ -186,13 +186,17 @@ class TaskDataModule(LightningDataModule):
         """Validation batches for this device."""
         return self._eval_loader(self.samples("val"))
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Test batches for this device."""
-        samples = self.samples(self.eval_split)
-        if self._answered:
-            names = enumerate((sample.source, sample.id) for sample in samples)
-            samples = Subset(samples, [place for place, name in names if name not in self._answered])
-        return self._eval_loader(samples)
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Test batches for this device: one loader for each of `tested_sources`, in a list if there are several."""
+        samples, sources = self.samples(self.eval_split), self.tested_sources
+        if len(sources) == 1 and not self._answered:
+            return self._eval_loader(samples)
+        indices: dict[str, list[int]] = {source: [] for source in sources}
+        for index, sample in enumerate(samples):
+            if (sample.source, sample.id) not in self._answered:
+                indices[sample.source].append(index)
+        loaders = [self._eval_loader(Subset(samples, chosen)) for chosen in indices.values()]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int

@@ -8,7 +8,7 @@ Only a folder that has the name of its evaluation is known to hold the answers t
 where `trainer.limit_test_batches` leaves samples out, an evaluation begins anew.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -19,10 +19,10 @@ from perception_r1.data.module import TaskDataModule
 from perception_r1.evaluation.key import EVALUATION
 from perception_r1.evaluation.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.evaluation.report import write_report
-from perception_r1.scoring import ScoredCompletion
+from perception_r1.metrics import update_metrics
 
 if TYPE_CHECKING:
-    from perception_r1.modules.base import PolicyModule
+    from perception_r1.modules.evaluation import EvaluationModule
 
 _DIGITS = 12
 """Significant digits of a metric in metrics.json: more than that depends on the order of addition."""
@@ -66,13 +66,14 @@ class Evaluation(Callback):
         """Count the samples that are answered already, on one device; open this device's part."""
         if self._folder is None:
             return
-        module, datamodule = cast("PolicyModule", pl_module), _data(trainer)
+        module, datamodule = cast("EvaluationModule", pl_module), _data(trainer)
         if trainer.is_global_zero:
             rows = {row_key(row): row for row in read_rows(self._answers)}
             for sample in datamodule.samples(datamodule.eval_split) if rows else ():
                 row = rows.get((sample.source, sample.id))
                 if row is not None:
-                    module.test_metrics.update([rescore(module.task, module.policy.codec, sample, row)])
+                    scored = rescore(module.task, module.codec, sample, row)
+                    update_metrics(module.test_metrics[datamodule.tested_sources.index(sample.source)], [scored])
         self._part = (self._folder / f"answers.rank{trainer.global_rank}.jsonl").open("w", encoding="utf-8")
 
     def on_test_batch_end(
@@ -86,7 +87,7 @@ class Evaluation(Callback):
     ) -> None:
         """Write the completions of one batch to the disk."""
         if self._part is not None:
-            task = cast("PolicyModule", pl_module).task
+            task = cast("EvaluationModule", pl_module).task
             self._part.writelines(row_line(prediction_row(task, scored)) for scored in outputs)
             self._part.flush()
 
@@ -98,12 +99,16 @@ class Evaluation(Callback):
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
-        module, datamodule = cast("PolicyModule", pl_module), _data(trainer)
-        answered = self._collect(datamodule)
-        write_rows(self._folder / "predictions.jsonl", answered.values())
+        module, datamodule = cast("EvaluationModule", pl_module), _data(trainer)
+        answered, samples = self._collect(datamodule), datamodule.samples(datamodule.eval_split)
+        rows = list(answered.values())
+        indices = [index for index, sample in enumerate(samples) if (sample.source, sample.id) in answered]
+        write_rows(self._folder / "predictions.jsonl", rows)
         metrics = {
-            name or "test": {metric: _rounded(value) for metric, value in values.items()}
-            for name, values in module.metrics_by_source.items()
+            source or "test": {
+                tag.removeprefix(str(tested.prefix)): _rounded(float(value)) for tag, value in tested.compute().items()
+            }
+            for source, tested in zip(datamodule.tested_sources, module.test_metrics, strict=True)
         }
         write_json(self._folder / "metrics.json", metrics)
         write_report(
@@ -111,8 +116,8 @@ class Evaluation(Callback):
             module.task,
             metrics,
             split=datamodule.eval_split,
-            scored_completions=_Rescored(module, datamodule, answered),
-            rewards=[row["reward"] for row in answered.values()],
+            scored_completion=lambda index: rescore(module.task, module.codec, samples[indices[index]], rows[index]),
+            rewards=[row["reward"] for row in rows],
             num_samples=self.num_samples,
             checkpoint=str(trainer.ckpt_path) if trainer.ckpt_path else None,
         )
@@ -146,25 +151,6 @@ class Evaluation(Callback):
             self._part.close()
             self._part = None
             _data(trainer).leave_out(frozenset())
-
-
-class _Rescored(Sequence[ScoredCompletion]):
-    """The scored completions of all rows, scored when they are asked for."""
-
-    def __init__(
-        self, module: "PolicyModule", datamodule: TaskDataModule, rows: Mapping[Key, Mapping[str, Any]]
-    ) -> None:
-        self._module, self._rows = module, list(rows.values())
-        self._samples = datamodule.samples(datamodule.eval_split)
-        names = enumerate((sample.source, sample.id) for sample in self._samples)
-        self._places = [place for place, name in names if name in rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        sample = self._samples[self._places[index]]
-        return rescore(self._module.task, self._module.policy.codec, sample, self._rows[index])
 
 
 def _data(trainer: Trainer) -> TaskDataModule:

@@ -59,7 +59,7 @@ def _leaves(value: Any, left_out: Collection[str]) -> Iterator[object]:
 
 
 def _files(name: str) -> list[Path]:
-    """The file of this name, or the files of a model's folder; none where a setting only looks like a name."""
+    """The file of this name, or the files of a model's folder; none where a setting is no name."""
     if os.path.isfile(name):  # unlike pathlib's, it takes any text
         return [Path(name)]
     is_model = name != "" and os.path.isfile(os.path.join(name, "config.json"))

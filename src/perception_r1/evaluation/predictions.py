@@ -13,7 +13,7 @@ from perception_r1.callbacks.files import finite
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
 from perception_r1.records import ImageSize, Sample
-from perception_r1.scoring import ScoredCompletion, score_completions
+from perception_r1.scoring import ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import Task
 
 Key = tuple[str, str]
@@ -78,7 +78,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def rescore(task: Task[Any, Any], codec: Codec, sample: Sample[Any], row: Mapping[str, Any]) -> ScoredCompletion:
     """The scored completion of a row."""
     sizes = {name: row[name] for name in ("width", "height", "resized_width", "resized_height")}
-    (scored,) = score_completions(
+    parsed = parse_completions(
         task,
         codec,
         samples=[sample],
@@ -86,6 +86,5 @@ def rescore(task: Task[Any, Any], codec: Codec, sample: Sample[Any], row: Mappin
         completions=[row["completion"]],
         lengths=[row["num_tokens"]],
         truncated=[row["is_truncated"]],
-        is_evaluation=True,
     )
-    return scored
+    return score_completions(task, parsed, is_evaluation=True)[0]

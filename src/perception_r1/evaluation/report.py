@@ -1,7 +1,7 @@
 """The report of an evaluation: its metrics beside published ones, and the worst and best pictures."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def write_report(
     metrics: Metrics,
     *,
     split: Split,
-    scored_completions: Sequence[ScoredCompletion],
+    scored_completion: Callable[[int], ScoredCompletion],
     rewards: Sequence[float],
     num_samples: int,
     checkpoint: str | None,
@@ -40,7 +40,7 @@ def write_report(
         task: The task.
         metrics: Of every source.
         split: What was evaluated.
-        scored_completions: Of every sample, pictures not loaded.
+        scored_completion: That of the sample with an index, its picture not loaded.
         rewards: Of every sample.
         num_samples: How many of the worst and of the best are drawn.
         checkpoint: What was evaluated; None: the model before training.
@@ -50,9 +50,9 @@ def write_report(
     lines += [f"{len(rewards)} samples of the {split} split, greedy decoding.", ""]
     rows = _rows(metrics, task.primary_metric)
     lines += [*_markdown(rows), ""]
-    for title, places in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
-        if places:
-            cards = [sample_card(task, scored_completions[place], step=None) for place in places]
+    for title, chosen in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
+        if chosen:
+            cards = [sample_card(task, scored_completion(index), step=None) for index in chosen]
             contact_sheet(cards).save(folder / f"{title}.png")
             lines += [f"## {title.capitalize()} answers", "", f"![{title} answers]({title}.png)", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")

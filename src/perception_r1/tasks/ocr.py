@@ -50,7 +50,7 @@ class Ocr(Task[OcrTarget, str]):
     name = "ocr"
     component_names = ("similarity",)
     metric_names = ("edit_distance", "exact_match")
-    primary_metric = "similarity"
+    primary_metric = "reward/similarity"
     row_keys = ("text",)
 
     def __post_init__(self) -> None:

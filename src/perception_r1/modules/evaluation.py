@@ -1,0 +1,212 @@
+"""Greedy evaluation: the one road of validation, test, before and after training, and prediction.
+
+Samples --encode, generate greedily, decode, parse--> ParsedCompletion --score--> ScoredCompletion --> metrics
+
+The trainer's strategy calls every step, so all of them run in the precision of the trainer.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torchmetrics import MetricCollection
+
+from perception_r1.codecs import Codec
+from perception_r1.errors import UserError
+from perception_r1.metrics import make_metrics, update_metrics
+from perception_r1.modules.encoding import encode_prompts
+from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.packing import plan_eval_batches
+from perception_r1.policy.policy import Policy
+from perception_r1.policy.rollout import Rollout
+from perception_r1.records import LoadedSample
+from perception_r1.scoring import ParsedCompletion, ScoredCompletion, parse_completions, score_completions
+from perception_r1.task import Task
+
+
+class EvaluationModule(LightningModule):
+    """A policy that answers a task's samples greedily.
+
+    Args:
+        task: The task of the data module; the command line hands it over.
+        policy: Which model is trained, and what of it.
+        max_new_tokens: Longest completion, end token included.
+        eval_batch_tokens: Tokens of prompts and completions, padding included, that an evaluation holds at once; null:
+            the whole batch of the data module.
+
+    Attributes:
+        test_metrics: Metrics of the last test, for each of its loaders.
+    """
+
+    policy: Policy
+    """There once `configure_model` has run."""
+
+    def __init__(
+        self,
+        task: Task[Any, Any],
+        *,
+        policy: PolicyConfig,
+        max_new_tokens: int = 768,
+        eval_batch_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+        if eval_batch_tokens is not None and eval_batch_tokens < 1:
+            raise UserError(f"eval_batch_tokens is {eval_batch_tokens}; it must be 1 or more, or null.")
+        self.task = task
+        self.policy_config = policy
+        self.max_new_tokens = max_new_tokens
+        self.eval_batch_tokens = eval_batch_tokens
+        self.val_metrics = make_metrics(task).clone(prefix="val/")
+        self.test_metrics: list[MetricCollection] = []
+
+    def configure_model(self) -> None:
+        """Load the policy; once, whichever of fit, validate, test and predict comes first."""
+        if not hasattr(self, "policy"):
+            self.policy = Policy.load(self.policy_config)
+
+    # ------------------------------------------------------------------------------------- for trainer and callbacks
+
+    @property
+    def codec(self) -> Codec:
+        """How the policy's family writes boxes."""
+        return self.policy.codec
+
+    @property
+    def monitor(self) -> str:
+        """Tag of the validation metric by which checkpoints are compared; higher is better."""
+        return f"val/{self.task.primary_metric}"
+
+    def describe(self) -> dict[str, Any]:
+        """The task as it is in this run, options that follow from the data included, and the policy, for JSON."""
+        kind, parameters = type(self.task), list(self.policy.parameters())
+        return {
+            "task": {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(self.task)},
+            "policy": {
+                "name": self.policy_config.name,
+                "num_parameters": sum(parameter.numel() for parameter in parameters),
+                "num_trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            },
+        }
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The first hook of a run, before the trainer's own complaints: check the trainer; it adds no callback."""
+        self.check_trainer(self.trainer, is_training=self.trainer.state.fn == TrainerFn.FITTING)
+        return []
+
+    def check_trainer(self, trainer: Trainer, *, is_training: bool = True) -> None:
+        """Refuse settings with which no run is right; it can be called before anything is loaded.
+
+        Args:
+            trainer: The trainer that is to run this module.
+            is_training: It is to train it, not only to evaluate it.
+
+        Raises:
+            UserError: Names the setting, and what would be right.
+        """
+        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):  # their subclasses shard or translate
+            raise UserError(
+                f"trainer.strategy {type(trainer.strategy).__name__} is not supported; use auto or ddp, with which "
+                "every device has the whole model."
+            )
+
+    # ----------------------------------------------------------------------------------------------------- the road
+
+    def complete(self, samples: Sequence[LoadedSample[Any]]) -> list[ParsedCompletion]:
+        """Greedy completions of loaded samples, in their order, parsed and not scored: they need no target."""
+        if not samples:
+            return []
+        found: dict[int, ParsedCompletion] = {}
+        with evaluation_mode(self.policy):
+            prompts = encode_prompts(self.policy, self.task, samples)
+            for indices in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
+                eval_batch = prompts.select(indices)
+                rollout = self.policy.generate(
+                    self.policy.prefill(eval_batch),
+                    group_size=1,
+                    max_new_tokens=self.max_new_tokens,
+                    seeds=[0] * len(indices),
+                    is_greedy=True,
+                )
+                parsed = self.parse([samples[index] for index in indices], eval_batch, rollout)
+                found |= zip(indices, parsed, strict=True)
+        return [found[index] for index in range(len(samples))]
+
+    def parse(
+        self, samples: Sequence[LoadedSample[Any]], prompts: PromptBatch, rollout: Rollout
+    ) -> list[ParsedCompletion]:
+        """The completions of a rollout as text and as predictions; samples and prompts are those that it answers."""
+        group_size = len(rollout.completions) // len(samples)
+        return parse_completions(
+            self.task,
+            self.codec,
+            samples=[sample for sample in samples for _ in range(group_size)],
+            image_sizes=[image_size for image_size in prompts.image_sizes for _ in range(group_size)],
+            completions=self.policy.processor.decode(rollout.completions),
+            lengths=[len(completion) for completion in rollout.completions],
+            truncated=rollout.is_truncated,
+        )
+
+    def score_greedy(self, samples: Sequence[LoadedSample[Any]]) -> list[ScoredCompletion]:
+        """Greedy completions of loaded samples, in their order, scored with the metrics of evaluation."""
+        return score_completions(self.task, self.complete(samples), is_evaluation=True)
+
+    def validation_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]  # for the callbacks
+        """Answer greedily and accumulate."""
+        scored_completions = self.score_greedy(batch)
+        update_metrics(self.val_metrics, scored_completions)
+        return scored_completions
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole split."""
+        self.log_dict(self.val_metrics.compute(), sync_dist=True, batch_size=1)
+        self.val_metrics.reset()
+
+    def on_test_start(self) -> None:
+        """Begin the metrics of every source of the data module: test/METRIC, or of several test/SOURCE/METRIC."""
+        sources = getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
+        fresh = make_metrics(self.task).to(self.device)
+        prefixes = ["test/"] if len(sources) == 1 else [f"test/{source}/" for source in sources]
+        self.test_metrics = [fresh.clone(prefix=prefix) for prefix in prefixes]
+
+    def test_step(  # type: ignore[override]  # for the callbacks
+        self, batch: list[LoadedSample[Any]], batch_idx: int, dataloader_idx: int = 0
+    ) -> list[ScoredCompletion]:
+        """As `validation_step`, for one source; a batch may be empty where little is left for many devices."""
+        scored_completions = self.score_greedy(batch)
+        update_metrics(self.test_metrics[dataloader_idx], scored_completions)
+        return scored_completions
+
+    def test_results(self) -> dict[str, float]:
+        """Metrics of all sources and devices by tag."""
+        return {tag: float(value) for metrics in self.test_metrics for tag, value in metrics.compute().items()}
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of every source."""
+        self.log_dict(self.test_results(), batch_size=1)
+
+    def predict_step(self, batch: Iterable[LoadedSample[Any]], batch_idx: int) -> list[ParsedCompletion]:
+        """Answer greedily; nobody knows what would be right."""
+        return self.complete(list(batch))
+
+
+@contextmanager
+def evaluation_mode(policy: Policy) -> Iterator[None]:
+    """A policy without dropout and gradients for a while, in whatever mode it is before and after.
+
+    Not in the inference mode of Lightning's loops: training could not write to the buffers of decoding that it leaves.
+    """
+    was_training = policy.training
+    policy.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        policy.train(was_training)
