@@ -52,7 +52,7 @@ def test_or_stops_before_any_weight_is_read(fit, monkeypatch):
     for more in ({}, {"model": "tiny"}):
         status, error = fit(**more)
         assert status == 2
-        assert "error: rows.jsonl:2: A picture has 4100 x 20 pixels" in error
+        assert error.startswith("perception-r1 fit: error: rows.jsonl:2: A picture has 4100 x 20 pixels")
 
 
 def test_the_embedded_policy_reads_as_its_warm_start_will(tmp_path):
