@@ -1,6 +1,9 @@
 """How the tests read the documentation: fenced blocks, commands, tables, and the files that blocks stand for."""
 
 import re
+import shlex
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +34,34 @@ def commands(document: str) -> list[str]:
     """Every line of every bash block, comments left out."""
     lines = [line.partition("  #")[0].strip() for block in blocks(document, "bash") for line in block.splitlines()]
     return [line for line in lines if line]
+
+
+def repeated(lines: Sequence[str]) -> set[str]:
+    """Commands that train and make no choice which those before them have not made."""
+    seen: set[str] = set()
+    found = set()
+    for line in lines:
+        if re.match(r"make (train|sft)\b|\S*perception-r1 fit\b", line):
+            made = choices(line)
+            if made <= seen:
+                found.add(line)
+            seen |= made
+    return found
+
+
+def choices(line: str) -> set[str]:
+    """What the command line of a run decides: its verb, names of configurations, kinds of files, options."""
+    words = [part for word in shlex.split(line) for part in shlex.split(word.removeprefix("ARGS="))]
+    made = {" ".join(words[:2])}
+    for word, value in pairwise([*words, ""]):
+        name, is_assigned, values = word.partition("=")
+        if word in ("--task", "--model", "--data", "--recipe", "--variant"):
+            made.add(f"{name[2:].upper()}={Path(value).suffix or value}")
+        elif word.startswith("-"):
+            made.add(word)
+        elif is_assigned:
+            made |= {f"{name}={Path(part).suffix or part}" for part in values.split()}
+    return made
 
 
 def file_blocks(document: str) -> dict[str, str]:

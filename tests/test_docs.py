@@ -139,11 +139,17 @@ def is_option(option: str) -> bool:
     for name in path:
         if owner == "trainer" and name != path[0]:
             return path[0] == "callbacks"  # options of a callback of Lightning
-        parameters = inspect.signature(found).parameters
+        parameters = all_parameters(found)
         if name not in parameters:
             return name in ("lr", "weight_decay") and path[0] == "optimizer"
         found = next_class(name, parameters[name].annotation)
     return True
+
+
+def all_parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Those of a class, and those that it hands on to its bases."""
+    ours = [parent for parent in reversed(kind.__mro__) if parent.__module__.startswith("perception_r1")]
+    return {name: value for one in ours or [kind] for name, value in inspect.signature(one).parameters.items()}
 
 
 def next_class(name: str, annotation: Any) -> Any:

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,10 +26,12 @@ from perception_r1.data.samples import load
 from perception_r1.data.sources import JsonLines
 from perception_r1.tasks import TASKS
 from tests.public_data import from_the_hub
-from tests.readme import DOCUMENTS, ROOT, commands, names, table
+from tests.readme import DOCUMENTS, ROOT, commands, names, repeated, table
 from tests.readme_data import example_rows, option, task_of, write_data, write_rows
 
 COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))
+REPEATED = repeated(COMMANDS)
+"""Trainings that choose nothing new: their configuration is composed, and that is all."""
 SMALL = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --trainer.val_check_interval 2"
     " --data.train_take all --data.batch_size 2 --data.eval_batch_size 2 --data.num_workers 0"
@@ -79,7 +84,9 @@ def test_command_works(
 ) -> None:
     for arguments in expanded(command):
         program = Path(arguments[0]).name.rstrip(";")
-        if program == "perception-r1" and arguments[1] in RUN_RULES:
+        if command in REPEATED and arguments[1] == "fit":
+            check_output([*arguments[1:], "--print_config"], capsys)
+        elif program == "perception-r1" and arguments[1] in RUN_RULES:
             put_run(arguments, place, runs["lora"] if "--adapter" in arguments else run_folder)
             RUN_RULES[arguments[1]](arguments[1:], place, model_folders, capsys)
         elif program == "perception-r1":
@@ -273,19 +280,16 @@ def run_benchmark(arguments: list[str]) -> None:
     if name == "learning":
         run_learning(arguments)
         return
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
         path = Path(place) / "results.json"
-        done = subprocess.run(
-            [sys.executable, *arguments[1:], *SMALLER[name], "--results", str(path)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(sys, "argv", [*arguments[1:], *SMALLER[name], "--results", str(path)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / arguments[1]), run_name="__main__")  # a process of its own would import for long
+        assert not end.value.code
         results = json.loads(path.read_text(encoding="utf-8"))
         assert len(results.get("cells") or results.get("runs") or results["rows"]) == 1
-        assert "| P | " in done.stdout
+        assert "| P | " in printed.getvalue()
 
 
 def run_learning(arguments: list[str]) -> None:

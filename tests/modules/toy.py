@@ -157,8 +157,8 @@ class Quick(PolicyModule):
         for _ in range(self.updates_per_batch):
             loss = (self.policy(numbers) - numbers.sin()).square().mean()
             self.manual_backward(loss)
-            metrics = self.apply_gradients(float(loss))
-        self.log_train(metrics | {"loss": float(loss)})
+            metrics = self.apply_gradients(float(loss.detach()))
+        self.log_train(metrics | {"loss": loss.detach()})
 
     def score_greedy(self, samples: list[Sample[Any]]) -> list[ScoredCompletion]:
         value = float(self.policy.weight.sum() * 3 + self.policy.bias.sum())

@@ -134,6 +134,8 @@ FINE = instance(1, 7, 1, (1, 1, 5, 5))
         (coco_file([IMAGE], [FINE | {"bbox": [1, 2, "x", 4]}]), "in COCO's form"),
         (coco_file([IMAGE], [FINE | {"bbox": None}]), "in COCO's form"),
         (coco_file([IMAGE], [FINE | {"bbox": [1, 2, 3, 10**400]}]), "in COCO's form"),
+        (coco_file([IMAGE], [FINE | {"area": []}]), "in COCO's form"),
+        (coco_file([IMAGE], [FINE | {"area": [3]}]), "in COCO's form"),
         (coco_file([IMAGE], [FINE | {"id": 10**30}]), "in COCO's form"),
         (coco_file([IMAGE], [FINE | {"image_id": [7]}]), "in COCO's form"),
         (coco_file([IMAGE], ["bbox"]), "in COCO's form"),

@@ -158,7 +158,8 @@ def _arrays(file: dict[str, Any]) -> Annotations:
         if len(item["bbox"]) != 4:
             raise ValueError(f"the bbox of annotation {item['id']!r} must be [x, y, width, height]")
     boxes = np.array([item["bbox"] for item in items], dtype=np.float64).reshape(-1, 4)
-    areas = np.array([item.get("area") for item in items], dtype=np.float64)  # NaN where it is not known
+    known = [item.get("area") for item in items]
+    areas = np.array([np.nan if area is None else float(area) for area in known], dtype=np.float64)
     kept = (boxes[:, 2:] != 0).all(1)
 
     def numbers(key: str) -> NDArray[np.int64]:
