@@ -185,6 +185,11 @@ EARLY = [
     (["--trainer.devices", "0"], "value is not a valid input"),
     (["--trainer.strategy", "foo"], "trainer: You selected an invalid strategy name: `strategy='foo'`"),
     (["--trainer.strategy", "fsdp"], "requires a GPU"),
+    (
+        ["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"],
+        "ModelParallelStrategy is not",
+    ),
+    (["--trainer.precision", "16-true"], "trainer.precision 16-true is not supported; use bf16-mixed or 32-true."),
     (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val has no effect here"),
     (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches has no effect here"),
     (["--trainer.max_steps", "-1"], "max_steps or max_epochs"),
