@@ -1,6 +1,6 @@
 """From a hub id or folder to a network: family, dtype, adapter, what is trained."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -130,12 +130,6 @@ def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> torch.
     from peft import get_peft_model
 
     try:
-        adapter = PeftLoraConfig(
-            r=config.lora.r,
-            lora_alpha=config.lora.lora_alpha,
-            lora_dropout=config.lora.lora_dropout,
-            target_modules=config.lora.target_modules,
-        )
-        return get_peft_model(model, adapter)
+        return get_peft_model(model, PeftLoraConfig(**asdict(config.lora)))
     except ValueError as error:
         raise UserError(f"model.policy.lora does not fit the model: {error}") from error

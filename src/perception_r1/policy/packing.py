@@ -40,12 +40,10 @@ class LengthBucket:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packing:
-    """A row.
+    """A row; its buckets hold all prompts, in their order.
 
     Attributes:
-        buckets: All prompts, in their order.
-        predictor_indices: [targets] index in the row of the token that predicts each completion token, completion by
-            completion.
+        predictor_indices: [targets] where each token of the completions, one after another, is predicted in the row.
     """
 
     buckets: tuple[LengthBucket, ...]
@@ -102,12 +100,7 @@ def _bucket_rows(starts: Sequence[int], completions: Sequence[int]) -> list[Tens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """What is computed at once: whole groups, or some completions of a single one.
-
-    Attributes:
-        prompts: Prompts of the batch.
-        rows: Completions of the batch, the same number for each prompt.
-    """
+    """Numbers of the prompts and completions computed at once: whole groups, or some completions of a single one."""
 
     prompts: list[int]
     rows: list[int]
