@@ -116,13 +116,7 @@ class MeanScore(_ExactMetric):
         self.add_state("count", torch.zeros((), dtype=self.dtype), dist_reduce_fx="sum")
 
     def update(self, preds: Sequence[Any], target: Sequence[Any], scores: Sequence[Score] | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            preds: None where a sample has no prediction.
-            target: The task's targets.
-            scores: Those of the predictions where they are known; else they are computed.
-        """
+        """Add a batch, None being a sample without prediction; scores that are not given are computed."""
         if scores is None:
             pairs = zip(preds, target, strict=True)
             scores = [score_prediction(self.task, *pair, is_evaluation=self.is_evaluation) for pair in pairs]

@@ -81,8 +81,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
         raise UserError(f"The model {config.name} cannot be loaded: {error}") from error
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            names = sorted(str(key) for key in report[kind])
+        if names := sorted(map(str, report[kind])):
             raise UserError(
                 f"{config.name} does not fit {family}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
             )

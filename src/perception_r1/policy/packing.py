@@ -71,23 +71,14 @@ def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.devic
         count = len(list(members))
         chosen = slice(done * group_size, (done + count) * group_size)
         tensors += _bucket_rows(starts[chosen], completions[chosen])
-        shapes.append((prompt_ends[done] - length, count, length))
+        shapes.append({"start": prompt_ends[done] - length, "num_prompts": count, "length": length})
         done += count
     predictor_indices, *found = move_together(tensors, device)
-    return Packing(
-        buckets=tuple(
-            LengthBucket(
-                start=start,
-                num_prompts=count,
-                length=length,
-                group_size=group_size,
-                rows=rows,
-                inputs=None if len(inputs) == len(rows) else inputs,
-            )
-            for (start, count, length), rows, inputs in zip(shapes, found[::2], found[1::2], strict=True)
-        ),
-        predictor_indices=predictor_indices,
-    )
+    buckets = [
+        LengthBucket(**shape, group_size=group_size, rows=rows, inputs=None if len(inputs) == len(rows) else inputs)
+        for shape, rows, inputs in zip(shapes, found[::2], found[1::2], strict=True)
+    ]
+    return Packing(buckets=tuple(buckets), predictor_indices=predictor_indices)
 
 
 def _bucket_rows(starts: Sequence[int], completions: Sequence[int]) -> list[Tensor]:

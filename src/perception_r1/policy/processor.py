@@ -37,12 +37,7 @@ class Processor:
 
     @classmethod
     def load(cls, name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> "Processor":
-        """Read tokenizer and image processor from a hub id or a folder.
-
-        Args:
-            name: Hub id or folder.
-            min_pixels: Smaller pictures are enlarged to this many pixels; None keeps the model's own bound.
-            max_pixels: Larger pictures are shrunk to this many pixels; None keeps the model's own bound.
+        """Read tokenizer and image processor from a hub id or a folder; a bound of None is the model's own.
 
         Raises:
             UserError: Files are missing, a bound is not positive, or `min_pixels` exceeds `max_pixels`.
