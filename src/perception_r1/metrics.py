@@ -24,18 +24,8 @@ from perception_r1.records import ImageSize, LabelledBox, Score
 from perception_r1.scoring import ScoredCompletion, score_prediction
 from perception_r1.task import Task
 
-_COCO_STATS = (
-    ("ap", 0),
-    ("ap50", 1),
-    ("ap75", 2),
-    ("ap_small", 3),
-    ("ap_medium", 4),
-    ("ap_large", 5),
-    ("ar", 8),
-    ("ar_small", 9),
-    ("ar_medium", 10),
-    ("ar_large", 11),
-)
+_COCO_STATS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
+_COCO_STATS |= {"ar": 8, "ar_small": 9, "ar_medium": 10, "ar_large": 11}
 """Our names of pycocotools' metrics and their indices in `COCOeval.stats`; recalls are those at 100 detections."""
 
 _IMAGE, _TARGET, _CROWD, _DETECTION = range(4)
@@ -126,17 +116,15 @@ class MeanScore(_ExactMetric):
         self.add_state("count", torch.zeros((), dtype=self.dtype), dist_reduce_fx="sum")
 
     def update(self, preds: Sequence[Any], target: Sequence[Any], scores: Sequence[Score] | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            preds: The task's prediction of each sample, None where there is none.
-            target: The task's target of each sample.
-            scores: The scores of the predictions where they are known; else they are computed.
-        """
+        """Add a batch, None being a sample without prediction; scores that are not given are computed."""
         if scores is None:
             pairs = zip(preds, target, strict=True)
             scores = [score_prediction(self.task, *pair, is_evaluation=self.is_evaluation) for pair in pairs]
-        rows = [self._row(score) for score in scores]
+        rows = []
+        for score in scores:
+            components = {f"reward/{name}": value for name, value in score.components.items()}
+            values = {"reward": score.reward, **components, **score.metrics}
+            rows.append([values[name] for name in self.names])
         table = torch.tensor(rows, dtype=self.dtype, device=self.sums.device)
         # not in place: a state that was reset in inference mode may be updated outside of it
         self.sums = self.sums + table.reshape(-1, len(self.names)).sum(dim=0)
@@ -145,11 +133,6 @@ class MeanScore(_ExactMetric):
     def compute(self) -> dict[str, Tensor]:
         """The mean of each name, see `make_metrics`."""
         return dict(zip(self.names, self.sums / self.count, strict=True))
-
-    def _row(self, score: Score) -> list[float]:
-        components = {f"reward/{name}": value for name, value in score.components.items()}
-        values = {"reward": score.reward, **components, **score.metrics}
-        return [values[name] for name in self.names]
 
 
 class HasObjects(Protocol):
@@ -222,22 +205,14 @@ class BoxAP(_ExactMetric):
         has_records = isinstance(self.records, Tensor) or len(self.records) > 0  # a tensor once devices are merged
         flat = dim_zero_cat(self.records) if has_records else torch.zeros(0, dtype=self.dtype)
         stats = _coco_stats(flat.cpu().numpy().reshape(-1, _RECORD_SIZE), num_categories=len(self.category_numbers))
-        values = {name: stats[index] for name, index in _COCO_STATS}
-        return {
-            name: torch.tensor(value if value >= 0 else float("nan"), dtype=self.dtype, device=self.device)
-            for name, value in values.items()
-        }
+        values = torch.tensor(stats, dtype=self.dtype, device=self.device)
+        return {name: values[index] for name, index in _COCO_STATS.items()}
 
     def _record(
         self, kind: int, item: LabelledBox, image_size: ImageSize, area: float | None = None
     ) -> tuple[float, ...]:
-        x1, y1, x2, y2 = item.box
-        sides = (
-            x1 * image_size.width,
-            y1 * image_size.height,
-            (x2 - x1) * image_size.width,
-            (y2 - y1) * image_size.height,
-        )
+        (x1, y1, x2, y2), across, down = item.box, image_size.width, image_size.height
+        sides = x1 * across, y1 * down, (x2 - x1) * across, (y2 - y1) * down
         x, y, width, height = (round(side, _DECIMALS) for side in sides)
         return kind, self.category_numbers[item.label], x, y, width, height, width * height if area is None else area
 
@@ -254,17 +229,12 @@ def _sort_key(image_id: str) -> tuple[int, int]:
     return 1, int.from_bytes(digest[:8]) >> (64 - _HASH_BITS)
 
 
-def _coco_stats(rows: NDArray[np.float64], *, num_categories: int) -> list[float]:
-    """The twelve numbers of `COCOeval.summarize`; -1 where there is no object.
-
-    Args:
-        rows: [records, 7], see `BoxAP`.
-        num_categories: Number of categories.
-    """
+def _coco_stats(rows: NDArray[np.float64], *, num_categories: int) -> NDArray[np.float64]:
+    """[12] what `COCOeval.summarize` finds in [records, 7], see `BoxAP`; not a number where there is no object."""
     kinds = rows[:, 0]
     images = rows[kinds == _IMAGE]
     if not (kinds == _TARGET).any():
-        return [-1.0] * 12
+        return np.full(12, np.nan)
     numbers = np.empty(len(images), dtype=int)
     numbers[np.lexsort((images[:, 2], images[:, 1]))] = range(1, len(images) + 1)  # in the order of their keys
     image_numbers = numbers[(kinds == _IMAGE).cumsum() - 1]  # [records]
@@ -279,26 +249,16 @@ def _coco_stats(rows: NDArray[np.float64], *, num_categories: int) -> list[float
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return [float(value) for value in evaluation.stats]
+    return np.where(evaluation.stats < 0, np.nan, evaluation.stats)
 
 
 def _coco(rows: NDArray[np.float64], image_numbers: NDArray[np.int_], *, num_images: int, num_categories: int) -> COCO:
     """Objects as pycocotools wants them, ids from 1 on (it takes 0 for "no match")."""
     annotations = []
-    for number, (image, (kind, category, *box, area)) in enumerate(
-        zip(image_numbers.tolist(), rows.tolist(), strict=True), start=1
-    ):
-        annotations.append(
-            {
-                "id": number,
-                "image_id": image,
-                "category_id": int(category),
-                "bbox": box,
-                "area": area,
-                "iscrowd": int(kind == _CROWD),
-                "score": 1.0,
-            }
-        )
+    for number, (image, row) in enumerate(zip(image_numbers.tolist(), rows.tolist(), strict=True), start=1):
+        kind, category, *box, area = row
+        annotation = {"id": number, "image_id": image, "category_id": int(category), "bbox": box, "area": area}
+        annotations.append(annotation | {"iscrowd": int(kind == _CROWD), "score": 1.0})
     coco = COCO()
     coco.dataset = {
         "images": [{"id": number + 1} for number in range(num_images)],

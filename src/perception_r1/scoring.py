@@ -4,7 +4,7 @@ completion --parse_completions--> prediction --score_prediction--> Score
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from perception_r1.codecs import Codec
@@ -35,11 +35,7 @@ class ParsedCompletion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredCompletion(ParsedCompletion):
-    """One completion and everything that is known about it.
-
-    Attributes:
-        score: Reward, components and metrics.
-    """
+    """One completion and everything that is known about it: its score holds reward, components and metrics."""
 
     score: Score
 
@@ -88,13 +84,8 @@ def score_completions(
     """Score completions against the targets of their samples; see `score_prediction`."""
     return [
         ScoredCompletion(
-            sample=parsed.sample,
-            image_size=parsed.image_size,
-            completion=parsed.completion,
-            prediction=parsed.prediction,
+            **{field.name: getattr(parsed, field.name) for field in fields(ParsedCompletion)},
             score=score_prediction(task, parsed.prediction, parsed.sample.target, is_evaluation=is_evaluation),
-            num_tokens=parsed.num_tokens,
-            is_truncated=parsed.is_truncated,
         )
         for parsed in completions
     ]

@@ -155,10 +155,9 @@ class PolicyModule(EvaluationModule):
 
         The number of micro-batches may therefore differ between devices.
         """
-        strategy = self.trainer.strategy
-        return (
-            strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not is_last else nullcontext()
-        )
+        if isinstance(self.trainer.strategy, ParallelStrategy) and not is_last:
+            return self.trainer.strategy.block_backward_sync()
+        return nullcontext()
 
     def mean_over_devices(self, number: float) -> Tensor:
         """Mean of a number over all devices.
@@ -190,21 +189,19 @@ class PolicyModule(EvaluationModule):
             self._skipped_in_a_row = 0
         else:
             optimizer.zero_grad(set_to_none=True)  # the step below then counts, but moves no weight
-            self._count_skipped("loss" if not math.isfinite(loss) else "gradient")
+            self.num_skipped_steps += 1
+            self._skipped_in_a_row += 1
+            what = "gradient" if math.isfinite(loss) else "loss"
+            self.print(f"Step {self.global_step}: the {what} is not finite; the update is skipped.")
+            if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise UserError(
+                    f"{MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower the learning rate or "
+                    "max_grad_norm and go on from an earlier checkpoint."
+                )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
         return {"grad_norm": float(norm), "lr": learning_rate, "skipped_steps": float(self.num_skipped_steps)}
-
-    def _count_skipped(self, what: str) -> None:
-        self.num_skipped_steps += 1
-        self._skipped_in_a_row += 1
-        self.print(f"Step {self.global_step}: the {what} is not finite; the update is skipped.")
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"{MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower the learning rate or max_grad_norm "
-                "and go on from an earlier checkpoint."
-            )
 
     # ----------------------------------------------------------------------------------------------- logging
 
@@ -241,11 +238,7 @@ class PolicyModule(EvaluationModule):
         checkpoint["run"] = {"phase_seconds": dict(self.phase_seconds), "num_skipped_steps": self.num_skipped_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters of the run up again.
-
-        Raises:
-            UserError: The checkpoint is not one of ours.
-        """
+        """Take the counters of the run up again; `check_origin` refuses a checkpoint that is not one of ours."""
         check_origin(checkpoint)
         self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]

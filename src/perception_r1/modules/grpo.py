@@ -172,14 +172,9 @@ class GRPO(PolicyModule):
                 )
 
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
-        """Bundle what the updates need.
+        """Bundle what the updates need; the [N] advantages are on the CPU, for they decide what is computed.
 
         A group without any advantage pulls nowhere; without KL penalty its gradient is exactly zero, so it is left out.
-
-        Args:
-            prompts: B prompts.
-            rollout: Their N completions.
-            advantages: [N] on the CPU, for they decide what is computed.
         """
         lengths = [len(completion) for completion in rollout.completions]
         has_pull = (advantages.view(len(prompts), -1).abs().amax(1) > 0).tolist()
@@ -211,18 +206,14 @@ class GRPO(PolicyModule):
             ]
 
     def update(
-        self,
-        experience: Experience,
-        reference_logprobs: list[Tensor] | None,
-        old_logprobs: list[Tensor] | None = None,
+        self, experience: Experience, reference_logprobs: list[Tensor] | None, old_logprobs: list[Tensor] | None = None
     ) -> tuple[dict[str, float], list[Tensor]]:
         """One optimiser step on the whole experience, micro-batch by micro-batch.
 
         Args:
-            experience: The experience.
-            reference_logprobs: [n, T] of the frozen reference, per micro-batch; None without KL penalty.
-            old_logprobs: [n, T] of the policy that generated the completions, per micro-batch; None where that is the
-                policy as it is now.
+            experience: What is learnt from.
+            reference_logprobs: Those of `reference_logprobs`.
+            old_logprobs: [n, T] of the policy that generated the completions, per micro-batch; None: that as it is now.
 
         Returns:
             What is logged, and the log-probabilities of the policy before this step, [n, T] per micro-batch.
@@ -250,9 +241,7 @@ class GRPO(PolicyModule):
                 )
                 with self.phase("backward"):
                     self.manual_backward(output.loss)
-                sums += torch.stack(
-                    [output.loss.detach().double(), output.kl_sum.double(), output.num_clipped.double()]
-                )
+                sums += torch.stack([output.loss.detach(), output.kl_sum, output.num_clipped])
         loss, kl, num_clipped = sums.tolist()  # waits for the device, once
         with self.phase("optimizer"):
             metrics = self.apply_gradients(loss)
@@ -292,9 +281,8 @@ class GRPO(PolicyModule):
         prompt_lengths = experience.prompts.lengths
         group_size = len(lengths) // len(prompt_lengths)
         rows = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
-        prompts = [prompt for micro_batch in experience.micro_batches for prompt in micro_batch.prompts]
         written = sum(lengths[row] for row in rows)
-        packed = sum(prompt_lengths[prompt] for prompt in prompts)
+        packed = sum(prompt_lengths[prompt] for batch in experience.micro_batches for prompt in batch.prompts)
         repeated = sum(prompt_lengths[row // group_size] for row in rows)
         self.log_train(
             {f"seconds/{name}": value for name, value in seconds.items()}
@@ -306,12 +294,8 @@ class GRPO(PolicyModule):
 def logprob_mismatch(rollout: Rollout, micro_batches: Sequence[MicroBatch], old_logprobs: Sequence[Tensor]) -> float:
     """Mean distance between the log-probabilities of the sampler and those of the first training pass.
 
-    Rounding makes it, about 1e-6 in float32 and 1e-2 in bfloat16; more means that the two do not compute the same.
-
-    Args:
-        rollout: The N completions as they were sampled.
-        micro_batches: What was computed at once in training.
-        old_logprobs: [n, T] of that pass, per micro-batch.
+    Rounding makes it, about 1e-6 in float32 and 1e-2 in bfloat16; more means that the two do not compute the same. The
+    trained ones, `old_logprobs`, are [n, T] per micro-batch.
     """
     gaps = [
         (rollout.logprobs[row] - trained[: len(rollout.logprobs[row])]).abs()

@@ -52,13 +52,7 @@ class DecodeCache(ABC):
 
 
 class _EagerCache(DecodeCache):
-    """What the two caches of the eager path have in common.
-
-    Args:
-        prompts: The prompts.
-        position_embeddings: Of all tokens that can be written.
-        dtype: Of keys and values.
-    """
+    """What the two caches of the eager path have in common; the position embeddings are of all T tokens."""
 
     def __init__(self, prompts: PromptCache, position_embeddings: PositionEmbeddings, dtype: torch.dtype) -> None:
         self._position_embeddings = position_embeddings
@@ -76,24 +70,13 @@ class _EagerCache(DecodeCache):
         """See `DecodeCache`."""
         self._step += 1
 
-    @abstractmethod
-    def select_rows(self, rows: Tensor) -> None:
-        """Let go of all rows but these, given as [B', S'] numbers; those of one line share a prompt."""
-
     def _keep_prompts(self, prompts: Tensor) -> None:
         self._position_embeddings = self._position_embeddings[0][prompts], self._position_embeddings[1][prompts]
         self._bias = None if self._bias is None else self._bias[prompts]
 
 
 class SharedPromptCache(_EagerCache):
-    """Prompts once per group; each row's own tokens beside them.
-
-    Args:
-        prompts: The prompts.
-        position_embeddings: Of all tokens that can be written.
-        num_rows: S.
-        dtype: Of keys and values.
-    """
+    """Prompts once per group; beside them the own tokens of each row."""
 
     def __init__(
         self, prompts: PromptCache, position_embeddings: PositionEmbeddings, *, num_rows: int, dtype: torch.dtype
@@ -115,7 +98,7 @@ class SharedPromptCache(_EagerCache):
         return next_token_attention(query, self._prompts[layer], own, bias)
 
     def select_rows(self, rows: Tensor) -> None:
-        """See `_EagerCache`."""
+        """Let go of all rows but these, given as [B', S'] numbers; those of one line share a prompt."""
         num_rows = self._own[0][0].shape[2]
         prompts, slots = rows[:, 0] // num_rows, rows % num_rows
         self._keep_prompts(prompts)
@@ -131,13 +114,7 @@ class SharedPromptCache(_EagerCache):
 
 
 class ContiguousCache(_EagerCache):
-    """One row per prompt, written behind it into the same buffer.
-
-    Args:
-        prompts: The prompts.
-        position_embeddings: Of all tokens that can be written.
-        dtype: Of keys and values.
-    """
+    """One row per prompt, written behind it into the same buffer."""
 
     def __init__(self, prompts: PromptCache, position_embeddings: PositionEmbeddings, *, dtype: torch.dtype) -> None:
         super().__init__(prompts, position_embeddings, dtype)
@@ -161,7 +138,7 @@ class ContiguousCache(_EagerCache):
         return attended.transpose(1, 2).flatten(2)
 
     def select_rows(self, rows: Tensor) -> None:
-        """See `_EagerCache`."""
+        """As for `SharedPromptCache`, with S' = 1."""
         prompts = rows[:, 0]
         self._keep_prompts(prompts)
         self._kept = [(keys[prompts], values[prompts]) for keys, values in self._kept]
@@ -181,20 +158,16 @@ class StaticCache(DecodeCache):
     def __init__(
         self, like: PromptCache, *, prompt_room: int, num_rows: int, num_tokens: int, dtype: torch.dtype
     ) -> None:
-        num_prompts, heads, _, size = like.keys[0].shape
-        device = like.hidden.device
+        (num_prompts, heads, _, size), hidden = like.keys[0].shape, like.hidden
         shape = (num_prompts, heads, prompt_room, size)
-        self._prompts = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in like.keys
-        ]
+        self._prompts = [(keys.new_zeros(shape, dtype=dtype), keys.new_zeros(shape, dtype=dtype)) for keys in like.keys]
         own_shape = (num_prompts, heads, num_rows, num_tokens, size)  # zeros: what is hidden must still be finite
         self._own = [(keys.new_zeros(own_shape), keys.new_zeros(own_shape)) for keys, _ in self._prompts]
-        turns = torch.zeros(2, num_prompts, num_tokens, size, dtype=at_least_fp32(dtype), device=device)
-        self._position_embeddings: PositionEmbeddings = turns[0], turns[1]
+        turns = hidden.new_zeros(2, num_prompts, num_tokens, size, dtype=at_least_fp32(dtype))
+        self._position_embeddings = turns[0], turns[1]
         self._prompt_room = prompt_room
-        self._bias = torch.zeros(num_prompts, 1, 1, 1, prompt_room + num_tokens, dtype=dtype, device=device)
-        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self._bias = hidden.new_zeros(num_prompts, 1, 1, 1, prompt_room + num_tokens, dtype=dtype)
+        self.step = hidden.new_zeros(1, dtype=torch.long)
         """[1] tokens written so far."""
 
     def load(self, prompts: PromptCache, position_embeddings: PositionEmbeddings) -> None:

@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,7 @@ from perception_r1.errors import UserError
 
 
 def trained_entries(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What training changes of a module's state: all but frozen weights, which come from the model's folder again.
-
-    Args:
-        module: The module.
-        state: Its whole state, by name.
-    """
+    """What training changes of a module's whole state: all but frozen weights, which the model's folder has."""
     named = module.named_parameters(remove_duplicate=False)  # a tied weight is in the state under each of its names
     frozen = {name for name, parameter in named if not parameter.requires_grad}
     return {name: value for name, value in state.items() if name not in frozen}
@@ -40,24 +35,16 @@ def check_entries(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
 
 
 def check_origin(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that another program has written.
-
-    Raises:
-        UserError: It is not one of ours.
-    """
+    """Refuse, with a `UserError`, a checkpoint that another program has written."""
     if "run" not in checkpoint:
         raise UserError("The checkpoint was not written by a run of this program; give its last.ckpt or best.ckpt.")
 
 
 def restore(policy: nn.Module, path: Path) -> int:
-    """Give a policy the weights of a run's checkpoint.
-
-    Args:
-        policy: A policy loaded with the configuration of the run.
-        path: The checkpoint.
+    """Give a policy, loaded with the configuration of a run, the weights of the run's checkpoint.
 
     Returns:
-        The optimiser step at which the checkpoint was written.
+        The optimiser step at which it was written.
 
     Raises:
         UserError: The file is no checkpoint of ours, or does not fit the policy.
@@ -74,5 +61,4 @@ def restore(policy: nn.Module, path: Path) -> int:
     if {value.dtype for value in state.values()} == {torch.bfloat16}:
         policy.to(torch.bfloat16)  # trained so by trainer.precision bf16-true, whatever the model was read in
     holder.load_state_dict(state, strict=False)
-    step: int = checkpoint["global_step"]
-    return step
+    return cast(int, checkpoint["global_step"])

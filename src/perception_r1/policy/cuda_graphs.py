@@ -13,18 +13,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from perception_r1.policy import rollout
 from perception_r1.policy.cache import StaticCache
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.prefill import PromptCache
-from perception_r1.policy.rollout import (
-    GenerationBuffer,
-    Rollout,
-    SamplingParams,
-    draw_uniforms,
-    is_any_of,
-    sample_token,
-    trim_completions,
-)
+from perception_r1.policy.rollout import GenerationBuffer, Rollout, SamplingParams, sample_token
 
 _PROMPT_BUCKET = 256
 """The room for prompts is a multiple of this, so that few different graphs are needed."""
@@ -60,12 +53,7 @@ def warm_up(step: Step) -> None:
 
 
 class GraphGenerator:
-    """Generates like `rollout.generate`, by replaying captured steps.
-
-    Args:
-        decoder: Of the model that computes the prompts.
-        capture: Makes a step replayable.
-    """
+    """Generates like `rollout.generate`, by replaying steps of a decoder that `capture` has made replayable."""
 
     def __init__(self, decoder: Decoder, capture: Callable[[Step], Step] = capture) -> None:
         self.decoder = decoder
@@ -89,12 +77,12 @@ class GraphGenerator:
                 del self._captured[next(iter(self._captured))]
             captured = _CapturedStep(self.decoder, prompts, room, group_size, params, self._capture)
         self._captured[key] = captured
-        captured.load(prompts, draw_uniforms(seeds, group_size, params, self.decoder.device))
+        captured.load(prompts, rollout.draw_uniforms(seeds, group_size, params, self.decoder.device))
         for step in range(params.max_new_tokens):
             captured.replay()
             if (step + 1) % _CHECK_INTERVAL == 0 and bool(captured.ended.all()):
                 break
-        return trim_completions(captured.buffer, params)
+        return rollout.trim_completions(captured.buffer, params)
 
 
 class _CapturedStep:
@@ -138,5 +126,5 @@ class _CapturedStep:
         self.buffer.tokens.index_copy_(1, step, tokens[:, None])
         self.buffer.logprobs.index_copy_(1, step, logprobs[:, None])
         self.buffer.entropies.index_copy_(1, step, entropies[:, None])
-        self.ended.logical_or_(is_any_of(tokens, self._params.eos_token_ids))
+        self.ended.logical_or_(rollout.is_any_of(tokens, self._params.eos_token_ids))
         self._logits.copy_(self._decoder(tokens, self._cache))

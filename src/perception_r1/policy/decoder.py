@@ -26,9 +26,7 @@ _MAX_COPIED_WEIGHTS = 2**28
 class Decoder:
     """The next token's logits from each row's last token.
 
-    Args:
-        model: A Qwen-VL causal model. Its weights are copied where they are joined, merged or cast: after an update of
-            the model, `sync_weights` copies them again.
+    The model's weights are copied where they are joined, merged or cast: after an update `sync_weights` copies again.
     """
 
     def __init__(self, model: QwenVL) -> None:
@@ -104,8 +102,6 @@ class Decoder:
 
 
 class _Layer:
-    """One decoder layer."""
-
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -118,7 +114,6 @@ class _Layer:
         self._down = _FusedLinear([mlp.down_proj], dtype)
 
     def sync_weights(self) -> None:
-        """Take over what training has changed."""
         for product in (self._qkv, self.output, self._gate_up, self._down):
             product.sync_weights()
 

@@ -5,7 +5,7 @@ row, H hidden size, V vocabulary, F image features.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,8 +51,7 @@ def packed_forward(
         packing=packing,
         **deepstack,
     )
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+    return cast(Tensor, output.last_hidden_state[0])
 
 
 def lay_out_row(

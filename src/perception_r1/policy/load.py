@@ -1,6 +1,6 @@
 """From a hub id or folder to a network: family, dtype, adapter, what is trained."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -81,8 +81,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
         raise UserError(f"The model {config.name} cannot be loaded: {error}") from error
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            names = sorted(str(key) for key in report[kind])
+        if names := sorted(map(str, report[kind])):
             raise UserError(
                 f"{config.name} does not fit {family}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
             )
@@ -130,12 +129,6 @@ def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> torch.
     from peft import get_peft_model
 
     try:
-        adapter = PeftLoraConfig(
-            r=config.lora.r,
-            lora_alpha=config.lora.lora_alpha,
-            lora_dropout=config.lora.lora_dropout,
-            target_modules=config.lora.target_modules,
-        )
-        return get_peft_model(model, adapter)
+        return get_peft_model(model, PeftLoraConfig(**asdict(config.lora)))
     except ValueError as error:
         raise UserError(f"model.policy.lora does not fit the model: {error}") from error

@@ -40,12 +40,10 @@ class LengthBucket:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packing:
-    """A row.
+    """A row; its buckets hold all prompts, in their order.
 
     Attributes:
-        buckets: All prompts, in their order.
-        predictor_indices: [targets] index in the row of the token that predicts each completion token, completion by
-            completion.
+        predictor_indices: [targets] where each token of the completions, one after another, is predicted in the row.
     """
 
     buckets: tuple[LengthBucket, ...]
@@ -73,23 +71,14 @@ def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.devic
         count = len(list(members))
         chosen = slice(done * group_size, (done + count) * group_size)
         tensors += _bucket_rows(starts[chosen], completions[chosen])
-        shapes.append((prompt_ends[done] - length, count, length))
+        shapes.append({"start": prompt_ends[done] - length, "num_prompts": count, "length": length})
         done += count
     predictor_indices, *found = move_together(tensors, device)
-    return Packing(
-        buckets=tuple(
-            LengthBucket(
-                start=start,
-                num_prompts=count,
-                length=length,
-                group_size=group_size,
-                rows=rows,
-                inputs=None if len(inputs) == len(rows) else inputs,
-            )
-            for (start, count, length), rows, inputs in zip(shapes, found[::2], found[1::2], strict=True)
-        ),
-        predictor_indices=predictor_indices,
-    )
+    buckets = [
+        LengthBucket(**shape, group_size=group_size, rows=rows, inputs=None if len(inputs) == len(rows) else inputs)
+        for shape, rows, inputs in zip(shapes, found[::2], found[1::2], strict=True)
+    ]
+    return Packing(buckets=tuple(buckets), predictor_indices=predictor_indices)
 
 
 def _bucket_rows(starts: Sequence[int], completions: Sequence[int]) -> list[Tensor]:
@@ -102,12 +91,7 @@ def _bucket_rows(starts: Sequence[int], completions: Sequence[int]) -> list[Tens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """What is computed at once: whole groups, or some completions of a single one.
-
-    Attributes:
-        prompts: Prompts of the batch.
-        rows: Completions of the batch, the same number for each prompt.
-    """
+    """Numbers of the prompts and completions computed at once: whole groups, or some completions of a single one."""
 
     prompts: list[int]
     rows: list[int]

@@ -26,14 +26,7 @@ _VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "
 
 
 class Policy(nn.Module):
-    """A network with its processor and its codec.
-
-    Args:
-        network: The causal model, or a peft model around it.
-        processor: Text and pictures to tensors.
-        codec: How the family writes boxes.
-        max_prompt_length: Longest prompt that is accepted.
-    """
+    """A network (the causal model, or a peft model around it) with its processor and its codec."""
 
     suppress_tokens: Tensor
     eos_token_ids: Tensor
@@ -48,9 +41,8 @@ class Policy(nn.Module):
         self.max_prompt_length = max_prompt_length
         self._graphs: GraphGenerator | None = None
         config = self.model.config
-        suppress_tokens = sorted(
-            {getattr(config, name) for name in _VISION_TOKENS if getattr(config, name, None) is not None}
-        )
+        found = {getattr(config, name, None) for name in _VISION_TOKENS}
+        suppress_tokens = sorted(token for token in found if token is not None)
         eos_token_ids = self._end_tokens()
         self._closing_token = eos_token_ids[0]
         self._forbidden_in_targets = frozenset(suppress_tokens + eos_token_ids)
@@ -59,12 +51,7 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> "Policy":
-        """Read a policy from a hub id or folder.
-
-        Args:
-            config: Which model, and what of it is trained.
-            is_trained: False: no adapter, and every weight frozen (a reference).
-        """
+        """Read a policy; one that is not trained (a reference) has no adapter, and every weight is frozen."""
         codec = CODECS[model_family(config.name)]
         model = load_model(config)
         network = prepare_for_training(model, config) if is_trained else model.requires_grad_(False)
@@ -163,10 +150,9 @@ class Policy(nn.Module):
 
     def _end_tokens(self) -> list[int]:
         """All tokens that end a completion, the one which closes a chat turn first."""
-        tokenizer = self.processor.tokenizer
         listed = self.model.generation_config.eos_token_id
-        listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-        if tokenizer.eos_token_id is None and not listed:
+        named = [self.processor.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+        tokens = list(dict.fromkeys(token for token in named if token is not None))
+        if not tokens:
             raise UserError("Neither the generation config nor the tokenizer names an end token.")
-        first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else listed[0]
-        return list(dict.fromkeys([first, *listed]))
+        return tokens

@@ -24,12 +24,7 @@ MAX_ASPECT = 200
 
 
 class Processor:
-    """Text and pictures in, tensors out, and back to text.
-
-    Args:
-        tokenizer: The model's tokenizer, with its chat template.
-        image_processor: The model's image processor.
-    """
+    """Text and pictures in, tensors out, and back to text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil) -> None:
         if tokenizer.chat_template is None:
@@ -42,12 +37,7 @@ class Processor:
 
     @classmethod
     def load(cls, name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> "Processor":
-        """Read tokenizer and image processor from a hub id or a folder.
-
-        Args:
-            name: Hub id or folder.
-            min_pixels: Smaller pictures are enlarged to this many pixels; None keeps the model's own bound.
-            max_pixels: Larger pictures are shrunk to this many pixels; None keeps the model's own bound.
+        """Read tokenizer and image processor from a hub id or a folder; a bound of None is the model's own.
 
         Raises:
             UserError: Files are missing, a bound is not positive, or `min_pixels` exceeds `max_pixels`.
@@ -74,16 +64,15 @@ class Processor:
     def encode(
         self, chats: Sequence[list[dict[str, Any]]], images: Sequence[Sequence[Image.Image]], *, max_tokens: int | None
     ) -> PromptBatch:
-        """Prompts ready for an answer.
+        """Prompts ready for an answer; a prompt is never cut.
 
         Args:
             chats: Messages of each prompt.
             images: RGB pictures of each prompt, at least one, in the order in which its messages name them.
-            max_tokens: Longest prompt that is accepted; a prompt is never cut.
+            max_tokens: Longest prompt that is accepted.
 
         Raises:
-            UserError: A prompt is longer than `max_tokens`, its text names another number of pictures, or a picture is
-                too narrow for the model.
+            UserError: A prompt is too long, names another number of pictures, or has one that is too narrow.
         """
         pictures = [image for group in images for image in group]
         for image in pictures:
@@ -96,11 +85,8 @@ class Processor:
         texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True)
         expanded = [_expand(text, list(map(prod, own))) for text, own in zip(texts, merged_of, strict=True)]
         rows: list[list[int]] = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
-        longest = max(map(len, rows))
-        if max_tokens is not None and longest > max_tokens:
-            raise UserError(
-                f"A prompt has {longest} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
-            )
+        if max_tokens is not None:
+            _check_length(max(map(len, rows)), max_tokens)
         positions = [rotary_positions(row, own, self.image_token_id) for row, own in zip(rows, merged_of, strict=True)]
         return PromptBatch(
             input_ids=tuple(torch.tensor(row) for row in rows),
@@ -113,11 +99,7 @@ class Processor:
         )
 
     def image_size(self, width: int, height: int) -> ImageSize:
-        """Sizes of a picture of this size, without the picture itself.
-
-        Raises:
-            UserError: It is too narrow for the model.
-        """
+        """Sizes of a picture of this size, without the picture itself; raises as `check_aspect` does."""
         check_aspect(width, height)
         resized_height, resized_width = smart_resize(
             height,
@@ -136,17 +118,10 @@ class Processor:
         return len(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
 
     def check_prompt(self, chat: list[dict[str, Any]], *, width: int, height: int, max_tokens: int | None) -> None:
-        """Refuse a prompt with one picture of this size that `encode` would refuse, without the picture itself.
-
-        Raises:
-            UserError: The picture is too narrow for the model, or the prompt is longer than `max_tokens`.
-        """
+        """Refuse a prompt with one picture of this size as `encode` would, without the picture itself."""
         image_size = self.image_size(width, height)
-        num_tokens = 0 if max_tokens is None else self.num_prompt_tokens(chat, image_size)
-        if max_tokens is not None and num_tokens > max_tokens:
-            raise UserError(
-                f"A prompt has {num_tokens} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
-            )
+        if max_tokens is not None:
+            _check_length(self.num_prompt_tokens(chat, image_size), max_tokens)
 
     def encode_targets(self, texts: Sequence[str], eos_token_id: int) -> list[Tensor]:
         """Token ids of answers, each closed by the end token: what SFT teaches."""
@@ -189,14 +164,17 @@ def rotary_positions(input_ids: list[int], grids: Sequence[Grid], image_token_id
 
 
 def check_aspect(width: int, height: int) -> None:
-    """Refuse a picture that is too narrow for smart-resize.
-
-    Raises:
-        UserError: Names its size.
-    """
+    """Refuse, with a `UserError`, a picture that is too narrow for smart-resize."""
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(
             f"A picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other."
+        )
+
+
+def _check_length(num_tokens: int, max_tokens: int) -> None:
+    if num_tokens > max_tokens:
+        raise UserError(
+            f"A prompt has {num_tokens} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
         )
 
 

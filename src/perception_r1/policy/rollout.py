@@ -89,15 +89,7 @@ class GenerationBuffer:
 def generate(
     decoder: Decoder, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
 ) -> Rollout:
-    """Write G completions of each prompt, eagerly.
-
-    Args:
-        decoder: Of the model that computed the prompts.
-        prompts: B prompts.
-        group_size: G.
-        params: Length, end tokens, temperature.
-        seeds: B seeds, one per prompt.
-    """
+    """Write G completions of each of B prompts, eagerly, from B seeds; the decoder's model computed the prompts."""
     num_tokens = params.max_new_tokens
     uniforms = draw_uniforms(seeds, group_size, params, decoder.device)  # [N, T]
     position_embeddings = decoder.position_embeddings(prompts, num_tokens)

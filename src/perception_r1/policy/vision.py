@@ -38,13 +38,7 @@ def encode_images(model: QwenVL, prompts: PromptBatch) -> tuple[Tensor, ...]:
 
 
 def _geometry(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
-    """What a tower would compute itself from the sizes of the images, by the names under which it takes it.
-
-    Args:
-        visual: The vision tower.
-        grids: [I, 3] patches of each image in time, height and width, on the CPU.
-        device: Of the tower.
-    """
+    """What a tower would compute itself from [I, 3] grids on the CPU, by the names under which it takes it."""
     merge_size = visual.spatial_merge_size
     moved = {"position_ids": get_vision_position_ids(grids, merge_size)}
     cu_seqlens, max_seqlen = get_vision_attention_seqlens(grids, visual.config)
