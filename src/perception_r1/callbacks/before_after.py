@@ -79,22 +79,15 @@ def before_after_table(
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
     for metric in sorted(after, key=lambda name: name not in primary_metrics):
-        change = after[metric] - before[metric] if metric in before else None
-        row = (
-            Text(metric),
-            _number(before.get(metric)),
-            _number(after[metric]),
-            Text("-") if change is None else Text(f"{change:+.4f}"),
-        )
         is_primary = metric in primary_metrics
-        if is_primary and change:
-            row[3].stylize("green" if change > 0 else "red")
-        table.add_row(*row, style="bold" if is_primary else "", end_section=is_primary)
+        numbers = [Text("-"), Text(f"{after[metric]:.4f}"), Text("-")]
+        if metric in before:
+            change = after[metric] - before[metric]
+            color = "green" if change > 0 else "red"
+            numbers[0] = Text(f"{before[metric]:.4f}")
+            numbers[2] = Text(f"{change:+.4f}", style=color if is_primary and change else "")
+        table.add_row(Text(metric), *numbers, style="bold" if is_primary else "", end_section=is_primary)
     return table
-
-
-def _number(value: float | None) -> Text:
-    return Text("-" if value is None else f"{value:.4f}")
 
 
 def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[str, float]:
@@ -105,9 +98,8 @@ def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[s
     module = cast("EvaluationModule", pl_module)
     datamodule.setup("test")  # a fit sets up the other splits only
     loaders = datamodule.test_dataloader()
-    limited = [
-        (loader, _limit(trainer, len(loader))) for loader in (loaders if isinstance(loaders, list) else [loaders])
-    ]
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    limited = [(loader, _limit(trainer, len(loader))) for loader in loaders]
     total = sum(num_batches for _, num_batches in limited)
     if total == 0:
         return {}

@@ -23,11 +23,7 @@ def open_display(console: Console, line_seconds: float) -> "Display":
 
 
 class Bars:
-    """A bar per work and the metrics on a line below.
-
-    Args:
-        console: The terminal.
-    """
+    """A bar per work and the metrics on a line below."""
 
     def __init__(self, console: Console) -> None:
         self._progress = _ProgressWithMetrics(
@@ -53,9 +49,8 @@ class Bars:
         """Move a bar; metrics replace those shown before, no metrics leave them."""
         self._progress.update(self._works[name], completed=done)
         if metrics:
-            self._progress.metrics = Text.assemble(
-                *(part for label, value in metrics.items() for part in ((f"{label} ", "dim"), f"{value:.4g}   "))
-            )
+            labelled = (Text.assemble((f"{label} ", "dim"), f"{value:.4g}") for label, value in metrics.items())
+            self._progress.metrics = Text("   ").join(labelled)
 
     def finish(self, name: str) -> None:
         """Remove a bar."""
@@ -99,16 +94,13 @@ class Lines:
     """
 
     def __init__(self, console: Console, line_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console
-        self._line_seconds = line_seconds
-        self._clock = clock
+        self._console, self._line_seconds, self._clock = console, line_seconds, clock
         self._works: dict[str, _Work] = {}
 
     def start(self, name: str, done: int, total: int | None) -> None:
         """Begin a work; its first line comes with progress."""
         now = self._clock()
-        share = done / total if total else 0.0
-        self._works[name] = _Work(done, total, started=now, last_time=now, last_share=share)
+        self._works[name] = _Work(done, total, started=now, last_time=now, last_share=done / total if total else 0.0)
 
     def advance(self, name: str, done: int, metrics: Mapping[str, float]) -> None:
         """Write a line when one is due."""
@@ -119,7 +111,8 @@ class Lines:
         if done != work.total and waited < self._line_seconds and not (is_new_tenth and waited >= _LINE_SECONDS):
             return
         work.last_time, work.last_share = now, share
-        parts = [_count(name, done, work.total), f"{_clock_time(now - work.started)} gone"]
+        of_total = "" if work.total is None else f"/{work.total} ({100 * done // max(1, work.total)}%)"
+        parts = [f"{name} {done}{of_total}", f"{_clock_time(now - work.started)} gone"]
         if work.total and done > work.done_at_start:
             pace = (now - work.started) / (done - work.done_at_start)
             parts.append(f"{_clock_time(pace * (work.total - done))} left")
@@ -137,10 +130,6 @@ class Lines:
 
 Display = Bars | Lines
 """Something that shows several works in progress, each under a name."""
-
-
-def _count(name: str, done: int, total: int | None) -> str:
-    return f"{name} {done}" if total is None else f"{name} {done}/{total} ({100 * done // max(1, total)}%)"
 
 
 def _clock_time(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -22,10 +23,10 @@ def versions() -> dict[str, str | None]:
 
 def git_state(folder: Path) -> dict[str, Json] | None:
     """Commit and dirtiness of the repository that holds a folder; None when there is none, or no git."""
-    commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
-    if commit is None or changes is None:
+    try:
+        return {"commit": _git(folder, "rev-parse", "HEAD"), "is_dirty": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "is_dirty": bool(changes)}
 
 
 def hardware() -> dict[str, Json]:
@@ -46,23 +47,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
     return done.stdout.strip()
 
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.*\S)", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

@@ -39,8 +39,7 @@ class LogSamples(Callback):
             raise UserError(
                 f"num_samples is {num_samples} and panel_width {panel_width}; use at least 0 and 64 pixels."
             )
-        self.num_samples = num_samples
-        self.panel_width = panel_width
+        self.num_samples, self.panel_width = num_samples, panel_width
         self._scored_completions: list[ScoredCompletion] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,13 +47,7 @@ class LogSamples(Callback):
         self._scored_completions = []
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Keep the first completions."""
         if trainer.is_global_zero and not trainer.sanity_checking:

@@ -34,11 +34,12 @@ class Progress(ProgressBar):
         self.plain_seconds = plain_seconds
         self._is_enabled = True
         self._display: Display | None = None
-        self._num_done = 0
+        self._split, self._num_done = "", 0
 
     def disable(self) -> None:
         """Show nothing from now on."""
         self._is_enabled = False
+        self._close()
 
     def enable(self) -> None:
         """Show progress from now on."""
@@ -57,9 +58,9 @@ class Progress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show the step and its metrics."""
-        if self._is_enabled and self._display is not None:
+        if self._display is not None:
             logged = trainer.callback_metrics
-            metrics = {short_name(tag): float(logged[tag]) for tag in self.metrics if tag in logged}
+            metrics = {tag.removeprefix("train/"): float(logged[tag]) for tag in self.metrics if tag in logged}
             self._display.advance(self.name, fit_progress(trainer)[0], metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,28 +73,25 @@ class Progress(ProgressBar):
         self._start_split("validation", batches)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Advance the bar of a validation."""
-        self._advance_split("validation")
+        """Advance the bar of a validation, a test or a prediction."""
+        self._num_done += 1
+        if self._display is not None:
+            self._display.advance(self._split, self._num_done, {})
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the bar of a validation."""
-        self._finish("validation")
+        if self._display is not None:
+            self._display.finish(self._split)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the bar of a test."""
         self._start_split("test", trainer.num_test_batches)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Advance the bar of a test."""
-        self._advance_split("test")
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the bar of a prediction."""
         self._start_split("prediction", trainer.num_predict_batches)
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Advance the bar of a prediction."""
-        self._advance_split("prediction")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the terminal in order."""
@@ -109,17 +107,8 @@ class Progress(ProgressBar):
             self._display.start(name, done, total)
 
     def _start_split(self, name: str, batches: Sequence[int | float]) -> None:
-        self._num_done = 0
+        self._split, self._num_done = name, 0
         self._start(name, 0, _whole(sum(batches)))
-
-    def _advance_split(self, name: str) -> None:
-        self._num_done += 1
-        if self._is_enabled and self._display is not None:
-            self._display.advance(name, self._num_done, {})
-
-    def _finish(self, name: str) -> None:
-        if self._is_enabled and self._display is not None:
-            self._display.finish(name)
 
     def _close(self) -> None:
         if self._display is not None:
@@ -141,15 +130,6 @@ def fit_progress(trainer: Trainer) -> tuple[int, int | None]:
     if max_epochs is None or max_epochs < 0:
         return done, None
     return done, _whole(trainer.num_training_batches * max_epochs)
-
-
-def short_name(tag: str) -> str:
-    """The tag without its stage where that goes without saying.
-
-    >>> short_name("train/reward/iou"), short_name("val/accuracy")
-    ('reward/iou', 'val/accuracy')
-    """
-    return tag.removeprefix("train/")
 
 
 def _whole(number: float) -> int | None:

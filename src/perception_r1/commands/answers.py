@@ -3,14 +3,13 @@
 Picture -> sample without target -> `EvaluationModule.predict_step`, called by a trainer -> ParsedCompletion
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from perception_r1.data.images import load_image
 from perception_r1.data.loading import Batch
@@ -28,19 +27,16 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: A folder holds no picture.
     """
+    endings = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
     found: list[Path] = []
     for path in paths:
-        pictures = sorted(file for file in path.iterdir() if _is_image(file)) if path.is_dir() else [path]
+        pictures = [path]
+        if path.is_dir():
+            pictures = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in endings and file.is_file())
         if not pictures:
             raise UserError(f"there is no picture in the folder {path}")
         found += pictures
     return found
-
-
-def _is_image(path: Path) -> bool:
-    """Whether the name is that of a picture which could be read."""
-    form = Image.registered_extensions().get(path.suffix.lower())
-    return form in Image.OPEN and path.is_file() and not path.name.startswith(".")
 
 
 def answer_images(
@@ -66,8 +62,7 @@ def answer_images(
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    batches = DataLoader(_PictureBatches(module, paths, query), batch_size=None)
-    trainer.predict(module, batches, return_predictions=False)
+    trainer.predict(module, _batches(module, paths, query), return_predictions=False)
 
 
 class PictureBatch(Batch):
@@ -78,38 +73,30 @@ class PictureBatch(Batch):
         self.problems = problems
 
 
-class _PictureBatches(Dataset[PictureBatch]):
+def _batches(module: EvaluationModule, paths: Sequence[Path], query: str) -> Iterator[PictureBatch]:
     """Batches of pictures, loaded when they are asked for."""
-
-    def __init__(self, module: EvaluationModule, paths: Sequence[Path], query: str) -> None:
-        self.task, self.policy, self.query = module.task, module.policy, query
-        self.groups = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> PictureBatch:
+    for start in range(0, len(paths), BATCH_SIZE):
         batch = PictureBatch([], [])
-        for path in self.groups[index]:
+        for path in paths[start : start + BATCH_SIZE]:
             try:
-                batch.samples.append(self._load(path))
+                batch.samples.append(_load(path, query, module))
             except UserError as error:
                 batch.problems.append(str(error))
-        return batch
+        yield batch
 
-    def _load(self, path: Path) -> LoadedSample[None]:
-        """A picture as a sample without target.
 
-        Raises:
-            UserError: It cannot be read, or is not for this model.
-        """
-        image = load_image(path)
-        width, height = image.size
-        sample = Sample(id=str(path), image=image, width=width, height=height, query=self.query, target=None)
-        try:
-            self.policy.processor.check_prompt(
-                self.task.messages(sample), width=width, height=height, max_tokens=self.policy.max_prompt_length
-            )
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        return sample
+def _load(path: Path, query: str, module: EvaluationModule) -> LoadedSample[None]:
+    """A picture as a sample without target.
+
+    Raises:
+        UserError: It cannot be read, or is not for this model.
+    """
+    image, policy = load_image(path), module.policy
+    width, height = image.size
+    sample = Sample(id=str(path), image=image, width=width, height=height, query=query, target=None)
+    messages, max_tokens = module.task.messages(sample), policy.max_prompt_length
+    try:
+        policy.processor.check_prompt(messages, width=width, height=height, max_tokens=max_tokens)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return sample

@@ -37,13 +37,7 @@ _Config = dict[str, Any]
 
 
 def compose(argv: Sequence[str]) -> list[str]:
-    """Put the configuration that the parts make in their place, ahead of all that was given besides.
-
-    Args:
-        argv: Options of a run, those that name parts among them.
-
-    Returns:
-        Options that LightningCLI knows.
+    """Options that LightningCLI knows: the configuration that the parts make, ahead of all that was given besides.
 
     Raises:
         UserError: A part is unknown or damaged, or there is none and no configuration either.
@@ -89,12 +83,7 @@ def _layers(parts: Mapping[str, Sequence[str]]) -> Iterator[_Config]:
 
 
 def _read(name: str, option: str = "", others: str = "") -> _Config:
-    """A file of the configuration.
-
-    Args:
-        name: Folder and name.
-        option: The option that names it.
-        others: What the option may also be.
+    """A file of the configuration, named by an option that may also be something else (`others`).
 
     Raises:
         UserError: There is no such file, it cannot be read, or it holds something else.

@@ -39,9 +39,7 @@ PARSER: dict[str, Any] = {
 class ConfiguredCLI(LightningCLI):
     """The options of a run with this project's callbacks, links and names; data module and module, but no trainer.
 
-    Args:
-        args: Options, the parts of the configuration already in their place (`compose`).
-        options: Of LightningCLI.
+    It takes the options as `compose` returns them, and those of LightningCLI itself.
     """
 
     datamodule: TaskDataModule
@@ -56,15 +54,12 @@ class ConfiguredCLI(LightningCLI):
         parser.add_argument("--task", type=str | None, default=None, help="Name of the task.")
         parser.add_argument("--run_name", type=str, default="run", help="Name of the folder under logs/ for the runs.")
         parser.add_class_arguments(EmbeddedConfig, "embedded")
-        for callback, group in (
-            (Progress, "progress"),
-            (Checkpoints, "checkpoints"),
-            (LogSamples, "log_samples"),
-            (RunCard, "run_card"),
-            (BeforeAfter, "before_after"),
-            (Evaluation, "evaluation"),
-        ):
-            parser.add_lightning_class_args(callback, group)
+        parser.add_lightning_class_args(Progress, "progress")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(LogSamples, "log_samples")
+        parser.add_lightning_class_args(RunCard, "run_card")
+        parser.add_lightning_class_args(BeforeAfter, "before_after")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.link_arguments("data.task", "model.init_args.task", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")

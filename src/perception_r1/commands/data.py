@@ -11,17 +11,11 @@ from rich import get_console
 from rich.table import Table
 
 from perception_r1.codecs import Codec
+from perception_r1.commands import statistics
 from perception_r1.commands.compose import compose
 from perception_r1.commands.configuration import EMBEDDED, PARSER, ConfiguredCLI
 from perception_r1.commands.options import new_parser, parse, run_command
 from perception_r1.commands.reader import load_reader, sample_check
-from perception_r1.commands.statistics import (
-    DatasetStatistics,
-    collect_statistics,
-    log10_mean_factorial,
-    share_over,
-    spread,
-)
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
 from perception_r1.data.loading import load_sample_image
@@ -109,7 +103,7 @@ def _check(cli: DataCLI) -> int:
     sys.stdout.write(f"{num_rows} rows, {num_bad} of them bad\n")
     if shown:
         _show(cli, shown)
-    return 1 if num_bad else 0
+    return int(num_bad > 0)
 
 
 def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
@@ -141,7 +135,7 @@ def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
 
 
 def _stats(cli: DataCLI) -> int:
-    data, module, (codec, processor) = cli.datamodule, cli.model, cli.reader
+    data, (codec, processor) = cli.datamodule, cli.reader
     if data.sources:
         groups: dict[str, Iterator[Sample[Any]]] = {
             name: (found.sample for found in check(source, data.task, image_check="header") if found.sample is not None)
@@ -151,37 +145,31 @@ def _stats(cli: DataCLI) -> int:
         data.setup()
         groups = {"synthetic scenes": iter(data.samples(cli.config.split))}
     for name, samples in groups.items():
-        get_console().print(
-            _table(
-                name or cli.config.split,
-                collect_statistics(samples, data.task, codec, processor),
-                max_prompt_length=module.policy_config.max_prompt_length,
-                max_new_tokens=module.max_new_tokens,
-            )
-        )
+        found = statistics.collect_statistics(samples, data.task, codec, processor)
+        get_console().print(_table(cli, name or cli.config.split, found))
     return 0
 
 
-def _table(title: str, found: DatasetStatistics, *, max_prompt_length: int | None, max_new_tokens: int) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-
+def _table(cli: DataCLI, title: str, found: statistics.DatasetStatistics) -> Table:
     def limited(values: Sequence[int], limit: int | None) -> str:
-        share = share_over(values, limit)
+        share = statistics.share_over(values, limit)
         return spread(values) + ("" if share is None else f"; {share:.2%} over {limit}")
 
+    spread, num_objects = statistics.spread, found.num_objects
     rows = {
         "samples": str(len(found.widths)),
         "different images": str(len(found.images)),
         "image width (least, median, most)": spread(found.widths),
         "image height": spread(found.heights),
         "images the model cannot take": str(found.num_refused),
-        "prompt tokens": limited(found.prompt_tokens, max_prompt_length),
-        "answer tokens": limited(found.answer_tokens, max_new_tokens),
+        "prompt tokens": limited(found.prompt_tokens, cli.model.policy_config.max_prompt_length),
+        "answer tokens": limited(found.answer_tokens, cli.model.max_new_tokens),
         "samples without an answer to learn from": str(found.num_without_answer),
-        "objects": spread(found.num_objects),
-        "objects, mean": f"{sum(found.num_objects) / max(1, len(found.num_objects)):.2f}",
-        "log10 of the mean n!": f"{log10_mean_factorial(found.num_objects):.2f}" if found.num_objects else "-",
+        "objects": spread(num_objects),
+        "objects, mean": f"{sum(num_objects) / max(1, len(num_objects)):.2f}",
+        "log10 of the mean n!": f"{statistics.log10_mean_factorial(num_objects):.2f}" if num_objects else "-",
     }
+    table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -190,13 +178,11 @@ def _table(title: str, found: DatasetStatistics, *, max_prompt_length: int | Non
 def _convert(cli: DataCLI) -> int:
     if cli.config.to is None:
         raise UserError("convert needs --to FOLDER")
+    data = cli.datamodule
     for name, source in cli.sources().items():
         folder = cli.config.to / name
-        samples = load(
-            source, cli.datamodule.task, on_bad_row=cli.datamodule.on_bad_row, image_check=cli.datamodule.image_check
-        )
-        num_rows = convert(samples, folder)
-        sys.stdout.write(f"{num_rows} rows in {folder / ROWS}\n")
+        samples = load(source, data.task, on_bad_row=data.on_bad_row, image_check=data.image_check)
+        sys.stdout.write(f"{convert(samples, folder)} rows in {folder / ROWS}\n")
     return 0
 
 
@@ -207,4 +193,4 @@ def _fetch(cli: DataCLI) -> int:
         raise UserError(f"{', '.join(map(str, sources))} names no images by URL, there is nothing to fetch")
     report = fetch(downloads, num_threads=cli.config.num_threads)
     sys.stdout.write(f"{report}\n")
-    return 1 if report.num_failed else 0
+    return int(report.num_failed > 0)

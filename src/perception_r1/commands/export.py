@@ -26,11 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export a checkpoint.
-
-    Returns:
-        0, or 2 after a user's error, which is told in one sentence on stderr.
-    """
+    """Export a checkpoint; the result is the exit status."""
     return run_command("export", _export, argv)
 
 
@@ -66,13 +62,9 @@ def _export(argv: Sequence[str]) -> int:
 def save_merged(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a policy as a plain model, its adapter merged into the weights; the policy is used up.
 
-    Args:
-        policy: With or without adapter.
-        folder: Where to write.
-        dtype: Type of the weights; None for that in which the model itself was trained.
+    Without `dtype` the weights are written as the model itself was trained.
     """
-    dtype = dtype or policy.model.dtype
-    network = cast(Any, policy.network)
+    dtype, network = dtype or policy.model.dtype, cast(Any, policy.network)
     if network is not policy.model:
         network = network.float().merge_and_unload()  # in float32, so that the sum is rounded once
     network.to(dtype).save_pretrained(folder)
@@ -80,13 +72,7 @@ def save_merged(policy: Policy, folder: Path, *, dtype: torch.dtype | None = Non
 
 
 def save_adapter(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the adapter of a policy in the layout of peft; the policy is used up.
-
-    Args:
-        policy: With an adapter.
-        folder: Where to write.
-        dtype: Type of the adapter's weights; None for that in which it was trained.
-    """
+    """Write the adapter of a policy in the layout of peft; the policy is used up."""
     network = cast(Any, policy.network)
     (network if dtype is None else network.to(dtype)).save_pretrained(folder)
 

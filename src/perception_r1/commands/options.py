@@ -26,11 +26,6 @@ _UNION = re.compile(
 def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a command; an error that speaks to the user ends in its sentence on stderr, any other in a traceback.
 
-    Args:
-        name: The command as it is called on the command line.
-        command: From the arguments behind the name to an exit status.
-        argv: The arguments.
-
     Returns:
         The exit status of the command, 2 after a user's error, 143 after SIGTERM.
     """

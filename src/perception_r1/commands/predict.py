@@ -47,21 +47,21 @@ _LINE_SECONDS = 20.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer pictures: one JSON line each to stdout.
-
-    Returns:
-        0; 1 when some pictures could not be answered, each of them named on stderr; 2 after a user's error, which is
-        told in one sentence on stderr.
-    """
+    """Answer pictures; the result is the exit status: 1 when some, named on stderr, could not be answered."""
     return run_command("predict", _predict, argv)
 
 
 def _predict(argv: Sequence[str]) -> int:
     source = first_positional(argv)
     run = open_run(Path(source)) if source is not None and is_run(Path(source)) else None
-    task_class, defaults = _task_class(run, option_value(argv, "--task"))
-    parser = _parser(task_class, defaults)
-    options = parse(parser, argv)
+    name = option_value(argv, "--task")
+    task_class: type[Task[Any, Any]] | None = None
+    defaults: dict[str, Any] = {}
+    if run is not None and name in (None, run.task.name):
+        task_class, defaults = type(run.task), asdict(run.task)
+    elif name is not None:
+        task_class = known("--task", name, TASKS)
+    options = parse(_parser(task_class, defaults), argv)
     if task_class is None:
         raise UserError(f"--task is needed where no run tells it: one of {', '.join(TASKS)}")
     task = make_task(task_class, task_values(task_class, options))
@@ -109,17 +109,6 @@ def _parser(task_class: type[Task[Any, Any]] | None, defaults: dict[str, Any]) -
     return parser
 
 
-def _task_class(run: Run | None, name: str | None) -> tuple[type[Task[Any, Any]] | None, dict[str, Any]]:
-    """The task's class and the values of its options in the run; `--task` may name another than the run's.
-
-    Raises:
-        UserError: No task has this name.
-    """
-    if run is not None and name in (None, run.task.name):
-        return type(run.task), asdict(run.task)
-    return (None, {}) if name is None else (known("--task", name, TASKS), {})
-
-
 def _query(task: Task[Any, Any], query: str | None) -> str:
     """What fills the slot of the task's prompt; nothing when it has none.
 
@@ -140,9 +129,9 @@ def _load(run: Run | None, task: Task[Any, Any], options: jsonargparse.Namespace
     Raises:
         UserError: The model or the checkpoint cannot be used, or a number is out of range.
     """
-    max_new_tokens = _MAX_NEW_TOKENS if run is None else run.max_new_tokens
-    if options.max_new_tokens is not None:
-        max_new_tokens = options.max_new_tokens
+    max_new_tokens = options.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = _MAX_NEW_TOKENS if run is None else run.max_new_tokens
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be 1 or more")
     config = PolicyConfig(name=options.model) if run is None else run.policy
@@ -167,13 +156,7 @@ class _Writer(Callback):
         self.num_done = self.num_failed = 0
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Sequence[ParsedCompletion],
-        batch: PictureBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PictureBatch, *args: Any, **kwargs: Any
     ) -> None:
         """Write what is known about the pictures of a batch."""
         for problem in batch.problems:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jsonargparse
 import yaml
@@ -66,34 +66,19 @@ def open_run(folder: Path) -> Run:
         training, settings = config["model"]["class_path"].rpartition(".")[2], config["model"]["init_args"]
         precision = config["trainer"]["precision"]
         name = card["policy"]["name"]
-        values = {
-            "task": card["task"],
-            "policy": settings["policy"] | {"name": name},
-            "max_new_tokens": settings["max_new_tokens"],
-        }
+        policy, max_new_tokens = settings["policy"] | {"name": name}, settings["max_new_tokens"]
+        values = {"task": card["task"], "policy": policy, "max_new_tokens": max_new_tokens}
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{CARD} or config.yaml of {folder} does not tell what was trained ({reason})") from error
     if name != settings["policy"]["name"] and not Path(name).is_dir():
         raise UserError(f"the run {folder} started from the warmed-up model {name}, which is gone: train it again")
-    made = _instantiated(values, folder)
-    return Run(
-        folder=folder,
-        training=training,
-        task=made.task,
-        policy=made.policy,
-        max_new_tokens=made.max_new_tokens,
-        precision="32-true" if precision is None else str(precision),
-        card=card,
-    )
+    precision = "32-true" if precision is None else str(precision)
+    return Run(folder=folder, training=training, precision=precision, card=card, **_instantiated(values, folder))
 
 
 def checkpoint_path(run: Run, name: str) -> Path:
-    """The file of a checkpoint.
-
-    Args:
-        run: The run.
-        name: `best`, `last`, or the path of a file.
+    """The file of a checkpoint: `best`, `last`, or the path of a file.
 
     Raises:
         UserError: There is no such file.
@@ -119,17 +104,16 @@ def load_checkpoint(config: PolicyConfig, path: Path) -> tuple[Policy, int]:
     return policy.eval(), step
 
 
-def _instantiated(values: dict[str, Any], folder: Path) -> jsonargparse.Namespace:
+def _instantiated(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Task, policy configuration and length from the values that the run's files give.
 
     Raises:
         UserError: A value is of the wrong type, unknown, or names a class that is not there.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--task", type=Task, required=True)
-    parser.add_argument("--policy", type=PolicyConfig, required=True)
-    parser.add_argument("--max_new_tokens", type=int, required=True)
+    for name, kind in {"task": Task, "policy": PolicyConfig, "max_new_tokens": int}.items():
+        parser.add_argument(f"--{name}", type=kind, required=True)
     try:
-        return cast(jsonargparse.Namespace, parser.instantiate(parser.parse_object(values)))
+        return dict(vars(parser.instantiate(parser.parse_object(values))))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(f"the run {folder} cannot be opened: {plain(str(error))}") from error

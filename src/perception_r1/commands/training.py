@@ -118,9 +118,9 @@ class PerceptionCLI(ConfiguredCLI):
         self.model.check_trainer(self.trainer, is_training=verb == "fit")
         embedded = self.config_init[verb].embedded if is_embedded else None
         if self.datamodule.sources:  # synthetic scenes suit every model
-            _, processor = load_reader(self.model.policy_config, embedded, self.datamodule)
-            max_prompt_length = self.model.policy_config.max_prompt_length
-            self.datamodule.check_sample = sample_check(processor, self.datamodule.task, max_prompt_length)
+            config = self.model.policy_config
+            _, processor = load_reader(config, embedded, self.datamodule)
+            self.datamodule.check_sample = sample_check(processor, self.datamodule.task, config.max_prompt_length)
         if verb == "fit" or is_embedded:
             self.datamodule.setup(verb)
         if verb == "fit":
@@ -163,8 +163,6 @@ def find_checkpoint(runs: Path, name: str) -> Path:
     """
     found = sorted(runs.glob(f"*/{FOLDER}/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(
-            f"No run under {runs} has a {FOLDER}/{name}.ckpt yet; train first, or give a file, or null for the model "
-            "as it is."
-        )
+        what = f"No run under {runs} has a {FOLDER}/{name}.ckpt yet"
+        raise UserError(f"{what}; train first, or give a file, or null for the model as it is.")
     return found[-1]

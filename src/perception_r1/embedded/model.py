@@ -3,12 +3,13 @@
 Sizes and initialisation are those with which two minutes on one core teach something; everything else is the family's.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, pre_tokenizers, trainers
 from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -19,7 +20,6 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from perception_r1.policy.processor import Processor
@@ -27,20 +27,9 @@ from perception_r1.policy.processor import Processor
 Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *(f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad", "vision") for side in ("start", "end")),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 """The special tokens of the Qwen-VL families, in their order."""
 
@@ -71,12 +60,8 @@ def build_model_folder(
 ) -> None:
     """Write config, random weights, generation config, tokenizer and image processor.
 
-    Args:
-        folder: Where to write.
-        family: Architecture.
-        seed: Of the weights.
-        corpus: Texts from which the tokenizer learns its merges.
-        whole_tokens: Strings that become one plain token each, which shortens answers without changing their text.
+    The tokenizer learns its merges from `corpus`; `whole_tokens` become one plain token each, which shortens answers
+    without changing their text.
     """
     tokenizer = build_tokenizer(corpus, whole_tokens)
     with torch.random.fork_rng(devices=[]):  # a run from the cache must find the same random state
@@ -95,21 +80,15 @@ def build_image_processor(family: Family) -> Qwen2VLImageProcessorPil:
 
 def build_tokenizer(corpus: Iterable[str], whole_tokens: Sequence[str] = ()) -> Qwen2Tokenizer:
     """A byte-level tokenizer as Qwen's, with merges learnt from the corpus only."""
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    learner = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer  # splits text as Qwen's
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     roles = ["user\n", "assistant\n", "system\n"] * 2
     learner.train_from_iterator([*roles, *corpus], trainer)
-    vocabulary, merges = _learnt(learner)
+    learnt = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=merges,  # type: ignore[arg-type]
+        vocab=learnt["vocab"],
+        merges=list(map(tuple, learnt["merges"])),  # type: ignore[arg-type]
         unk_token=None,  # type: ignore[arg-type]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -176,10 +155,3 @@ def _family_parts(family: Family) -> tuple[Any, Any, dict[str, Any]]:
         return Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, common | sizes | windows
     deepstack = {"patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
     return Qwen3VLConfig, Qwen3VLForConditionalGeneration, common | sizes | deepstack
-
-
-def _learnt(learner: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    import json
-
-    model = json.loads(learner.to_str())["model"]
-    return model["vocab"], [(first, second) for first, second in model["merges"]]

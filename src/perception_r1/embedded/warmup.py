@@ -98,14 +98,7 @@ def warm_policy(
 
 
 def build_unwarmed(folder: Path, config: EmbeddedConfig, scenes: TaskDataModule, *, seed: int) -> None:
-    """The embedded policy before its warm start: random weights, and the tokenizer that it keeps.
-
-    Args:
-        folder: Where it goes.
-        config: The embedded policy.
-        scenes: Synthetic scenes of its task; their prompts make the vocabulary.
-        seed: Of the weights.
-    """
+    """The embedded policy before its warm start: random weights, and the tokenizer, made of the scenes' prompts."""
     corpus, tokens = _corpus(scenes), config.whole_tokens
     build_model_folder(folder, family=config.family, seed=seed, corpus=corpus, whole_tokens=tokens)
 
@@ -125,9 +118,7 @@ class StopAtLoss(Callback):
     """
 
     def __init__(self, *, loss: float, cooldown_steps: int, patience: int = 60) -> None:
-        self.loss = loss
-        self.cooldown_steps = cooldown_steps
-        self.patience = patience
+        self.loss, self.cooldown_steps, self.patience = loss, cooldown_steps, patience
         self.average: float | None = None
         self.passed_at: int | None = None
 

@@ -44,19 +44,20 @@ class Evaluation(Callback):
         """Collect what an earlier try has answered; the data module is set up, its loaders are not yet made."""
         if stage != "test":
             return
-        self._folder = run_folder(trainer)
-        datamodule = getattr(trainer, "datamodule", None)
-        if self._folder is None or not isinstance(datamodule, TaskDataModule):
+        folder, datamodule = run_folder(trainer), getattr(trainer, "datamodule", None)
+        if folder is None or not isinstance(datamodule, TaskDataModule):
             self._folder = None
             return
+        self._folder = folder
         trainer.test_loop.verbose = False  # the report has a table of its own
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if not self._folder.name.startswith(EVALUATION) or _is_limited(trainer):
+            limit = trainer.limit_test_batches
+            is_limited = isinstance(limit, int) or limit != 1.0  # 1 is a single batch, 1.0 all of them
+            if is_limited or not folder.name.startswith(EVALUATION):
                 for file in self._files():
                     file.unlink(missing_ok=True)
-            answered = self._collect(datamodule)
-            write_rows(self._answers, answered.values())
+            write_rows(self._answers, self._collect(datamodule).values())
             for part in self._parts():
                 part.unlink()
         trainer.strategy.barrier("answers")
@@ -70,20 +71,13 @@ class Evaluation(Callback):
         if trainer.is_global_zero:
             rows = {row_key(row): row for row in read_rows(self._answers)}
             for sample in datamodule.samples(datamodule.eval_split) if rows else ():
-                row = rows.get((sample.source, sample.id))
-                if row is not None:
+                if (row := rows.get((sample.source, sample.id))) is not None:
                     scored = rescore(module.task, module.codec, sample, row)
                     update_metrics(module.test_metrics[datamodule.tested_sources.index(sample.source)], [scored])
         self._part = (self._folder / f"answers.rank{trainer.global_rank}.jsonl").open("w", encoding="utf-8")
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Write the completions of one batch to the disk."""
         if self._part is not None:
@@ -106,7 +100,8 @@ class Evaluation(Callback):
         write_rows(self._folder / "predictions.jsonl", rows)
         metrics = {
             source or "test": {
-                tag.removeprefix(str(tested.prefix)): _rounded(float(value)) for tag, value in tested.compute().items()
+                tag.removeprefix(str(tested.prefix)): float(f"{float(value):.{_DIGITS}g}")
+                for tag, value in tested.compute().items()
             }
             for source, tested in zip(datamodule.tested_sources, module.test_metrics, strict=True)
         }
@@ -155,12 +150,3 @@ class Evaluation(Callback):
 
 def _data(trainer: Trainer) -> TaskDataModule:
     return cast(TaskDataModule, getattr(trainer, "datamodule", None))
-
-
-def _is_limited(trainer: Trainer) -> bool:
-    """Not all batches are tested; 1 is a single batch, 1.0 all of them."""
-    return isinstance(trainer.limit_test_batches, int) or trainer.limit_test_batches != 1.0
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")

@@ -6,6 +6,7 @@ A row is the data row that was answered, in its own form, with the completion an
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,7 @@ def prediction_row(task: Task[Any, Any], scored: ScoredCompletion) -> dict[str, 
         **{key: value for key, value in sample.row.items() if value is not None},
         "id": sample.id,
         "source": sample.source,
-        "width": image_size.width,
-        "height": image_size.height,
-        "resized_width": image_size.resized_width,
-        "resized_height": image_size.resized_height,
+        **asdict(image_size),
         "query": sample.query,
         "completion": scored.completion,
         "prediction": task.serialize_prediction(scored.prediction, image_size),
@@ -77,12 +75,11 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def rescore(task: Task[Any, Any], codec: Codec, sample: Sample[Any], row: Mapping[str, Any]) -> ScoredCompletion:
     """The scored completion of a row."""
-    sizes = {name: row[name] for name in ("width", "height", "resized_width", "resized_height")}
     parsed = parse_completions(
         task,
         codec,
         samples=[sample],
-        image_sizes=[ImageSize(**sizes)],
+        image_sizes=[ImageSize(**{field.name: row[field.name] for field in fields(ImageSize)})],
         completions=[row["completion"]],
         lengths=[row["num_tokens"]],
         truncated=[row["is_truncated"]],

@@ -18,8 +18,7 @@ from perception_r1.task import Task
 
 Metrics = Mapping[str, Mapping[str, float]]
 """Source -> metric -> value."""
-_Row = tuple[str, str, float, tuple[float, float] | None]
-"""Source, metric, value, and what the paper has."""
+_HEADINGS = ("data", "metric", "here", "paper: before", "paper: Perception-R1")
 
 
 def write_report(
@@ -49,7 +48,7 @@ def write_report(
     lines = [f"# Evaluation of {task.name}", "", f"Checkpoint: {checkpoint or 'none, the model as it is'}. "]
     lines += [f"{len(rewards)} samples of the {split} split, greedy decoding.", ""]
     rows = _rows(metrics, task.primary_metric)
-    lines += [*_markdown(rows), ""]
+    lines += [f"| {' | '.join(cells)} |" for cells in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)] + [""]
     for title, chosen in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
         if chosen:
             cards = [sample_card(task, scored_completion(index), step=None) for index in chosen]
@@ -61,37 +60,24 @@ def write_report(
     console.print(Text.assemble(("report       ", "bold"), str(folder / "report.md")), soft_wrap=True)
 
 
-def _rows(metrics: Metrics, primary_metric: str) -> list[_Row]:
-    """The primary metric of each source first, then what the paper has."""
-    rows: list[_Row] = []
+def _rows(metrics: Metrics, primary_metric: str) -> list[list[str]]:
+    """The cells of the table: the primary metric of each source first, then what the paper has."""
+    rows = []
     for source, values in metrics.items():
         paper = PUBLISHED.get(source, {})
-        names = sorted(values, key=lambda name, paper=paper: (name != primary_metric, name not in paper))  # type: ignore[misc]
-        rows += [(source, name, values[name], paper.get(name)) for name in names]
+        for name in sorted(values, key=lambda name: (name != primary_metric, name not in paper)):
+            published = map(_shown, paper[name]) if name in paper else ("", "")
+            rows.append([source, name, _shown(values[name]), *published])
     return rows
 
 
-def _markdown(rows: Sequence[_Row]) -> list[str]:
-    lines = ["| data | metric | here | paper: before | paper: Perception-R1 |", "|---|---|---|---|---|"]
-    for source, name, value, paper in rows:
-        lines.append(f"| {' | '.join([source, name, _shown(value), *_both(paper)])} |")
-    return lines
-
-
-def _table(rows: Sequence[_Row], primary_metric: str) -> Table:
+def _table(rows: Sequence[Sequence[str]], primary_metric: str) -> Table:
     table = Table(title="Greedy answers", title_justify="left")
-    for heading in ("data", "metric"):
-        table.add_column(heading)
-    for heading in ("here", "paper: before", "paper: Perception-R1"):
-        table.add_column(heading, justify="right")
-    for source, name, value, paper in rows:
-        cells = [source, name, _shown(value), *_both(paper)]
-        table.add_row(*map(Text, cells), style="bold" if name == primary_metric else "")
+    for index, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="left" if index < 2 else "right")
+    for cells in rows:
+        table.add_row(*map(Text, cells), style="bold" if cells[1] == primary_metric else "")
     return table
-
-
-def _both(paper: tuple[float, float] | None) -> list[str]:
-    return [_shown(number) for number in paper] if paper else ["", ""]
 
 
 def _shown(value: float) -> str:
