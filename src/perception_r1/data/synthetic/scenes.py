@@ -37,7 +37,9 @@ class SyntheticScenes:
             raise UserError(f"a split needs at least 1 scene, got {size}")
         self.world, self.split, self.seed, self.size = world, split, seed, size
         self._settings = _settings(world, split, seed)
-        self._draws = None if split == "train" else self._draws_without_repeats()
+        seen: set[bytes] = set()
+        # for every index, the number of the draw that is in the split and shows a new image
+        self._draws = None if split == "train" else [self._next(index, seen)[0] for index in range(size)]
 
     def __len__(self) -> int:
         return self.size
@@ -48,11 +50,6 @@ class SyntheticScenes:
         if self._draws is not None:
             return self._draw(index, self._draws[index])
         return self._next(index, set())[1]
-
-    def _draws_without_repeats(self) -> list[int]:
-        """For every index, the number of the draw that is in the split and shows a new image."""
-        seen: set[bytes] = set()
-        return [self._next(index, seen)[0] for index in range(self.size)]
 
     def _next(self, index: int, seen: set[bytes]) -> tuple[int, Scene]:
         """The first draw of a scene that is in the split and not among those seen; adds it to them."""
