@@ -66,23 +66,29 @@ class Row:
 
     def boxes(self, key: str) -> tuple[Box, ...]:
         """Boxes in fractions of the image, maybe none."""
-        items = _list(self._get(key, f"a list of boxes [x1, y1, x2, y2] in {self._unit}"), key, "boxes")
-        return tuple(self._box(item, f"{key}[{index}]") for index, item in enumerate(items))
+        items = self._items(key, "boxes", f"[x1, y1, x2, y2] in {self._unit}")
+        return tuple(self._box(item, name) for name, item in items)
 
     def points(self, key: str) -> tuple[Point, ...]:
         """Points in fractions of the image, maybe none."""
-        items = _list(self._get(key, f"a list of points [x, y] in {self._unit}"), key, "points")
-        return tuple(self._point(item, f"{key}[{index}]") for index, item in enumerate(items))
+        return tuple(self._point(item, name) for name, item in self._items(key, "points", f"[x, y] in {self._unit}"))
 
     def objects(self, key: str) -> tuple[Annotation, ...]:
         """Labelled boxes in fractions of the image, maybe none, each with what is told about its area and crowds."""
-        items = _list(self._get(key, 'a list of objects {"box": ..., "label": ...}'), key, "objects")
-        return tuple(self._object(item, f"{key}[{index}]") for index, item in enumerate(items))
+        items = self._items(key, "objects", '{"box": ..., "label": ...}')
+        return tuple(self._object(item, name) for name, item in items)
 
     def _get(self, key: str, wanted: str) -> object:
         if key not in self:
             raise RowError(f"{key}: is missing, the row needs {wanted} here")
         return self.values[key]
+
+    def _items(self, key: str, plural: str, form: str) -> list[tuple[str, object]]:
+        """Names and values of the items of a list."""
+        value = self._get(key, f"a list of {plural} {form}")
+        if not isinstance(value, list | tuple):
+            raise _wrong(key, f"must be a list of {plural}", value)
+        return [(f"{key}[{index}]", item) for index, item in enumerate(value)]
 
     def _object(self, value: object, name: str) -> Annotation:
         if not isinstance(value, Mapping):
@@ -158,12 +164,6 @@ def _text(value: object, name: str, may_be_empty: bool) -> str:
         raise _wrong(name, "must not be blank", value)
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise RowError(f"{name}: must be valid Unicode, got half of a surrogate pair in {short_repr(value)}")
-    return value
-
-
-def _list(value: object, name: str, plural: str) -> list[object] | tuple[object, ...]:
-    if not isinstance(value, list | tuple):
-        raise _wrong(name, f"must be a list of {plural}", value)
     return value
 
 

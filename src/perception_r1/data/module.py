@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -30,12 +30,8 @@ from perception_r1.records import LoadedSample, Sample, Split, UnloadedSample
 from perception_r1.rows import Row
 from perception_r1.task import Task
 
-_STAGES: dict[str | None, tuple[Split, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    None: ("train", "val", "test"),
-}
+_STAGES: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), None: get_args(Split)}
+"""Splits of a stage, but for "test", which `eval_split` decides."""
 
 
 class TaskDataModule(LightningDataModule):

@@ -113,14 +113,9 @@ def read_annotations(path: Path) -> Annotations:
     Raises:
         DataError: It cannot be read or is none of COCO's.
     """
-
-    def without_outline(values: dict[str, Any]) -> dict[str, Any]:
-        values.pop("segmentation", None)
-        return values
-
     try:
         with path.open(encoding="utf-8-sig") as lines:
-            file = json.load(lines, object_hook=without_outline)
+            file = json.load(lines, object_hook=lambda item: {key: item[key] for key in item if key != "segmentation"})
         return _arrays(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -80,8 +80,16 @@ class Hub(Source):
         if missing or image not in self.table.column_names:
             known = ", ".join(self.table.column_names)
             raise DataError(f"{self.path}: has no column {(missing or [image])[0]!r}, only {known}")
-        if not (self._has_paths or self._has_images):
-            raise DataError(f"{self.path}: must hold images or paths in column {image!r}, not {self._feature(image)}")
+        # the column holds paths or images, as bytes or in the library's own form: an object with bytes or a path
+        feature = self._feature(image)
+        is_own = isinstance(feature, _datasets().Image) or (isinstance(feature, Mapping) and "bytes" in feature)
+        dtype = getattr(feature, "dtype", None)
+        self._has_images = is_own or dtype in ("binary", "large_binary")
+        if not self._has_images and dtype not in ("string", "large_string"):
+            raise DataError(f"{self.path}: must hold images or paths in column {image!r}, not {feature}")
+        # keys whose column holds lists of texts
+        self._several = [key for key in _TEXTS if hasattr(self._feature(self.columns.get(key, "")), "feature")]
+        self._images = self._select([image])
         self._values = self._select([column for key, column in self.columns.items() if key != "image"] or [image])
         self._entries, self._parts = array("q", range(len(self._values))), array("q", [0] * len(self._values))
         if self._several:
@@ -190,28 +198,6 @@ class Hub(Source):
         """The questions, labels and texts of an entry, of those columns that may hold several."""
         cells = {key: _follow(entry, self.columns[key]) for key in self._several}
         return {key: cell if isinstance(cell, list) else [] for key, cell in cells.items()}
-
-    @cached_property
-    def _several(self) -> list[str]:
-        """Keys whose column holds lists of texts."""
-        return [key for key in _TEXTS if hasattr(self._feature(self.columns.get(key, "")), "feature")]
-
-    @cached_property
-    def _images(self) -> Any:
-        """The table's column of images."""
-        return self.table.select_columns([self.columns["image"]])
-
-    @property
-    def _has_paths(self) -> bool:
-        """The images are files, and the column holds their paths."""
-        return getattr(self._feature(self.columns["image"]), "dtype", None) in ("string", "large_string")
-
-    @property
-    def _has_images(self) -> bool:
-        """The column holds images: as bytes, or in the library's own form, an object with bytes or a path."""
-        feature = self._feature(self.columns["image"])
-        is_own = isinstance(feature, _datasets().Image) or (isinstance(feature, Mapping) and "bytes" in feature)
-        return is_own or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
     def _bytes(self, number: int) -> bytes:
         cell: Any = self._images[number][self.columns["image"]]

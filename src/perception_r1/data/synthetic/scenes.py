@@ -56,7 +56,8 @@ class SyntheticScenes:
         for draw in range(_MAX_DRAWS):
             scene = self._draw(index, draw)
             digest = _digest(scene.image.tobytes())
-            if _split_of(digest) == self.split and digest not in seen:
+            split = {0: "val", 1: "test"}.get(digest[0] % _NUM_SHARES, "train")
+            if split == self.split and digest not in seen:
                 seen.add(digest)
                 return draw, scene
         raise UserError(
@@ -76,11 +77,6 @@ def scene_fingerprint(world: World, split: Split, seed: int, size: int) -> str:
 
 def _settings(world: World, split: Split, seed: int) -> str:
     return json.dumps([type(world).__name__, asdict(world), split, seed])
-
-
-def _split_of(digest: bytes) -> Split:
-    share = digest[0] % _NUM_SHARES
-    return "val" if share == 0 else "test" if share == 1 else "train"
 
 
 def _digest(data: bytes) -> bytes:
