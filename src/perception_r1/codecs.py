@@ -237,9 +237,7 @@ def _from_units(numbers: Sequence[float], width: int, height: int) -> Box | None
 
 def _json_item(entry: object, units: tuple[int, int]) -> ParsedBox:
     """One entry of a parsed list, whatever it is."""
-    if not isinstance(entry, dict):
-        return ParsedBox(label=None, box=None)
-    label, numbers = entry.get("label"), entry.get("bbox_2d")
+    label, numbers = (entry.get("label"), entry.get("bbox_2d")) if isinstance(entry, dict) else (None, None)
     if not isinstance(label, str) or _LONE_SURROGATE.search(label):
         label = None
     if not isinstance(numbers, list) or len(numbers) != 4 or not all(type(number) is float for number in numbers):

@@ -14,6 +14,7 @@ from perception_r1.records import Overlay
 from perception_r1.text_layout import font_for, shorten, wrap
 
 Colour = tuple[int, int, int]
+Pen = ImageDraw.ImageDraw
 Rectangle = tuple[float, float, float, float]
 
 TARGET: Final[Colour] = (22, 163, 74)
@@ -49,19 +50,13 @@ def annotate(
     """A copy of an image with both kinds of overlays on it; lines grow with the image.
 
     Captions stay inside the image, and one that finds no room is left out.
-
-    Args:
-        image: The image, of any size and mode.
-        target_overlays: The right answer.
-        predicted_overlays: What was predicted.
     """
     canvas = image.convert("RGB") if image.mode != "RGB" else image.copy()
     pen = ImageDraw.Draw(canvas)
     unit = max(1, round(max(canvas.size) / 450))
-    for overlay in target_overlays:
-        _draw_target(pen, _corners(overlay, canvas.size), unit)
-    for overlay in predicted_overlays:
-        _draw_prediction(pen, _corners(overlay, canvas.size), unit)
+    for overlays, draw in ((target_overlays, _draw_target), (predicted_overlays, _draw_prediction)):
+        for overlay in overlays:
+            draw(pen, _corners(overlay, canvas.size), unit)
     occupied: list[Rectangle] = []
     for overlays, colour in ((target_overlays, TARGET), (predicted_overlays, PREDICTION)):
         for overlay in _captioned(overlays):
@@ -89,13 +84,8 @@ def draw_card(
 ) -> Image.Image:
     """A card: the annotated image with its legend on the left, a title and named texts on the right.
 
-    Args:
-        image: The image.
-        title: One line, cut where it is too long.
-        fields: Text by heading, from top to bottom; each is wrapped and cut after a few lines. Any text is safe.
-        target_overlays: What to draw as the right answer.
-        predicted_overlays: What to draw as the answer given.
-        panel_width: Width of the image's half in pixels; the words get as much.
+    The title is one line, cut where it is too long; each text of `fields` is wrapped under its heading and cut after a
+    few lines. Any text is safe. Image and words get `panel_width` pixels each.
     """
     canvas = annotate(fit(image, panel_width), target_overlays, predicted_overlays)
     has_legend = bool(target_overlays or predicted_overlays)
@@ -164,7 +154,7 @@ def _corners(overlay: Overlay, size: tuple[int, int]) -> Rectangle:
     return round(xs[0]), round(ys[0]), round(xs[-1]), round(ys[-1])
 
 
-def _draw_target(pen: ImageDraw.ImageDraw, corners: Rectangle, unit: int) -> None:
+def _draw_target(pen: Pen, corners: Rectangle, unit: int) -> None:
     left, top, right, bottom = corners
     if left == right and top == bottom:
         for radius, colour in ((8 * unit, _WHITE), (7 * unit, TARGET)):
@@ -174,7 +164,7 @@ def _draw_target(pen: ImageDraw.ImageDraw, corners: Rectangle, unit: int) -> Non
         pen.rectangle(corners, outline=TARGET, width=4 * unit)
 
 
-def _draw_prediction(pen: ImageDraw.ImageDraw, corners: Rectangle, unit: int) -> None:
+def _draw_prediction(pen: Pen, corners: Rectangle, unit: int) -> None:
     left, top, right, bottom = corners
     if left == right and top == bottom:
         arm = 4 * unit
@@ -210,13 +200,7 @@ def _captioned(overlays: Sequence[Overlay]) -> Sequence[Overlay]:
 
 
 def _draw_caption(
-    pen: ImageDraw.ImageDraw,
-    overlay: Overlay,
-    colour: Colour,
-    *,
-    size: tuple[int, int],
-    unit: int,
-    occupied: list[Rectangle],
+    pen: Pen, overlay: Overlay, colour: Colour, *, size: tuple[int, int], unit: int, occupied: list[Rectangle]
 ) -> None:
     """Write an overlay's caption on a tag of its colour where there is room for it; add the tag to `occupied`."""
     font_size, padding = 12 + 2 * unit, 3 * unit
@@ -252,7 +236,7 @@ def _overlap(first: Rectangle, second: Rectangle) -> bool:
     return first[0] <= second[2] and second[0] <= first[2] and first[1] <= second[3] and second[1] <= first[3]
 
 
-def _draw_legend(pen: ImageDraw.ImageDraw, left: float, middle: float) -> None:
+def _draw_legend(pen: Pen, left: float, middle: float) -> None:
     font = font_for("", _TEXT_SIZE)
     _draw_target(pen, (left, middle - 7, left + 22, middle + 7), 1)
     pen.text((left + 30, middle), "target", fill=_INK, font=font, anchor="lm")

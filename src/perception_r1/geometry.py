@@ -3,7 +3,7 @@
 Boxes are xyxy and points xy, in fractions of the image (see `records.py`). A box here has a positive area: codecs and
 row readers let no other one through.
 
-Legend: N predictions, M targets.
+Legend: N predictions (the first argument), M targets (the second).
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from scipy.spatial.distance import cdist
 
 from perception_r1.records import Box, ImageSize, Point
 
+Floats = NDArray[np.float64]
 Matching = Literal["bipartite", "sequential"]
 """How predictions meet targets: by least total cost, or the k-th with the k-th (the paper's ablation)."""
 
@@ -41,61 +42,32 @@ def iou(first: Box, second: Box) -> float:
     return float(iou_matrix([first], [second])[0, 0])
 
 
-def iou_matrix(first: Sequence[Box], second: Sequence[Box]) -> NDArray[np.float64]:
-    """Intersection over union of every pair.
-
-    Args:
-        first: N boxes.
-        second: M boxes.
-
-    Returns:
-        [N, M], each entry 0..1.
-    """
+def iou_matrix(first: Sequence[Box], second: Sequence[Box]) -> Floats:
+    """Intersection over union of every pair, 0..1, as [N, M]."""
     intersection, union, _ = _areas(first, second)
     return intersection / union
 
 
-def giou_matrix(first: Sequence[Box], second: Sequence[Box]) -> NDArray[np.float64]:
+def giou_matrix(first: Sequence[Box], second: Sequence[Box]) -> Floats:
     """Generalised IoU (Rezatofighi et al. 2019) of every pair: IoU less the empty share of the box around both.
 
-    Args:
-        first: N boxes.
-        second: M boxes.
-
-    Returns:
-        [N, M], each entry in -1..1.
+    [N, M], each entry in -1..1.
     """
     intersection, union, hull = _areas(first, second)
     return intersection / union - (hull - union) / hull
 
 
-def size_distances(first: Sequence[Box], second: Sequence[Box]) -> NDArray[np.float64]:
-    """L1 distance of every pair's (center x, center y, width, height).
-
-    Args:
-        first: N boxes.
-        second: M boxes.
-
-    Returns:
-        [N, M].
-    """
+def size_distances(first: Sequence[Box], second: Sequence[Box]) -> Floats:
+    """L1 distance of every pair's (center x, center y, width, height), as [N, M]."""
     return np.asarray(cdist(_cxcywh(first), _cxcywh(second), "cityblock"), np.float64)
 
 
-def point_distances(first: Sequence[Point], second: Sequence[Point]) -> NDArray[np.float64]:
-    """Euclidean distance of every pair, in fractions of the image's sides.
-
-    Args:
-        first: N points.
-        second: M points.
-
-    Returns:
-        [N, M].
-    """
+def point_distances(first: Sequence[Point], second: Sequence[Point]) -> Floats:
+    """Euclidean distance of every pair, in fractions of the image's sides, as [N, M]."""
     return np.asarray(cdist(_array(first, 2), _array(second, 2)), np.float64)
 
 
-def match(cost: NDArray[np.float64], mode: Matching) -> list[tuple[int, int]]:
+def match(cost: Floats, mode: Matching) -> list[tuple[int, int]]:
     """Pairs (prediction, target); min(N, M) of them, in the order of the predictions.
 
     Args:
@@ -126,9 +98,7 @@ def to_pixels(box: Box, image_size: ImageSize) -> list[float]:
     return [round(value * side, 2) for value, side in zip(box, sides, strict=True)]
 
 
-def _areas(
-    first: Sequence[Box], second: Sequence[Box]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def _areas(first: Sequence[Box], second: Sequence[Box]) -> tuple[Floats, Floats, Floats]:
     """Areas of intersection, union and hull of every pair, each [N, M]."""
     a, b = _array(first, 4)[:, None], _array(second, 4)[None]  # [N, 1, 4], [1, M, 4]
     overlap = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
@@ -138,12 +108,12 @@ def _areas(
     return intersection, own - intersection, span.prod(axis=-1)
 
 
-def _cxcywh(boxes: Sequence[Box]) -> NDArray[np.float64]:
+def _cxcywh(boxes: Sequence[Box]) -> Floats:
     """Center and size of each box, [N, 4]."""
     corners = _array(boxes, 4)
     return np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def _array(items: Sequence[Box] | Sequence[Point], width: int) -> NDArray[np.float64]:
+def _array(items: Sequence[Box] | Sequence[Point], width: int) -> Floats:
     """Boxes as [N, 4] or points as [N, 2], also when there are none."""
     return np.asarray(items, dtype=np.float64).reshape(-1, width)

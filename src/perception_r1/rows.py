@@ -18,6 +18,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import TypeGuard
 
 from perception_r1.records import Annotation, Box, LabelledBox, Point
 
@@ -65,23 +66,29 @@ class Row:
 
     def boxes(self, key: str) -> tuple[Box, ...]:
         """Boxes in fractions of the image, maybe none."""
-        items = _list(self._get(key, f"a list of boxes [x1, y1, x2, y2] in {self._unit}"), key, "boxes")
-        return tuple(self._box(item, f"{key}[{index}]") for index, item in enumerate(items))
+        items = self._items(key, "boxes", f"[x1, y1, x2, y2] in {self._unit}")
+        return tuple(self._box(item, name) for name, item in items)
 
     def points(self, key: str) -> tuple[Point, ...]:
         """Points in fractions of the image, maybe none."""
-        items = _list(self._get(key, f"a list of points [x, y] in {self._unit}"), key, "points")
-        return tuple(self._point(item, f"{key}[{index}]") for index, item in enumerate(items))
+        return tuple(self._point(item, name) for name, item in self._items(key, "points", f"[x, y] in {self._unit}"))
 
     def objects(self, key: str) -> tuple[Annotation, ...]:
         """Labelled boxes in fractions of the image, maybe none, each with what is told about its area and crowds."""
-        items = _list(self._get(key, 'a list of objects {"box": ..., "label": ...}'), key, "objects")
-        return tuple(self._object(item, f"{key}[{index}]") for index, item in enumerate(items))
+        items = self._items(key, "objects", '{"box": ..., "label": ...}')
+        return tuple(self._object(item, name) for name, item in items)
 
     def _get(self, key: str, wanted: str) -> object:
         if key not in self:
             raise RowError(f"{key}: is missing, the row needs {wanted} here")
         return self.values[key]
+
+    def _items(self, key: str, plural: str, form: str) -> list[tuple[str, object]]:
+        """Names and values of the items of a list."""
+        value = self._get(key, f"a list of {plural} {form}")
+        if not isinstance(value, list | tuple):
+            raise _wrong(key, f"must be a list of {plural}", value)
+        return [(f"{key}[{index}]", item) for index, item in enumerate(value)]
 
     def _object(self, value: object, name: str) -> Annotation:
         if not isinstance(value, Mapping):
@@ -97,37 +104,31 @@ class Row:
         )
 
     def _box(self, value: object, name: str) -> Box:
-        x1, y1, x2, y2 = _numbers(value, name, ("x1", "y1", "x2", "y2"), self._unit)
-        self._check_inside(name, value, xs=(x1, x2), ys=(y1, y2))
-        box = self._across(x1), self._down(y1), self._across(x2), self._down(y2)
-        if box[0] >= box[2] or box[1] >= box[3]:
+        x1, y1, x2, y2 = self._fractions(value, name, ("x1", "y1", "x2", "y2"))
+        if x1 >= x2 or y1 >= y2:
             raise _wrong(name, "must have x1 < x2 and y1 < y2", value)
-        return box
+        return x1, y1, x2, y2
 
     def _point(self, value: object, name: str) -> Point:
-        x, y = _numbers(value, name, ("x", "y"), self._unit)
-        self._check_inside(name, value, xs=(x,), ys=(y,))
-        return self._across(x), self._down(y)
+        x, y = self._fractions(value, name, ("x", "y"))
+        return x, y
 
-    def _check_inside(self, name: str, value: object, *, xs: tuple[float, ...], ys: tuple[float, ...]) -> None:
-        width, height = self._extent()
+    def _fractions(self, value: object, name: str, axes: tuple[str, ...]) -> tuple[float, ...]:
+        """Numbers that are x and y in turn, cut at the edges of the image."""
+        numbers = _numbers(value, name, axes, self._unit)
+        width, height = extent = self._extent()
         tolerance = self._tolerance()
-        across, down = tolerance * width / self.width, tolerance * height / self.height
-        if not (all(-across <= x <= width + across for x in xs) and all(-down <= y <= height + down for y in ys)):
+        slack = tolerance * width / self.width, tolerance * height / self.height
+        if not all(-slack[k % 2] <= number <= extent[k % 2] + slack[k % 2] for k, number in enumerate(numbers)):
             raise _wrong(name, f"must lie inside the image of {width} x {height} {self._unit}", value)
-
-    def _across(self, x: float) -> float:
-        return min(1.0, max(0.0, x / self._extent()[0]))
-
-    def _down(self, y: float) -> float:
-        return min(1.0, max(0.0, y / self._extent()[1]))
+        return tuple(min(1.0, max(0.0, number / extent[k % 2])) for k, number in enumerate(numbers))
 
     def _tolerance(self) -> float:
         """Pixels by which a coordinate may lie outside the image."""
         value = self.values.get("tolerance")
         if value is None:
             return _TOLERANCE
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        if not is_number(value) or not 0 <= value <= 1:
             raise _wrong("tolerance", "must be a number of pixels from 0 to 1", value)
         return max(value, _TOLERANCE)
 
@@ -166,19 +167,13 @@ def _text(value: object, name: str, may_be_empty: bool) -> str:
     return value
 
 
-def _list(value: object, name: str, plural: str) -> list[object] | tuple[object, ...]:
-    if not isinstance(value, list | tuple):
-        raise _wrong(name, f"must be a list of {plural}", value)
-    return value
-
-
 def _numbers(value: object, name: str, axes: tuple[str, ...], unit: str) -> tuple[float, ...]:
     """As many finite numbers as there are axes."""
     wanted = f"[{', '.join(axes)}] in {unit}"
     if not isinstance(value, list | tuple) or len(value) != len(axes):
         raise _wrong(name, f"must be {wanted}", value)
     for axis, number in zip(axes, value, strict=True):
-        if not isinstance(number, int | float) or isinstance(number, bool):
+        if not is_number(number):
             raise RowError(f"{name}: must be {wanted}, but {axis} is {short_repr(number)}, not a number")
         if not _is_finite(number):
             raise RowError(f"{name}: must be {wanted}, but {axis} is not a finite number")
@@ -189,7 +184,7 @@ def _area(value: object, name: str) -> float | None:
     """A number of pixels squared from 0 on, or None when it is not told."""
     if value is None:
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value) or value < 0:
+    if not is_number(value) or not _is_finite(value) or value < 0:
         raise _wrong(name, "must be a number of pixels squared from 0 on", value)
     return float(value)
 
@@ -199,6 +194,11 @@ def _claim(value: object, name: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise _wrong(name, "must be true or false", value)
     return bool(value)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_finite(number: float) -> bool:

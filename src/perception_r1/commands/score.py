@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,18 @@ def _score(argv: Sequence[str]) -> int:
     rows = list(open_source(options.file))
     if not rows:
         raise UserError(f"{options.file}: is empty, it needs one JSON object per line")
-    task, codec = _make_task(options, rows), CODECS[options.codec]
+    task_class, codec = TASKS[options.task], CODECS[options.codec]
+    task = make_task(task_class, task_values(task_class, options))
+    # besides the labels that it knows it accepts those of the file
+    task = task.with_labels([*task.labels, *object_labels(row.values for row in rows)])
     samples, image_sizes, completions = zip(*(_read_row(row, task, codec, options) for row in rows), strict=True)
     parsed = parse_completions(task, codec, samples=samples, image_sizes=image_sizes, completions=completions)
     scored_completions = score_completions(task, parsed, is_evaluation=True)
     for row, scored in zip(rows, scored_completions, strict=True):
-        sys.stdout.write(json.dumps(_described(row, scored, task), allow_nan=False) + "\n")
+        told = {"id": row.values["id"]} if "id" in row.values else {}
+        prediction = task.serialize_prediction(scored.prediction, scored.image_size)
+        told |= asdict(scored.score) | {"prediction": prediction}
+        sys.stdout.write(json.dumps(told, allow_nan=False) + "\n")
     sys.stderr.write(_summary(task, scored_completions))
     return 0
 
@@ -85,17 +92,6 @@ def _parse(argv: Sequence[str]) -> jsonargparse.Namespace:
     return options
 
 
-def _make_task(options: jsonargparse.Namespace, rows: Sequence[SourceRow]) -> Task[Any, Any]:
-    """The chosen task with its options; besides the labels that it knows it accepts those of the file.
-
-    Raises:
-        UserError: The task refuses its options.
-    """
-    task_class = TASKS[options.task]
-    task = make_task(task_class, task_values(task_class, options))
-    return task.with_labels([*task.labels, *object_labels(row.values for row in rows)])
-
-
 def _read_row(
     row: SourceRow, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace
 ) -> tuple[UnloadedSample[Any], ImageSize, str]:
@@ -107,7 +103,10 @@ def _read_row(
     try:
         if row.problem is not None:
             raise RowError(row.problem)
-        completion = _completion(row)
+        completion = row.values.get("completion")
+        if not isinstance(completion, str):  # it may be any text
+            fault = "is missing, the row needs the text to score" if completion is None else "must be a text"
+            raise RowError(f"completion: {fault}")
         image_size = _image_size(row, task, codec, options)
         query, target = task.read_row(Row(row.values, width=image_size.width, height=image_size.height))
     except (RowError, ImageError) as error:
@@ -122,15 +121,6 @@ def _read_row(
         source=str(row.values.get("source") or ""),
     )
     return sample, image_size, completion
-
-
-def _completion(row: SourceRow) -> str:
-    """The text to score, which may be anything."""
-    completion = row.values.get("completion")
-    if not isinstance(completion, str):
-        fault = "is missing, the row needs the text to score" if completion is None else "must be a text"
-        raise RowError(f"completion: {fault}")
-    return completion
 
 
 def _image_size(row: SourceRow, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace) -> ImageSize:
@@ -150,33 +140,15 @@ def _image_size(row: SourceRow, task: Task[Any, Any], codec: Codec, options: jso
         resized_width = values.integer("resized_width", minimum=1)
         resized_height = values.integer("resized_height", minimum=1)
     elif codec.uses_resized_size and has_coordinates:
-        resized_width, resized_height = _resized_size(width, height, options)
+        # imported here, as it takes seconds that the other codecs need not wait
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        bounds = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+        try:
+            resized_height, resized_width = smart_resize(height, width, **bounds)
+        except ValueError as error:
+            raise RowError(f"width: does not go with this height ({error})") from error
     return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
-
-
-def _resized_size(width: int, height: int, options: jsonargparse.Namespace) -> tuple[int, int]:
-    """The size of an image after smart-resize."""
-    # imported here, as it takes seconds that the other codecs need not wait
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    try:
-        resized_height, resized_width = smart_resize(
-            height, width, min_pixels=options.min_pixels, max_pixels=options.max_pixels
-        )
-    except ValueError as error:
-        raise RowError(f"width: does not go with this height ({error})") from error
-    return resized_width, resized_height
-
-
-def _described(row: SourceRow, scored: ScoredCompletion, task: Task[Any, Any]) -> dict[str, object]:
-    """One line of the output."""
-    return {
-        **({"id": row.values["id"]} if "id" in row.values else {}),
-        "reward": scored.score.reward,
-        "components": dict(scored.score.components),
-        "metrics": dict(scored.score.metrics),
-        "prediction": task.serialize_prediction(scored.prediction, scored.image_size),
-    }
 
 
 def _summary(task: Task[Any, Any], scored_completions: Sequence[ScoredCompletion]) -> str:

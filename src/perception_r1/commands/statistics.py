@@ -1,12 +1,13 @@
 """What a data set is to a model: sizes, tokens, objects, and in how many ways its objects can be matched."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from scipy.special import gammaln, logsumexp
 
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
@@ -88,7 +89,4 @@ def log10_mean_factorial(counts: Sequence[int]) -> float:
     >>> round(10 ** log10_mean_factorial([3, 4]))
     15
     """
-    logs = [math.lgamma(count + 1) for count in counts]
-    highest = max(logs)
-    total = math.fsum(math.exp(value - highest) for value in logs)
-    return (highest + math.log(total / len(logs))) / math.log(10)
+    return float((logsumexp(gammaln(np.add(counts, 1))) - np.log(len(counts))) / np.log(10))

@@ -21,10 +21,6 @@ def convert(samples: Iterable[UnloadedSample[Any]], folder: Path) -> int:
 
     Images in files stay where they are: the rows name them by their path from the folder.
 
-    Args:
-        samples: Samples of a source.
-        folder: Where the file goes.
-
     Returns:
         Number of rows written.
 

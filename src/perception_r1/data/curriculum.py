@@ -14,9 +14,7 @@ from perception_r1.records import Sample
 def easy_to_hard(samples: Sequence[Sample[Any]], path: Path) -> list[int]:
     """Indices of samples by falling reward; equal rewards keep their order.
 
-    Args:
-        samples: The training samples.
-        path: `predictions.jsonl` of an evaluation of the policy before training on the same rows.
+    `path` is the `predictions.jsonl` of an evaluation of the policy before training on the same rows.
 
     Raises:
         DataError: The file cannot be read, or a sample has no reward in it.

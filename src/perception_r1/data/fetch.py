@@ -112,26 +112,23 @@ def _fetch_all(
     fetcher: "_Fetcher", wanted: Mapping[Path, Download], num_threads: int
 ) -> tuple[FetchReport, dict[Path, str]]:
     """Fetch in threads, with a progress bar; also the reasons of failures, in the order of the files."""
-    counts, reasons = Counter(fetched=0, present=0, failed=0), {}
+    counts, reasons = Counter(num_fetched=0, num_present=0, num_failed=0), {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
     pool = ThreadPoolExecutor(max_workers=num_threads)
     try:
         futures = {pool.submit(fetcher.fetch, download): path for path, download in wanted.items()}
-        with _progress() as progress:
-            bar = progress.add_task("Fetching", total=len(futures), told=str(_report(counts)))
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+            bar = progress.add_task("Fetching", total=len(futures), told=str(FetchReport(**counts)))
             for future in as_completed(futures):
                 outcome, reason = future.result()
-                counts[outcome] += 1
+                counts[f"num_{outcome}"] += 1
                 if outcome == "failed":
                     reasons[futures[future]] = reason
-                progress.update(bar, advance=1, told=str(_report(counts)))
+                progress.update(bar, advance=1, told=str(FetchReport(**counts)))
     finally:
         fetcher.stop.set()
         pool.shutdown(cancel_futures=True)
-    return _report(counts), {path: reasons[path] for path in wanted if path in reasons}
-
-
-def _report(counts: Mapping[str, int]) -> FetchReport:
-    return FetchReport(num_fetched=counts["fetched"], num_present=counts["present"], num_failed=counts["failed"])
+    return FetchReport(**counts), {path: reasons[path] for path in wanted if path in reasons}
 
 
 class _Failure(Exception):
@@ -302,8 +299,3 @@ def _local(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))

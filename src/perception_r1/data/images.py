@@ -38,11 +38,8 @@ def check_image(source: ImageSource, *, is_decoded: bool = True) -> tuple[int, i
     """Width and height of the image that `load_image` returns, after a check that all of it can be decoded.
 
     A header says nothing about a file that was cut off, so the pixels are decoded as well. A JPEG is decoded at an
-    eighth of its size, which reads the whole file in a fraction of the time.
-
-    Args:
-        source: The file.
-        is_decoded: Decode the pixels; otherwise only the header is read, and a file that was cut off passes.
+    eighth of its size, which reads the whole file in a fraction of the time. With `is_decoded` false only the header is
+    read, and a file that was cut off passes.
 
     Raises:
         ImageError: The file is missing, damaged, far too large, or no image.

@@ -7,7 +7,7 @@ device gets the same number of batches.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -16,13 +16,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
 from perception_r1.records import LoadedSample, Sample, TargetT
-
-
-class LoaderState(TypedDict):
-    """What an order of training samples depends on, but for the seed."""
-
-    num_samples: int
-    samples_per_step: int
 
 
 class Batch:
@@ -81,7 +74,8 @@ class TrainBatchSampler(DistributedSampler[Any]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(_Sized(num_samples), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        samples: Any = range(num_samples)  # the base class wants no more of them than their number
+        super().__init__(samples, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.size = num_samples
         self.fixed_order = range(num_samples) if order is None else order
         self.batch_size = batch_size
@@ -97,16 +91,13 @@ class TrainBatchSampler(DistributedSampler[Any]):
         return self.size // self.samples_per_step
 
     def __iter__(self) -> Iterator[Any]:
-        order = self._order()
+        order = list(self.fixed_order)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+            order = torch.randperm(self.size, generator=generator).tolist()
         for batch in range(self.start, len(self)):
             first = batch * self.samples_per_step + self.rank * self.batch_size
             yield order[first : first + self.batch_size]
-
-    def _order(self) -> list[int]:
-        if not self.shuffle:
-            return list(self.fixed_order)
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        return torch.randperm(self.size, generator=generator).tolist()
 
 
 class EvalBatchSampler(DistributedSampler[Any]):
@@ -116,7 +107,8 @@ class EvalBatchSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(_Sized(num_samples), num_replicas=world_size, rank=rank, shuffle=False)
+        samples: Any = range(num_samples)
+        super().__init__(samples, num_replicas=world_size, rank=rank, shuffle=False)
         self.size = num_samples
         self.num_batches = max(1, math.ceil(math.ceil(num_samples / world_size) / batch_size))
 
@@ -155,33 +147,22 @@ class ResumableLoader(DataLoader[Batch]):
         self._batches.start = self._num_done()
         yield from super().__iter__()
 
-    def state_dict(self) -> LoaderState:
-        """What `load_state_dict` compares."""
-        return LoaderState(num_samples=self._batches.size, samples_per_step=self._batches.samples_per_step)
+    def state_dict(self) -> dict[str, int]:
+        """What the order of the samples depends on, but for the seed; `load_state_dict` compares it."""
+        return {"num_samples": self._batches.size, "samples_per_step": self._batches.samples_per_step}
 
-    def load_state_dict(self, state: LoaderState) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Make sure that the batches are those of the run that is resumed.
 
         Raises:
             UserError: The state belongs to other data or another number of samples per step.
         """
-        current = self.state_dict()
-        for key in ("num_samples", "samples_per_step"):
-            if state[key] != current[key]:
+        for key, value in self.state_dict().items():
+            if state[key] != value:
                 raise UserError(
-                    f"the checkpoint cannot be resumed with {key}={current[key]}, it was written with {state[key]}:"
+                    f"the checkpoint cannot be resumed with {key}={value}, it was written with {state[key]}:"
                     " restore the data and batch settings (batch_size x devices), or start from its weights only"
                 )
-
-
-class _Sized(Dataset[None]):
-    """Stands for the samples where a `DistributedSampler` only wants to know their number."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
 
 
 def load_sample_image(sample: Sample[TargetT]) -> LoadedSample[TargetT]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -19,9 +19,9 @@ from perception_r1.data.loading import (
     TrainBatchSampler,
     eval_loader,
 )
-from perception_r1.data.samples import ConcatSamples, ImageCheck, OnBadRow, SampleCheck, Subset, load
+from perception_r1.data.samples import ImageCheck, OnBadRow, SampleCheck, concat, load, subset
 from perception_r1.data.sources import DataError, Source
-from perception_r1.data.sources.base import resolve_take
+from perception_r1.data.sources.base import Lazy, resolve_take
 from perception_r1.data.splits import Samples, divide, sources_by_split
 from perception_r1.data.synthetic.scenes import SyntheticScenes, scene_fingerprint
 from perception_r1.data.synthetic.worlds import World
@@ -30,12 +30,8 @@ from perception_r1.records import LoadedSample, Sample, Split, UnloadedSample
 from perception_r1.rows import Row
 from perception_r1.task import Task
 
-_STAGES: dict[str | None, tuple[Split, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    None: ("train", "val", "test"),
-}
+_STAGES: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), None: get_args(Split)}
+"""Splits of a stage, but for "test", which `eval_split` decides."""
 
 
 class TaskDataModule(LightningDataModule):
@@ -111,14 +107,10 @@ class TaskDataModule(LightningDataModule):
             {"train": train_file, "val": val_file, "test": test_file}, {"train": train, "val": val, "test": test}
         )
         self.num_scenes: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
-        self.train_take = train_take
-        self.held_out_share = held_out_share
-        self.on_bad_row = on_bad_row
-        self.image_check = image_check
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
+        self.train_take, self.held_out_share = train_take, held_out_share
+        self.on_bad_row, self.image_check = on_bad_row, image_check
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.seed = num_workers, seed
         self.shuffle = shuffle and curriculum is None
         self.eval_split = eval_split
         self.curriculum = None if curriculum is None else Path(curriculum)
@@ -126,7 +118,14 @@ class TaskDataModule(LightningDataModule):
         self._task = task
         self._samples: dict[Split, Samples] = {}
         self._answered: Set[tuple[str, str]] = frozenset()
-        self._check_settings()
+        positive = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        positive |= {f"num_{split}": size for split, size in self.num_scenes.items()}
+        for settings, least in ((positive, 1), ({"num_workers": num_workers, "seed": seed}, 0)):
+            for name, value in settings.items():
+                if value < least:
+                    raise UserError(f"{name} must be at least {least}, got {value}")
+        if not 0 < held_out_share < 0.5:
+            raise UserError(f"held_out_share must be more than 0 and less than 0.5, got {held_out_share}")
 
     @cached_property
     def task(self) -> Task[Any, Any]:
@@ -149,7 +148,7 @@ class TaskDataModule(LightningDataModule):
                 loaded = self._load(split)
                 if "train" in loaded and self.train_take != "all":
                     size = len(loaded["train"])
-                    loaded["train"] = Subset(loaded["train"], resolve_take(self.train_take, size, self.seed))
+                    loaded["train"] = subset(loaded["train"], resolve_take(self.train_take, size, self.seed))
                 self._samples |= loaded
 
     def samples(self, split: Split) -> Samples:
@@ -170,16 +169,10 @@ class TaskDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Full training batches for this device, resumable."""
         samples = self.samples("train")
+        order = None if self.curriculum is None else easy_to_hard(samples, self.curriculum)
         rank, world_size = self._ranks()
-        batches = TrainBatchSampler(
-            len(samples),
-            batch_size=self.batch_size,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            order=None if self.curriculum is None else easy_to_hard(samples, self.curriculum),
-            rank=rank,
-            world_size=world_size,
-        )
+        settings = {"batch_size": self.batch_size, "seed": self.seed, "rank": rank, "world_size": world_size}
+        batches = TrainBatchSampler(len(samples), shuffle=self.shuffle, order=order, **settings)
         return ResumableLoader(BatchDataset(samples), batches, self.num_workers, self._num_done)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -195,7 +188,7 @@ class TaskDataModule(LightningDataModule):
         for index, sample in enumerate(samples):
             if (sample.source, sample.id) not in self._answered:
                 indices[sample.source].append(index)
-        loaders = [self._eval_loader(Subset(samples, chosen)) for chosen in indices.values()]
+        loaders = [self._eval_loader(subset(samples, chosen)) for chosen in indices.values()]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def transfer_batch_to_device(
@@ -218,17 +211,7 @@ class TaskDataModule(LightningDataModule):
         else:
             sizes = self.num_scenes.items()
             parts = [scene_fingerprint(self.world, split, self.seed, size) for split, size in sizes]
-        return _digest("\n".join(parts))
-
-    def _check_settings(self) -> None:
-        positive = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
-        positive |= {f"num_{split}": size for split, size in self.num_scenes.items()}
-        for settings, least in ((positive, 1), ({"num_workers": self.num_workers, "seed": self.seed}, 0)):
-            for name, value in settings.items():
-                if value < least:
-                    raise UserError(f"{name} must be at least {least}, got {value}")
-        if not 0 < self.held_out_share < 0.5:
-            raise UserError(f"held_out_share must be more than 0 and less than 0.5, got {self.held_out_share}")
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
     def _labels(self) -> Iterator[str]:
         """Names of the sources' objects, else of the synthetic ones; sources are read when the first is asked for."""
@@ -262,7 +245,7 @@ class TaskDataModule(LightningDataModule):
             )
             for name, source in self.sources[split].items()
         ]
-        return parts[0] if len(parts) == 1 else ConcatSamples(parts)
+        return concat(parts)
 
     def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
         rank, world_size = self._ranks()
@@ -284,30 +267,17 @@ class TaskDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
-class _SyntheticSamples(Sequence[LoadedSample[Any]]):
-    """The scenes of a source as samples, drawn when they are asked for."""
+class _SyntheticSamples(Lazy[LoadedSample[Any]]):
+    """The scenes of a source as samples."""
 
     def __init__(self, task: Task[Any, Any], source: SyntheticScenes) -> None:
-        self.task = task
-        self.source = source
+        super().__init__(self._sample, len(source))
+        self.task, self.source = task, source
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: Any) -> Any:
+    def _sample(self, index: int) -> LoadedSample[Any]:
         scene = self.source[index]
-        width, height = scene.image.size
-        query, target = self.task.read_row(Row(scene.values, width=width, height=height))
-        return Sample(
-            id=f"{self.source.split}-{index}",
-            image=scene.image,
-            width=width,
-            height=height,
-            query=query,
-            target=target,
-            row=scene.values,
-        )
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        image, row = scene.image, scene.values
+        width, height = image.size
+        query, target = self.task.read_row(Row(row, width=width, height=height))
+        name = f"{self.source.split}-{index}"
+        return Sample(id=name, image=image, width=width, height=height, query=query, target=target, row=row)

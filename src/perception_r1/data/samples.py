@@ -7,20 +7,20 @@ for; it is never replaced by another row.
 
 import logging
 import os
-from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, islice
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+from itertools import islice
+from typing import Any, Generic, Literal, TypeAlias, get_args
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
+from torch.utils.data import ConcatDataset, Subset
 
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.sources import DataError, Source, SourceRow
+from perception_r1.data.sources.base import ItemT, Lazy
 from perception_r1.errors import UserError
 from perception_r1.records import ImageSource, Sample, TargetT, UnloadedSample
 from perception_r1.rows import Row, RowError, short_repr
@@ -32,7 +32,6 @@ Size: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
 SampleCheck: TypeAlias = Callable[[UnloadedSample[Any]], None]
 """Raises a `UserError` when the model cannot take a sample."""
-ItemT = TypeVar("ItemT")
 
 _log = logging.getLogger(__name__)
 _NUM_SHOWN = 5
@@ -56,63 +55,14 @@ class CheckedRow(Generic[TargetT]):
     problem: str | None = None
 
 
-class SourceSamples(Sequence[UnloadedSample[TargetT]]):
-    """The good rows of a source as samples; only numbers, ids and sizes are in memory."""
-
-    def __init__(self, source: Source, task: Task[TargetT, Any], name: str) -> None:
-        self._source, self._task, self._name = source, task, name
-        self._numbers, self._widths, self._heights = array("q"), array("q"), array("q")
-        self._ids: list[str] = []
-
-    def add(self, number: int, sample: UnloadedSample[TargetT]) -> None:
-        """Add a good row by its number in the source."""
-        self._numbers.append(number)
-        self._widths.append(sample.width)
-        self._heights.append(sample.height)
-        self._ids.append(sample.id)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[item] for item in range(*index.indices(len(self)))]
-        size = self._widths[index], self._heights[index]
-        sample = _sample(self._source[self._numbers[index]], self._task, size, self._ids[index])
-        return replace(sample, source=self._name)
-
-
-class ConcatSamples(Sequence[ItemT]):
-    """Several sequences, one after another."""
-
-    def __init__(self, parts: Sequence[Sequence[ItemT]]) -> None:
-        self._parts = parts
-        self._ends = list(accumulate(len(part) for part in parts))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[item] for item in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        part = bisect_right(self._ends, position)
-        return self._parts[part][position - (self._ends[part - 1] if part else 0)]
-
-
-class Subset(Sequence[ItemT]):
+def subset(items: Sequence[ItemT], indices: Sequence[int]) -> Sequence[ItemT]:
     """Some items of a sequence, in a given order."""
+    return Lazy(Subset(items, indices).__getitem__, len(indices))  # type: ignore[arg-type]
 
-    def __init__(self, items: Sequence[ItemT], indices: Sequence[int]) -> None:
-        self._items, self._indices = items, indices
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._items[item] for item in self._indices[index]]
-        return self._items[self._indices[index]]
+def concat(parts: Sequence[Sequence[ItemT]]) -> Sequence[ItemT]:
+    """Several sequences, one after another."""
+    return Lazy(ConcatDataset(parts).__getitem__, sum(len(part) for part in parts))  # type: ignore[arg-type]
 
 
 def load(
@@ -123,7 +73,7 @@ def load(
     on_bad_row: OnBadRow = "error",
     image_check: ImageCheck = "decode",
     check_sample: SampleCheck | None = None,
-) -> SourceSamples[TargetT]:
+) -> Sequence[UnloadedSample[TargetT]]:
     """Check the rows of a source.
 
     Args:
@@ -142,20 +92,20 @@ def load(
     """
     if on_bad_row not in get_args(OnBadRow):
         raise UserError(f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, got {on_bad_row!r}")
-    samples, problems = SourceSamples(source, task, name), []
+    kept: list[tuple[int, Size, str]] = []
+    problems: list[str] = []
     for number, checked in enumerate(check(source, task, image_check=image_check, check_sample=check_sample)):
         if checked.sample is not None:
-            samples.add(number, checked.sample)
+            kept.append((number, (checked.sample.width, checked.sample.height), checked.sample.id))
         elif checked.problem is not None:
             problems.append(checked.problem)
             if on_bad_row == "error":
                 raise DataError(problems[0])
-    if not samples:
-        first = f", the first because: {problems[0]}" if problems else ""
-        raise DataError(f"{source}: none of its {len(source)} rows can be used{first}")
+    if not kept:
+        raise DataError(f"{source}: none of its {len(source)} rows can be used, the first because: {problems[0]}")
     if problems:
         _report(source, problems)
-    return samples
+    return Lazy(partial(_kept_sample, source, task, name, kept), len(kept))
 
 
 def check(
@@ -219,11 +169,17 @@ def _checked_sample(
     values = Row(row.values, width=size[0], height=size[1])
     for key, length in zip(("width", "height"), size, strict=True):
         if key in values and values.integer(key, minimum=1) != length:
-            raise RowError(
-                f"{key}: must be that of the upright image, which has {size[0]} x {size[1]} pixels, "
-                f"got {row.values[key]}"
-            )
+            told = f"{size[0]} x {size[1]} pixels, got {row.values[key]}"
+            raise RowError(f"{key}: must be that of the upright image, which has {told}")
     return _sample(row, task, size, _new_id(row, ids))
+
+
+def _kept_sample(
+    source: Source, task: Task[TargetT, Any], name: str, kept: Sequence[tuple[int, Size, str]], index: int
+) -> UnloadedSample[TargetT]:
+    """A good row, given by its index among those that are kept, as a sample."""
+    number, size, sample_id = kept[index]
+    return replace(_sample(source[number], task, size, sample_id), source=name)
 
 
 def _sample(row: SourceRow, task: Task[TargetT, Any], size: Size, name: str) -> UnloadedSample[TargetT]:

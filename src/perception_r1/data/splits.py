@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perception_r1.data.samples import Subset
+from perception_r1.data.samples import subset
 from perception_r1.data.sources import DataError, Source, open_source
 from perception_r1.errors import UserError
 from perception_r1.records import ImageBytes, Sample, Split, UnloadedSample
@@ -61,7 +61,7 @@ def divide(
     indices: dict[Split, list[int]] = {split: [] for split in ("train", *held_out)}
     for index, key in enumerate(keys):
         indices[split_of[key]].append(index)
-    return {split: Subset(samples, chosen) for split, chosen in indices.items()}
+    return {split: subset(samples, chosen) for split, chosen in indices.items()}
 
 
 def _image_key(sample: UnloadedSample[Any], sources: Sequence[Source]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 from perception_r1.codecs import Codec
@@ -134,16 +134,11 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         parsed = codec.parse_boxes(text, image_size)
         if not parsed.items:
             return None
-        labels = {item.label for item in parsed.items}
+        count, label = len(parsed.items), parsed.items[0].label
         boxes = tuple(item.box for item in parsed.items if item.box is not None)
-        return CountingPrediction(
-            count=len(parsed.items),
-            boxes=boxes,
-            label=parsed.items[0].label or "",
-            is_well_formed=(
-                parsed.is_exact and len(boxes) == len(parsed.items) and len(labels) == 1 and None not in labels
-            ),
-        )
+        has_one_label = label is not None and all(item.label == label for item in parsed.items)
+        is_well_formed = parsed.is_exact and len(boxes) == count and has_one_label
+        return CountingPrediction(count=count, boxes=boxes, label=label or "", is_well_formed=is_well_formed)
 
     def score(self, prediction: CountingPrediction | None, target: CountingTarget) -> Score:
         """Format, ratio and closeness; a count is right only in a well-formed answer."""
@@ -161,11 +156,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             "false_positives": float(max(count - target.count, 0)),
             "false_negatives": float(max(target.count - count, 0)),
         }
-        return Score(
-            reward=components["format"] * components["ratio"] * components["closeness"],
-            components=components,
-            metrics=metrics,
-        )
+        return Score(reward=prod(components.values()), components=components, metrics=metrics)
 
     def num_objects(self, target: CountingTarget) -> int:
         """Their true number."""

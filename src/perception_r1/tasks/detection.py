@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Self
 
 from torchmetrics import Metric
@@ -116,13 +115,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise UserError("categories must hold at least one name, and none twice")
         check_matching(self.matching)
-        check_weights(
-            format_weight=self.format_weight,
-            f1_weight=self.f1_weight,
-            class_weight=self.class_weight,
-            iou_weight=self.iou_weight,
-            missing_weight=self.missing_weight,
-        )
+        check_weights(**{f"{name}_weight": weight for name, weight in self._weights.items()})
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -135,15 +128,15 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             return self
         return replace(self, categories=tuple(dict.fromkeys(labels)))
 
-    @cached_property
-    def _known(self) -> frozenset[str]:
-        return frozenset(self.labels)
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {name: getattr(self, f"{name}_weight") for name in self.component_names}
 
     def read_row(self, row: Row) -> tuple[str, DetectionTarget]:
         """No query, and the labelled boxes of "objects" with their areas, crowds apart."""
         annotations = row.objects("objects")
         for label in (found.item.label for found in annotations):
-            if label not in self._known:
+            if label not in self.labels:
                 raise RowError(f"objects: must have labels among the {len(self.labels)} categories, got {label!r}")
         objects = [found for found in annotations if not found.is_crowd]
         return "", DetectionTarget(
@@ -168,7 +161,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         objects = tuple(
             LabelledBox(label=item.label, box=item.box)
             for item in parsed.items
-            if item.label is not None and item.label in self._known and item.box is not None
+            if item.label is not None and item.label in self.labels and item.box is not None
         )
         return DetectionPrediction(objects=objects, num_listed=len(parsed.items), is_exact=parsed.is_exact)
 
@@ -194,7 +187,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             "false_positives": float(num_boxes - num_pairs),
             "false_negatives": float(num_targets - num_pairs),
         }
-        return Score(reward=self._reward(components), components=components, metrics=metrics)
+        gains = {name: weight for name, weight in self._weights.items() if name != "missing"}
+        gain = sum(weight * components[name] for name, weight in gains.items())
+        reward = min(max(gain - self.missing_weight * components["missing"], 0.0), sum(gains.values()))
+        return Score(reward=reward, components=components, metrics=metrics)
 
     def num_objects(self, target: DetectionTarget) -> int:
         """Those of the image."""
@@ -210,9 +206,8 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         """`{"objects": [{"box": [x1, y1, x2, y2], "label": "..."}, ...]}`, the valid ones as the data writes them."""
         if prediction is None:
             return None
-        return {
-            "objects": [{"box": to_pixels(item.box, image_size), "label": item.label} for item in prediction.objects]
-        }
+        objects = prediction.objects
+        return {"objects": [{"box": to_pixels(item.box, image_size), "label": item.label} for item in objects]}
 
     def dataset_metrics(self) -> dict[str, Metric]:
         """COCO's average precision over the data set."""
@@ -227,17 +222,6 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             cost[k] -= [_LABEL_COST * (item.label == other.label) for other in targets]
         pairs = [(k, j) for k, j in match(cost, self.matching) if overlaps[k, j] > _PAIR_IOU]
         return [objects[k].label == targets[j].label for k, j in pairs], [float(overlaps[pair]) for pair in pairs]
-
-    def _reward(self, components: dict[str, float]) -> float:
-        """The weighted sum, from 0 to what a perfect answer gets."""
-        weights = {
-            "format": self.format_weight,
-            "f1": self.f1_weight,
-            "class": self.class_weight,
-            "iou": self.iou_weight,
-        }
-        gain = sum(weight * components[name] for name, weight in weights.items())
-        return min(max(gain - self.missing_weight * components["missing"], 0.0), sum(weights.values()))
 
 
 def _format(prediction: DetectionPrediction | None) -> float:

@@ -8,15 +8,17 @@ import hashlib
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 from perception_r1.errors import UserError
 from perception_r1.records import ImageSource
 from perception_r1.rows import object_labels
 
+ItemT = TypeVar("ItemT")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 """A digest in hex."""
 
@@ -62,6 +64,20 @@ class Download:
     path: Path
 
 
+class Lazy(Sequence[ItemT]):
+    """Items that a function makes of their numbers, each when it is asked for."""
+
+    def __init__(self, make: Callable[[int], ItemT], size: int) -> None:
+        self._make, self._size = make, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = range(self._size)[index]
+        return self._make(chosen) if isinstance(chosen, int) else [self._make(item) for item in chosen]
+
+
 class Source(ABC):
     """Rows by number. Only an index is in memory; images never are.
 
@@ -77,8 +93,7 @@ class Source(ABC):
     """Folder of the images, where they are files."""
 
     def __init__(self, *, take: str = "all", seed: int = 0) -> None:
-        self.take = take
-        self.seed = seed
+        self.take, self.seed = take, seed
         _parse_take(take)
 
     @abstractmethod

@@ -6,13 +6,14 @@ Of a file only names, sizes and boxes are kept, in arrays; outlines are dropped 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perception_r1.data.sources.base import DataError, Source, SourceRow
+from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow
 
 TOLERANCE = 1.0
 """Pixels by which COCO's boxes may lie outside their image: corner and size are rounded each on its own."""
@@ -60,22 +61,21 @@ class Coco(Source):
         super().__init__(take=take, seed=seed)
         self.annotations = Path(annotations)
         self.images: Path = Path(images)
-        self._file: Annotations | None = None
 
-    @property
+    @cached_property
     def file(self) -> Annotations:
         """The annotations, read once.
 
         Raises:
             DataError: They cannot be read or are none of COCO's.
         """
-        if self._file is None:
-            self._file = read_annotations(self.annotations)
-        return self._file
+        return read_annotations(self.annotations)
 
     def read(self) -> Sequence[SourceRow]:
         """See `Source`; in ascending order of the images' ids."""
-        return _Images(self.annotations, self.file, self.images)
+        self._ids = sorted(self.file.images)
+        self._order = np.argsort(self.file.image_ids, kind="stable")
+        return Lazy(self._row, len(self._ids))
 
     def contents(self) -> Iterable[Path | str]:
         """See `Source`."""
@@ -88,33 +88,23 @@ class Coco(Source):
         """The categories of the file, used or not."""
         return tuple(self.file.categories.values())
 
-
-class _Images(Sequence[SourceRow]):
-    """The images of an annotation file, each with its objects."""
-
-    def __init__(self, path: Path, file: Annotations, folder: Path) -> None:
-        self._path, self._file, self._folder = path, file, folder
-        self._ids = sorted(file.images)
-        self._order = np.argsort(file.image_ids, kind="stable")
-        self._sorted_ids = file.image_ids[self._order]
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: Any) -> Any:
+    def _row(self, index: int) -> SourceRow:
+        """An image with its objects."""
         number = self._ids[index]
-        name, width, height = self._file.images[number]
-        first, last = (int(np.searchsorted(self._sorted_ids, number, side)) for side in ("left", "right"))
+        name, width, height = self.file.images[number]
+        first = np.searchsorted(self.file.image_ids, number, "left", sorter=self._order)
+        last = np.searchsorted(self.file.image_ids, number, "right", sorter=self._order)
         objects = [self._object(int(item)) for item in self._order[first:last]]
         values = {"id": number, "objects": objects, "width": width, "height": height, "tolerance": TOLERANCE}
-        location, image = f"{self._path}:{index + 1}", self._folder / name
+        location, image = f"{self.annotations}:{index + 1}", self.images / name
         return SourceRow(location=location, number=index + 1, values=values, image=image)
 
     def _object(self, index: int) -> dict[str, object]:
         """The instance with this index in the file."""
-        category = self._file.categories[int(self._file.category_ids[index])]
-        known = {"box": self._file.boxes[index].tolist(), "label": category, "area": float(self._file.areas[index])}
-        return known | ({"crowd": True} if self._file.is_crowd[index] else {})
+        file = self.file
+        category = file.categories[int(file.category_ids[index])]
+        known = {"box": file.boxes[index].tolist(), "label": category, "area": float(file.areas[index])}
+        return known | ({"crowd": True} if file.is_crowd[index] else {})
 
 
 def read_annotations(path: Path) -> Annotations:
@@ -123,14 +113,9 @@ def read_annotations(path: Path) -> Annotations:
     Raises:
         DataError: It cannot be read or is none of COCO's.
     """
-
-    def without_outline(values: dict[str, Any]) -> dict[str, Any]:
-        values.pop("segmentation", None)
-        return values
-
     try:
         with path.open(encoding="utf-8-sig") as lines:
-            file = json.load(lines, object_hook=without_outline)
+            file = json.load(lines, object_hook=lambda item: {key: item[key] for key in item if key != "segmentation"})
         return _arrays(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -9,11 +9,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from perception_r1.data.sources.base import DataError, Source, SourceRow
+from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow
 from perception_r1.data.sources.json_files import Unit, point_pairs
 from perception_r1.errors import UserError
 from perception_r1.records import ImageBytes, ImageSource
-from perception_r1.rows import RowError
+from perception_r1.rows import RowError, is_number
 
 _TEXTS = ("question", "label", "text")
 """Keys whose column may hold a list: one row for each text."""
@@ -61,12 +61,14 @@ class Hub(Source):
         seed: int = 0,
     ) -> None:
         super().__init__(take=take, seed=seed)
-        _check_keys(columns)
-        self.path = str(path)
+        unknown = [key for key in columns if key not in _KEYS]
+        if unknown or "image" not in columns:
+            problem = f"has the unknown key {unknown[0]!r}" if unknown else "does not say which column holds the image"
+            raise UserError(f"columns: {problem}; its keys are {', '.join(_KEYS)}")
+        if ("objects.box" in columns) != ("objects.label" in columns):
+            raise UserError("columns: objects.box and objects.label belong together, but only one of them is there")
+        self.path, self.split, self.name, self.revision = str(path), split, name, revision
         self.columns = dict(columns)
-        self.split = split
-        self.name = name
-        self.revision = revision
         self.images = None if images is None else Path(images)
         self.corners = corners
         self.unit: Unit = unit
@@ -78,9 +80,29 @@ class Hub(Source):
         if missing or image not in self.table.column_names:
             known = ", ".join(self.table.column_names)
             raise DataError(f"{self.path}: has no column {(missing or [image])[0]!r}, only {known}")
-        if not (self._has_paths or self._has_images):
-            raise DataError(f"{self.path}: must hold images or paths in column {image!r}, not {self._feature(image)}")
-        return _Entries(self)
+        # the column holds paths or images, as bytes or in the library's own form: an object with bytes or a path
+        feature = self._feature(image)
+        is_own = isinstance(feature, _datasets().Image) or (isinstance(feature, Mapping) and "bytes" in feature)
+        dtype = getattr(feature, "dtype", None)
+        self._has_images = is_own or dtype in ("binary", "large_binary")
+        if not self._has_images and dtype not in ("string", "large_string"):
+            raise DataError(f"{self.path}: must hold images or paths in column {image!r}, not {feature}")
+        # keys whose column holds lists of texts
+        self._several = [key for key in _TEXTS if hasattr(self._feature(self.columns.get(key, "")), "feature")]
+        self._images = self._select([image])
+        self._values = self._select([column for key, column in self.columns.items() if key != "image"] or [image])
+        self._entries, self._parts = array("q", range(len(self._values))), array("q", [0] * len(self._values))
+        if self._several:
+            self._entries, self._parts = array("q"), array("q")
+            for number, entry in enumerate(self._select([self.columns[key] for key in self._several])):
+                size = max(1, *(len(found) for found in self._texts(entry).values()))
+                self._entries.extend([number] * size)
+                self._parts.extend(range(size))
+        return Lazy(self._row, len(self._entries))
+
+    def _select(self, columns: Iterable[str]) -> Any:
+        """The table with nothing but these columns, the whole of those that are nested."""
+        return self.table.select_columns(list(dict.fromkeys(column.split(".")[0] for column in columns)))
 
     def contents(self) -> Iterable[Path | str]:
         """See `Source`; a data set of the hub counts by its name, revision and number of entries."""
@@ -91,9 +113,8 @@ class Hub(Source):
             return [path, *settings, *columns]
         if not path.is_dir():
             return [self.path, str(len(self.table)), *settings, *columns]
-        files = sorted(file for file in path.rglob("*") if file.is_file())
         named: list[Path | str] = []
-        for file in files:
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
             named.append(f"{file.relative_to(path).as_posix()} {file.stat().st_size}")
             if file.suffix in _TABLES:
                 named.append(file)
@@ -148,8 +169,8 @@ class Hub(Source):
         row: dict[str, object] = {key: value for key, value in found.items() if not key.startswith("objects.")}
         if "box" in row:
             row["box"] = self._box(row["box"])
-        if "boxes" in row and isinstance(row["boxes"], list):
-            row["boxes"] = [self._box(box) for box in row["boxes"]]
+        if isinstance(row.get("boxes"), list):
+            row["boxes"] = [self._box(box) for box in found["boxes"]]
         if "points" in row:
             row["points"] = point_pairs(row["points"])
         if "objects.box" in found:
@@ -160,7 +181,7 @@ class Hub(Source):
             row["objects"] = [{"box": self._box(box), "label": label} for box, label in pairs]
         return row | {"unit": self.unit, "tolerance": _TOLERANCE}
 
-    def image(self, number: int) -> ImageSource:
+    def _image(self, number: int) -> ImageSource:
         """Where the image of an entry is.
 
         Raises:
@@ -173,33 +194,10 @@ class Hub(Source):
             raise RowError("image: is missing, the row needs a path here")
         return (self.images or Path()) / name
 
-    def texts(self, entry: Mapping[str, Any]) -> dict[str, list[Any]]:
+    def _texts(self, entry: Mapping[str, Any]) -> dict[str, list[Any]]:
         """The questions, labels and texts of an entry, of those columns that may hold several."""
-        cells = {key: _follow(entry, self.columns[key]) for key in self.several}
+        cells = {key: _follow(entry, self.columns[key]) for key in self._several}
         return {key: cell if isinstance(cell, list) else [] for key, cell in cells.items()}
-
-    @cached_property
-    def several(self) -> list[str]:
-        """Keys whose column holds lists of texts."""
-        keys = [key for key in _TEXTS if key in self.columns]
-        return [key for key in keys if hasattr(self._feature(self.columns[key]), "feature")]
-
-    @cached_property
-    def _images(self) -> Any:
-        """The table's column of images."""
-        return self.table.select_columns([self.columns["image"]])
-
-    @property
-    def _has_paths(self) -> bool:
-        """The images are files, and the column holds their paths."""
-        return getattr(self._feature(self.columns["image"]), "dtype", None) in ("string", "large_string")
-
-    @property
-    def _has_images(self) -> bool:
-        """The column holds images: as bytes, or in the library's own form, an object with bytes or a path."""
-        feature = self._feature(self.columns["image"])
-        is_own = isinstance(feature, _datasets().Image) or (isinstance(feature, Mapping) and "bytes" in feature)
-        return is_own or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
     def _bytes(self, number: int) -> bytes:
         cell: Any = self._images[number][self.columns["image"]]
@@ -212,7 +210,7 @@ class Hub(Source):
         return cell
 
     def _box(self, box: object) -> object:
-        if self.corners or not (isinstance(box, list) and len(box) == 4 and all(_is_number(n) for n in box)):
+        if self.corners or not (isinstance(box, list) and len(box) == 4 and all(is_number(n) for n in box)):
             return box
         x, y, width, height = box
         return [x, y, x + width, y + height]
@@ -238,69 +236,31 @@ class Hub(Source):
             feature = feature.get(part) if isinstance(feature, Mapping) else None
         return feature
 
-
-class _Entries(Sequence[SourceRow]):
-    """The entries of a table; one with several texts makes as many rows."""
-
-    def __init__(self, source: Hub) -> None:
-        self._source = source
-        image = source.columns["image"]
-        roots = [column.split(".")[0] for key, column in source.columns.items() if key != "image"]
-        self._values = source.table.select_columns(list(dict.fromkeys(roots or [image])))
-        self._entries, self._parts = array("q"), array("q")
-        if source.several:
-            texts = source.table.select_columns(
-                list(dict.fromkeys(source.columns[key].split(".")[0] for key in source.several))
-            )
-            for number, entry in enumerate(texts):
-                size = max(1, *(len(found) for found in source.texts(entry).values()))
-                self._entries.extend([number] * size)
-                self._parts.extend(range(size))
-        else:
-            self._entries.extend(range(len(self._values)))
-            self._parts.extend([0] * len(self._values))
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, index: Any) -> Any:
+    def _row(self, index: int) -> SourceRow:
+        """A row; an entry with several texts makes as many of them."""
         number = self._entries[index]
-        location = f"{self._source.path}:{number + 1}"
+        location = f"{self.path}:{number + 1}"
         try:
             entry = self._values[number]
-            values = self._source.values(entry) | self._texts(entry, self._parts[index])
-            image = self._source.image(number)
+            values = self.values(entry) | self._part(entry, self._parts[index])
+            image = self._image(number)
         except RowError as error:
             return SourceRow(location=location, number=index + 1, values={}, problem=str(error))
         return SourceRow(location=location, number=index + 1, values=values, image=image)
 
-    def _texts(self, entry: Mapping[str, Any], part: int) -> dict[str, object]:
+    def _part(self, entry: Mapping[str, Any], part: int) -> dict[str, object]:
         """The texts of one row of an entry, with an id of its own where there are several.
 
         Raises:
             RowError: Columns do not have the same number of them.
         """
-        texts = self._source.texts(entry)
+        texts = self._texts(entry)
         sizes = {len(found) for found in texts.values()}
         if len(sizes) > 1:
             raise RowError(f"{next(iter(texts))}: must be as many as those of {', '.join(list(texts)[1:])}")
         chosen: dict[str, object] = {key: found[part] if found else None for key, found in texts.items()}
-        name = _follow(entry, self._source.columns["id"]) if "id" in self._source.columns else None
+        name = _follow(entry, self.columns["id"]) if "id" in self.columns else None
         return chosen | ({"id": f"{name}-{part + 1}"} if name is not None and sizes and max(sizes) > 1 else {})
-
-
-def _check_keys(columns: Mapping[str, str]) -> None:
-    """Refuse columns that make no rows.
-
-    Raises:
-        UserError: A key is unknown, no column holds the image, or objects have no boxes or no labels.
-    """
-    unknown = [key for key in columns if key not in _KEYS]
-    if unknown or "image" not in columns:
-        problem = f"has the unknown key {unknown[0]!r}" if unknown else "does not say which column holds the image"
-        raise UserError(f"columns: {problem}; its keys are {', '.join(_KEYS)}")
-    if ("objects.box" in columns) != ("objects.label" in columns):
-        raise UserError("columns: objects.box and objects.label belong together, but only one of them is there")
 
 
 def _follow(entry: Any, column: str) -> Any:
@@ -311,10 +271,6 @@ def _follow(entry: Any, column: str) -> Any:
         else:
             entry = entry.get(part) if isinstance(entry, Mapping) else None
     return entry
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _datasets() -> Any:

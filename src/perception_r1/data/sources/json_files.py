@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perception_r1.data.categories import COCO_NAME_OF
-from perception_r1.data.sources.base import DataError, Source, SourceRow
+from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow
 from perception_r1.rows import Row, RowError, short_repr
 
 Unit = Literal["pixels", "thousandths", "percent", "fractions"]
@@ -50,7 +50,7 @@ class JsonSource(Source):
     def read(self) -> Sequence[SourceRow]:
         """See `Source`."""
         try:
-            return self._listed() if self.file.suffix == ".json" else _Lines(self)
+            return self._listed() if self.file.suffix == ".json" else self._lines()
         except OSError as error:
             raise DataError(f"{self.file}: cannot be read ({error.strerror or error})") from error
 
@@ -63,6 +63,26 @@ class JsonSource(Source):
         if not isinstance(values, list):
             raise DataError(f"{self.file}: must be a JSON list of objects")
         return [self.row(number, partial(values.__getitem__, number - 1)) for number in range(1, len(values) + 1)]
+
+    def _lines(self) -> Sequence[SourceRow]:
+        """The lines of the file that are not blank, read one at a time."""
+        self._starts, self._numbers = array("q"), array("q")
+        start = 0
+        with self.file.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(line)
+        return Lazy(self._line, len(self._starts))
+
+    def _line(self, index: int) -> SourceRow:
+        def read() -> object:
+            with self.file.open("rb") as file:
+                file.seek(self._starts[index])
+                return json.loads(file.readline().decode("utf-8-sig"))
+
+        return self.row(self._numbers[index], read)
 
     def contents(self) -> Iterable[Path | str]:
         """See `Source`."""
@@ -132,13 +152,7 @@ class PerceptionR1(JsonSource):
     """
 
     def __init__(
-        self,
-        file: Path,
-        *,
-        images: Path | None = None,
-        unit: Unit | None = None,
-        take: str = "all",
-        seed: int = 0,
+        self, file: Path, *, images: Path | None = None, unit: Unit | None = None, take: str = "all", seed: int = 0
     ) -> None:
         super().__init__(file, images=images, take=take, seed=seed)
         self.unit = unit
@@ -149,12 +163,8 @@ class PerceptionR1(JsonSource):
 
     def convert(self, values: dict[str, Any]) -> Mapping[str, object]:
         """Tell by the form of the solution what it is."""
-        row = {
-            "image": values.get("image"),
-            "id": values.get("id"),
-            "unit": self.unit or "thousandths",
-            "tolerance": _TOLERANCE,
-        }
+        row = {"image": values.get("image"), "id": values.get("id"), "tolerance": _TOLERANCE}
+        row["unit"] = self.unit or "thousandths"
         problem = values.get("problem")
         if values.get("clicks") is not None:
             clicks = point_pairs(_spelled(values["clicks"]))
@@ -172,8 +182,7 @@ class PerceptionR1(JsonSource):
             return row | {"text": solution}
         if not isinstance(solution, list):
             raise RowError("solution: must be a box, a list of points, a number, a text, or target_id with target_box")
-        is_box = len(solution) == 4 and all(isinstance(number, int | float) for number in solution)
-        if is_box:
+        if len(solution) == 4 and all(isinstance(number, int | float) for number in solution):
             return row | {"question": problem, "box": solution}
         return row | {"label": problem, "points": point_pairs(solution)}
 
@@ -212,29 +221,3 @@ def _objects(solution: dict[str, Any]) -> list[dict[str, object]]:
     if unknown:
         raise RowError(f"solution: target_id must hold COCO's category numbers, got {short_repr(unknown[0])}")
     return [{"box": box, "label": COCO_NAME_OF[number]} for number, box in zip(numbers, boxes, strict=True)]
-
-
-class _Lines(Sequence[SourceRow]):
-    """The lines of a file that are not blank, read one at a time."""
-
-    def __init__(self, source: JsonSource) -> None:
-        self._source = source
-        self._starts, self._numbers = array("q"), array("q")
-        start = 0
-        with source.file.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    self._starts.append(start)
-                    self._numbers.append(number)
-                start += len(line)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: Any) -> Any:
-        def read() -> object:
-            with self._source.file.open("rb") as file:
-                file.seek(self._starts[index])
-                return json.loads(file.readline().decode("utf-8-sig"))
-
-        return self._source.row(self._numbers[index], read)

@@ -56,12 +56,12 @@ class PixMoCount(Hub):
         Raises:
             DataError: The data set cannot be read or names no images.
         """
-        numbers, columns = self.numbers, ["image_url", "image_sha256"]
+        columns = ["image_url", "image_sha256"]
         if "image_url" not in self.table.column_names:
             raise DataError(f"{self}: has no column 'image_url', so there is nothing to fetch")
         table = self.table.select_columns(columns)
         seen: set[str] = set()
-        for number in numbers:
+        for number in self.numbers:
             entry = table[number]
             url, sha256 = (entry[column] or "" for column in columns)
             if sha256 not in seen:

@@ -8,12 +8,12 @@ import io
 import json
 import pickle
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from perception_r1.data.sources.base import DataError, Source, SourceRow
-from perception_r1.data.sources.coco import TOLERANCE, Annotations, read_annotations
+from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow
+from perception_r1.data.sources.coco import TOLERANCE, read_annotations
 
 
 class RefCoco(Source):
@@ -39,23 +39,24 @@ class RefCoco(Source):
 
     def read(self) -> Sequence[SourceRow]:
         """See `Source`; in the order of the file."""
-        file = read_annotations(self.annotations)
-        index_of = {int(number): index for index, number in enumerate(file.ids)}
-        rows = _Sentences(self.references, file, self.images)
+        self._file = read_annotations(self.annotations)
+        index_of = {int(number): index for index, number in enumerate(self._file.ids)}
         references = _read_references(self.references)
         try:
-            for reference in references:
-                if reference["split"] == self.split:
-                    rows.add(index_of[reference["ann_id"]], reference["sentences"])
+            chosen = [
+                (index_of[item["ann_id"]], item["sentences"]) for item in references if item["split"] == self.split
+            ]
+            self._sentences = [(index, sentence["sent"]) for index, sentences in chosen for sentence in sentences]
+            self._ids = array("q", [sentence["sent_id"] for _, sentences in chosen for sentence in sentences])
         except (KeyError, TypeError, OverflowError) as error:
             raise DataError(
                 f"{self.references}: must hold references with split, ann_id and sentences that belong to "
                 f"{self.annotations} ({type(error).__name__}: {error})"
             ) from error
-        if not rows:
+        if not self._sentences:
             splits = sorted({str(reference["split"]) for reference in references})
             raise DataError(f"{self.references}: has no split {self.split!r}, only {', '.join(splits) or 'nothing'}")
-        return rows
+        return Lazy(self._row, len(self._sentences))
 
     def contents(self) -> Iterable[Path | str]:
         """See `Source`."""
@@ -64,41 +65,13 @@ class RefCoco(Source):
     def __str__(self) -> str:
         return f"{self.references} ({self.split})"
 
-
-class _Sentences(Sequence[SourceRow]):
-    """The sentences of references, each with the index of its object among the annotations."""
-
-    def __init__(self, path: Path, file: Annotations, folder: Path) -> None:
-        self._path, self._file, self._folder = path, file, folder
-        self._objects, self._ids = array("q"), array("q")
-        self._questions: list[str] = []
-
-    def add(self, index: int, sentences: Sequence[Mapping[str, Any]]) -> None:
-        """Sentences about the object of this index.
-
-        Raises:
-            KeyError, TypeError, OverflowError: They are none.
-        """
-        for sentence in sentences:
-            self._questions.append(sentence["sent"])
-            self._ids.append(sentence["sent_id"])
-            self._objects.append(index)
-
-    def __len__(self) -> int:
-        return len(self._objects)
-
-    def __getitem__(self, index: Any) -> Any:
-        number = self._objects[index]
+    def _row(self, index: int) -> SourceRow:
+        """A sentence with the box of its object."""
+        number, question = self._sentences[index]
         name, width, height = self._file.images[int(self._file.image_ids[number])]
-        values = {
-            "id": self._ids[index],
-            "question": self._questions[index],
-            "box": self._file.boxes[number].tolist(),
-            "width": width,
-            "height": height,
-            "tolerance": TOLERANCE,
-        }
-        location, image = f"{self._path}:{index + 1}", self._folder / name
+        values = {"id": self._ids[index], "question": question, "box": self._file.boxes[number].tolist()}
+        values |= {"width": width, "height": height, "tolerance": TOLERANCE}
+        location, image = f"{self.references}:{index + 1}", self.images / name
         return SourceRow(location=location, number=index + 1, values=values, image=image)
 
 

@@ -37,7 +37,9 @@ class SyntheticScenes:
             raise UserError(f"a split needs at least 1 scene, got {size}")
         self.world, self.split, self.seed, self.size = world, split, seed, size
         self._settings = _settings(world, split, seed)
-        self._draws = None if split == "train" else self._draws_without_repeats()
+        seen: set[bytes] = set()
+        # for every index, the number of the draw that is in the split and shows a new image
+        self._draws = None if split == "train" else [self._next(index, seen)[0] for index in range(size)]
 
     def __len__(self) -> int:
         return self.size
@@ -49,17 +51,13 @@ class SyntheticScenes:
             return self._draw(index, self._draws[index])
         return self._next(index, set())[1]
 
-    def _draws_without_repeats(self) -> list[int]:
-        """For every index, the number of the draw that is in the split and shows a new image."""
-        seen: set[bytes] = set()
-        return [self._next(index, seen)[0] for index in range(self.size)]
-
     def _next(self, index: int, seen: set[bytes]) -> tuple[int, Scene]:
         """The first draw of a scene that is in the split and not among those seen; adds it to them."""
         for draw in range(_MAX_DRAWS):
             scene = self._draw(index, draw)
             digest = _digest(scene.image.tobytes())
-            if _split_of(digest) == self.split and digest not in seen:
+            split = {0: "val", 1: "test"}.get(digest[0] % _NUM_SHARES, "train")
+            if split == self.split and digest not in seen:
                 seen.add(digest)
                 return draw, scene
         raise UserError(
@@ -79,11 +77,6 @@ def scene_fingerprint(world: World, split: Split, seed: int, size: int) -> str:
 
 def _settings(world: World, split: Split, seed: int) -> str:
     return json.dumps([type(world).__name__, asdict(world), split, seed])
-
-
-def _split_of(digest: bytes) -> Split:
-    share = digest[0] % _NUM_SHARES
-    return "val" if share == 0 else "test" if share == 1 else "train"
 
 
 def _digest(data: bytes) -> bytes:

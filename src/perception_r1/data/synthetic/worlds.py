@@ -39,7 +39,7 @@ class World(ABC):
     tint: int = 8
 
     def __post_init__(self) -> None:
-        _check("tint", self.tint, 0, 60)
+        _check(self, tint=(0, 60))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -71,32 +71,20 @@ class ShapeWorld(World):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("image_size", self.image_size, 28, 4096)
-        _check("grid", self.grid, 1, self.image_size)
-        _check("object_size", self.object_size, 4, self.image_size)
-        _check("num_colours", self.num_colours, 1, len(COLOURS))
-        _check("num_shapes", self.num_shapes, 1, len(SHAPES))
+        _check(self, image_size=(28, 4096), grid=(1, self.image_size), object_size=(4, self.image_size))
+        _check(self, num_colours=(1, len(COLOURS)), num_shapes=(1, len(SHAPES)))
         if self.object_size % self.grid:
             raise UserError(f"object_size must be a multiple of grid ({self.grid}), got {self.object_size}")
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Every name an object can have, such as "red circle"."""
-        return tuple(f"{colour} {shape}" for colour in list(COLOURS)[: self.num_colours] for shape in self._shapes)
-
-    @property
-    def capacity(self) -> int:
-        """How many objects always fit."""
-        return (self.image_size // self.object_size) ** 2
-
-    @property
-    def _shapes(self) -> tuple[str, ...]:
-        return SHAPES[: self.num_shapes]
+        colours, shapes = list(COLOURS)[: self.num_colours], SHAPES[: self.num_shapes]
+        return tuple(f"{colour} {shape}" for colour in colours for shape in shapes)
 
     def _place(self, rng: random.Random, labels: Sequence[str]) -> list[tuple[str, list[int]]]:
         """Labels with boxes in pixels, in raster order: top to bottom, then left to right."""
-        size = self.object_size
-        corners = self._corners(rng, len(labels))
+        size, corners = self.object_size, self._corners(rng, len(labels))
         objects = [(label, [x, y, x + size, y + size]) for label, (x, y) in zip(labels, corners, strict=True)]
         return sorted(objects, key=lambda item: (item[1][1], item[1][0]))
 
@@ -122,11 +110,15 @@ class ShapeWorld(World):
             image.paste(COLOURS[colour], (x, y), mask(shape, self.object_size))
         return image
 
-    def _check_room(self, count: int) -> None:
-        if count > self.capacity:
+    def _check_room(self, num_targets: int, num_distractors: int) -> None:
+        if num_distractors and len(self.labels) < 2:
+            raise UserError("distractors need a second kind of object: raise num_colours or num_shapes")
+        count = num_targets + num_distractors
+        capacity = (self.image_size // self.object_size) ** 2
+        if count > capacity:
             raise UserError(
                 f"up to {count} objects of {self.object_size} px do not fit into {self.image_size} px,"
-                f" which has room for {self.capacity}: use a larger image_size or fewer objects"
+                f" which has room for {capacity}: use a larger image_size or fewer objects"
             )
 
 
@@ -144,9 +136,8 @@ class GroundingWorld(ShapeWorld):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("max_distractors", self.max_distractors, 0, 100)
-        _check_choice(self.max_distractors, self.labels)
-        self._check_room(1 + self.max_distractors)
+        _check(self, max_distractors=(0, 100))
+        self._check_room(1, self.max_distractors)
 
     def draw(self, rng: random.Random) -> Scene:
         """A row with question and box."""
@@ -173,11 +164,8 @@ class CountingWorld(ShapeWorld):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("min_targets", self.min_targets, 1, 1000)
-        _check("max_targets", self.max_targets, self.min_targets, 1000)
-        _check("max_distractors", self.max_distractors, 0, 1000)
-        _check_choice(self.max_distractors, self.labels)
-        self._check_room(self.max_targets + self.max_distractors)
+        _check(self, min_targets=(1, 1000), max_targets=(self.min_targets, 1000), max_distractors=(0, 1000))
+        self._check_room(self.max_targets, self.max_distractors)
 
     def draw(self, rng: random.Random) -> Scene:
         """A row with label, count, points and boxes."""
@@ -209,8 +197,8 @@ class DetectionWorld(ShapeWorld):
         super().__post_init__()
         if not 0 <= self.empty_share <= 1:
             raise UserError(f"empty_share must lie between 0 and 1, got {self.empty_share}")
-        _check("max_objects", self.max_objects, 1, 1000)
-        self._check_room(self.max_objects)
+        _check(self, max_objects=(1, 1000))
+        self._check_room(self.max_objects, 0)
 
     def draw(self, rng: random.Random) -> Scene:
         """A row with objects."""
@@ -246,13 +234,8 @@ class TextWorld(World):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("min_chars", self.min_chars, 1, 1000)
-        _check("max_chars", self.max_chars, self.min_chars, 1000)
-        _check("num_lines", self.num_lines, 1, 1000)
-        _check("cell_width", self.cell_width, 6, 256)
-        _check("cell_height", self.cell_height, 6, 256)
-        _check("font_size", self.font_size, 6, self.cell_height)
-        _check("noise", self.noise, 0, 60)
+        _check(self, min_chars=(1, 1000), max_chars=(self.min_chars, 1000), num_lines=(1, 1000), noise=(0, 60))
+        _check(self, cell_width=(6, 256), cell_height=(6, 256), font_size=(6, self.cell_height))
         if not self.alphabet or not all("!" <= char <= "~" for char in self.alphabet):
             raise UserError(f"alphabet must be printable ASCII characters without spaces, got {self.alphabet!r}")
 
@@ -280,11 +263,8 @@ def _draw_kinds(rng: random.Random, labels: Sequence[str], max_distractors: int)
     return wanted, [rng.choice(others) for _ in range(num_distractors)]
 
 
-def _check(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{name} must be between {low} and {high}, got {value}")
-
-
-def _check_choice(max_distractors: int, labels: Sequence[str]) -> None:
-    if max_distractors and len(labels) < 2:
-        raise UserError("distractors need a second kind of object: raise num_colours or num_shapes")
+def _check(world: World, **ranges: tuple[int, int]) -> None:
+    for name, (low, high) in ranges.items():
+        value = getattr(world, name)
+        if not low <= value <= high:
+            raise UserError(f"{name} must be between {low} and {high}, got {value}")
