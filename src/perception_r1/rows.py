@@ -118,8 +118,8 @@ class Row:
         numbers = _numbers(value, name, axes, self._unit)
         width, height = extent = self._extent()
         tolerance = self._tolerance()
-        tolerance = tolerance * width / self.width, tolerance * height / self.height
-        if not all(-tolerance[k % 2] <= number <= extent[k % 2] + tolerance[k % 2] for k, number in enumerate(numbers)):
+        margins = tolerance * width / self.width, tolerance * height / self.height
+        if not all(-margins[k % 2] <= number <= extent[k % 2] + margins[k % 2] for k, number in enumerate(numbers)):
             raise _wrong(name, f"must lie inside the image of {width} x {height} {self._unit}", value)
         return tuple(min(1.0, max(0.0, number / extent[k % 2])) for k, number in enumerate(numbers))
 
