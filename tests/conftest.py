@@ -1,6 +1,7 @@
 """Fixtures of all tests: tiny models of every family, built once, and one thread per process."""
 
 import io
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,6 +25,13 @@ transformers.utils.logging.disable_progress_bar()
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_is_left_behind() -> None:
+    """What a trainer of several devices writes into the environment would make a later one wait for its partner."""
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
