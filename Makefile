@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install train sft eval check stats fetch convert predict export tensorboard test lint format docs clean
+.PHONY: help install train sft eval check stats fetch convert predict export pretrain tensorboard test lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ predict: $(INSTALLED) ## Answer IMAGES with RUN
 
 export: $(INSTALLED) ## Write RUN as a model folder TO
 	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)
+
+pretrain: $(INSTALLED) ## Pretrain a larger embedded model from nothing, for hours (ARGS='--num_steps 6000')
+	$(BIN)/python -m perception_r1.embedded.pretraining $(ARGS)
 
 tensorboard: $(INSTALLED) ## Show all runs
 	$(BIN)/tensorboard --logdir logs

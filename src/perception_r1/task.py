@@ -20,7 +20,7 @@ MAX_TEXT = 32_768
 
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _ANSWER = re.compile(r"</think>\s*<answer>")
-_THINK_REQUEST = (
+THINK_REQUEST = (
     " First think about the picture between <think> and </think>, then give the final answer between <answer> and"
     " </answer>."
 )
@@ -118,7 +118,7 @@ class Task(ABC, Generic[TargetT, PredictionT]):
 
     def messages(self, sample: Sample[TargetT]) -> list[dict[str, Any]]:
         """The chat of one sample: the image, then the prompt."""
-        text = self.prompt(sample.query) + (_THINK_REQUEST if self.think else "")
+        text = self.prompt(sample.query) + (THINK_REQUEST if self.think else "")
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
     def target_text(self, sample: Sample[TargetT], codec: Codec, image_size: ImageSize) -> str:

@@ -5,6 +5,7 @@ Sizes and initialisation are those with which two minutes on one core teach some
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,15 +49,59 @@ _CHAT_TEMPLATE = """\
 {% endif %}"""
 
 _PATCH, _MERGE = 14, 2
-_HIDDEN, _LAYERS, _HEADS, _FEED_FORWARD = 96, 3, 4, 256
-_VISION_DEPTH, _VISION_HIDDEN, _VISION_HEADS = 2, 64, 4
-_INIT_STD = 0.06
 _ROPE_THETA = 10.0
 """Small, for the distances that matter here are a few image tokens."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """How large a model is; `hidden_size` is a multiple of `num_heads`."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vision_depth: int
+    vision_hidden_size: int
+    vision_num_heads: int
+    init_std: float
+
+
+SMALL = ModelSize(
+    hidden_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_key_value_heads=4,
+    intermediate_size=256,
+    vision_depth=2,
+    vision_hidden_size=64,
+    vision_num_heads=4,
+    init_std=0.06,
+)
+"""0.6 million weights, to try code out."""
+BASE = ModelSize(
+    hidden_size=192,
+    num_layers=5,
+    num_heads=3,
+    num_key_value_heads=1,
+    intermediate_size=512,
+    vision_depth=4,
+    vision_hidden_size=192,
+    vision_num_heads=3,
+    init_std=0.05,
+)
+"""5 million weights: the model that is pretrained."""
+
+
 def build_model_folder(
-    folder: Path, *, family: Family, seed: int, corpus: Iterable[str] = (), whole_tokens: Sequence[str] = ()
+    folder: Path,
+    *,
+    family: Family,
+    seed: int,
+    size: ModelSize = SMALL,
+    corpus: Iterable[str] = (),
+    whole_tokens: Sequence[str] = (),
 ) -> None:
     """Write config, random weights, generation config, tokenizer and image processor.
 
@@ -66,7 +111,7 @@ def build_model_folder(
     tokenizer = build_tokenizer(corpus, whole_tokens)
     with torch.random.fork_rng(devices=[]):  # a run from the cache must find the same random state
         torch.manual_seed(seed)
-        model = build_model(family, tokenizer)
+        model = build_model(family, tokenizer, size)
     model.save_pretrained(folder)
     Processor(tokenizer, build_image_processor(family)).save(folder)
 
@@ -99,28 +144,28 @@ def build_tokenizer(corpus: Iterable[str], whole_tokens: Sequence[str] = ()) -> 
     return tokenizer
 
 
-def build_model(family: Family, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
+def build_model(family: Family, tokenizer: Qwen2Tokenizer, size: ModelSize) -> PreTrainedModel:
     """The family's own architecture at a tiny size, with random weights."""
     token = tokenizer.convert_tokens_to_ids
-    head = _HIDDEN // _HEADS
+    head = size.hidden_size // size.num_heads
     sections = [head // 2 - 2 * (head * 3 // 16), head * 3 // 16, head * 3 // 16]
     rope = {"rope_type": "default", "rope_theta": _ROPE_THETA, "mrope_section": sections}
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 32) * 32,
-        "hidden_size": _HIDDEN,
-        "intermediate_size": _FEED_FORWARD,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": _HEADS,
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.intermediate_size,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.num_heads,
+        "num_key_value_heads": size.num_key_value_heads,
         "max_position_embeddings": 8192,
-        "initializer_range": _INIT_STD,
+        "initializer_range": size.init_std,
         "rope_parameters": rope | ({"mrope_interleaved": True} if family == "qwen3_vl" else {}),
         "bos_token_id": token("<|endoftext|>"),
         "eos_token_id": token("<|im_end|>"),
         "pad_token_id": token("<|endoftext|>"),
         "tie_word_embeddings": True,
     }
-    config_class, model_class, vision = _family_parts(family)
+    config_class, model_class, vision = _family_parts(family, size)
     config = config_class(
         text_config=text | ({"head_dim": head} if family == "qwen3_vl" else {}),
         vision_config=vision,
@@ -129,7 +174,7 @@ def build_model(family: Family, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
-        initializer_range=_INIT_STD,
+        initializer_range=size.init_std,
     )
     model: PreTrainedModel = model_class(config)
     model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]
@@ -137,21 +182,30 @@ def build_model(family: Family, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
     return model
 
 
-def _family_parts(family: Family) -> tuple[Any, Any, dict[str, Any]]:
+def _family_parts(family: Family, size: ModelSize) -> tuple[Any, Any, dict[str, Any]]:
     """Config class, model class and vision settings."""
     common = {
-        "depth": _VISION_DEPTH,
-        "num_heads": _VISION_HEADS,
+        "depth": size.vision_depth,
+        "num_heads": size.vision_num_heads,
         "spatial_merge_size": _MERGE,
         "temporal_patch_size": 2,
-        "initializer_range": _INIT_STD,
+        "initializer_range": size.init_std,
     }
     if family == "qwen2_vl":
-        sizes = {"embed_dim": _VISION_HIDDEN, "hidden_size": _HIDDEN, "mlp_ratio": 4, "patch_size": _PATCH}
+        sizes = {
+            "embed_dim": size.vision_hidden_size,
+            "hidden_size": size.hidden_size,
+            "mlp_ratio": 4,
+            "patch_size": _PATCH,
+        }
         return Qwen2VLConfig, Qwen2VLForConditionalGeneration, common | sizes
-    sizes = {"hidden_size": _VISION_HIDDEN, "intermediate_size": 3 * _VISION_HIDDEN, "out_hidden_size": _HIDDEN}
+    sizes = {
+        "hidden_size": size.vision_hidden_size,
+        "intermediate_size": 3 * size.vision_hidden_size,
+        "out_hidden_size": size.hidden_size,
+    }
     if family == "qwen2_5_vl":
-        windows = {"patch_size": _PATCH, "window_size": 112, "fullatt_block_indexes": [_VISION_DEPTH - 1]}
+        windows = {"patch_size": _PATCH, "window_size": 112, "fullatt_block_indexes": [size.vision_depth - 1]}
         return Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, common | sizes | windows
     deepstack = {"patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
     return Qwen3VLConfig, Qwen3VLForConditionalGeneration, common | sizes | deepstack
