@@ -1,9 +1,10 @@
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
 from perception_r1.codecs import CODECS
-from perception_r1.embedded.model import SPECIAL_TOKENS, build_model_folder, build_tokenizer
+from perception_r1.embedded.model import BASE, SPECIAL_TOKENS, build_model_folder, build_tokenizer
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
@@ -79,3 +80,15 @@ def test_it_is_small(model_folders):
     for folder in model_folders.values():
         policy = Policy.load(PolicyConfig(name=str(folder)))
         assert sum(parameter.numel() for parameter in policy.parameters()) < 1_000_000
+
+
+def test_the_pretrained_model_has_frequencies_for_neighbours_and_for_looks(tmp_path):
+    """Within a row and a column of tokens some turn clearly, and over a long answer many hardly turn."""
+    build_model_folder(tmp_path, family="qwen2_vl", seed=0, size=BASE)
+    text = AutoConfig.from_pretrained(tmp_path).get_text_config()
+    rope = Qwen2VLRotaryEmbedding(text)
+    time, row, column = rope.inv_freq.split(text.rope_parameters["mrope_section"])
+    assert len(rope.inv_freq) == text.hidden_size // text.num_attention_heads // 2
+    assert time.min() > 0.5
+    assert min(row.max(), column.max()) > 0.1
+    assert (rope.inv_freq * 300 < 1).sum() >= 12

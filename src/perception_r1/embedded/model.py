@@ -49,13 +49,18 @@ _CHAT_TEMPLATE = """\
 {% endif %}"""
 
 _PATCH, _MERGE = 14, 2
-_ROPE_THETA = 10.0
-"""Small, for the distances that matter here are a few image tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """How large a model is; `hidden_size` is a multiple of `num_heads`."""
+    """How large a model is, and how its language model tells positions apart.
+
+    Attributes:
+        hidden_size: Of the language model, a multiple of `num_heads`.
+        rope_theta: Base of the rotary frequencies, which fall from 1 to 1 / `rope_theta` radians per position.
+        mrope_section: How many of them, fast ones first, belong to time, row and column; half a head together. An
+            answer finds an object by its looks only through frequencies that hardly turn between the two.
+    """
 
     hidden_size: int
     num_layers: int
@@ -66,6 +71,8 @@ class ModelSize:
     vision_hidden_size: int
     vision_num_heads: int
     init_std: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
 
 
 SMALL = ModelSize(
@@ -78,6 +85,8 @@ SMALL = ModelSize(
     vision_hidden_size=64,
     vision_num_heads=4,
     init_std=0.06,
+    rope_theta=10.0,
+    mrope_section=(4, 4, 4),
 )
 """0.6 million weights, to try code out."""
 BASE = ModelSize(
@@ -90,6 +99,8 @@ BASE = ModelSize(
     vision_hidden_size=192,
     vision_num_heads=3,
     init_std=0.05,
+    rope_theta=10_000.0,
+    mrope_section=(2, 5, 25),
 )
 """5 million weights: the model that is pretrained."""
 
@@ -148,8 +159,7 @@ def build_model(family: Family, tokenizer: Qwen2Tokenizer, size: ModelSize) -> P
     """The family's own architecture at a tiny size, with random weights."""
     token = tokenizer.convert_tokens_to_ids
     head = size.hidden_size // size.num_heads
-    sections = [head // 2 - 2 * (head * 3 // 16), head * 3 // 16, head * 3 // 16]
-    rope = {"rope_type": "default", "rope_theta": _ROPE_THETA, "mrope_section": sections}
+    rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": list(size.mrope_section)}
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 32) * 32,
         "hidden_size": size.hidden_size,

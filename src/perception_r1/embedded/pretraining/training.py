@@ -55,15 +55,15 @@ class Settings:
     """
 
     num_steps: int
-    dense_steps: int = 600
+    dense_steps: int = 1800
     cooldown_steps: int = 600
     warmup_steps: int = 100
     num_scenes: int = 24
-    num_pages: int = 16
+    num_pages: int = 24
     dense_scale: int = 2
-    matrix_lr: float = 0.02
-    lr: float = 2e-3
-    dense_weight: float = 0.3
+    matrix_lr: float = 0.004
+    lr: float = 1e-3
+    dense_weight: float = 1.0
     seed: int = 0
 
     def lr_factor(self, step: int) -> float:
