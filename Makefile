@@ -65,7 +65,7 @@ predict: $(INSTALLED) ## Answer IMAGES with RUN
 export: $(INSTALLED) ## Write RUN as a model folder TO
 	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)
 
-pretrain: $(INSTALLED) ## Pretrain a larger embedded model from nothing, for hours (ARGS='--num_steps 6000')
+pretrain: $(INSTALLED) ## Make the embedded model again from nothing, which takes hours (ARGS='--num_steps 10000')
 	$(BIN)/python -m perception_r1.embedded.pretraining $(ARGS)
 
 tensorboard: $(INSTALLED) ## Show all runs
@@ -88,4 +88,4 @@ docs: $(INSTALLED) ## Build the documentation as a site in site/
 	$(BIN)/mkdocs build --quiet --strict
 
 clean: ## Remove caches and the environment, keep logs
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build site src/*.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site src/*.egg-info

@@ -2,7 +2,7 @@
 
     python benchmarks/two_commits.py OLD NEW --task counting
 
-Each commit is checked out into a folder of its own. After one run that makes the warm start of the embedded policy,
+Each commit is checked out into a folder of its own. After one run whose seconds do not count,
 runs of a few steps alternate on one thread each; compared are the medians of the seconds of a step, its phases, and the
 tokens written per second. Both start from the same seed, but a change of the engine changes the rounding and with it
 the policies, hence also the lengths of completions: tokens per second take that out.
@@ -74,7 +74,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as parent:
         folders = [check_out(commit, Path(parent)) for commit in args.commits]
         for folder in folders:
-            train(folder, args.task, NUM_DROPPED + 1)  # makes the warm start
+            train(folder, args.task, NUM_DROPPED + 1)  # older commits prepare their model in it
         seen: list[dict[str, list[float]]] = [{}, {}]
         for _ in range(args.rounds):
             for folder, metrics in zip(folders, seen, strict=True):

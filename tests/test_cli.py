@@ -72,7 +72,6 @@ def fitted(monkeypatch, tmp_path, folder):
                 "--task NAME",
                 "--variant NAME",
                 "--run_name",
-                "--embedded.stop_loss",
                 "--checkpoints.enabled",
                 "--trainer.max_steps",
             ],
@@ -125,7 +124,7 @@ def test_the_module_gets_the_task_of_the_data(fitted):
 def test_sft_is_a_variant_with_runs_of_its_own(fitted):
     run = fitted("--variant", "sft")
     assert isinstance(run.model, SFT)
-    assert run.model.max_new_tokens == 96
+    assert run.model.max_new_tokens == 360  # of the task, as with GRPO
     assert Path(run.trainer.log_dir).parent == Path("logs/counting-sft")
 
 
@@ -212,7 +211,6 @@ def test_what_needs_no_model_is_checked_before_one_is_made(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setattr("perception_r1.commands.training.warm_policy", too_late)
     monkeypatch.setattr("perception_r1.policy.policy.Policy.load", too_late)
     policy = [] if model == "tiny" else ["--model.policy.name", str(folder)]
     status, text = fails(capsys, "fit", *COUNTING, *policy, *arguments)
@@ -321,20 +319,17 @@ def test_checkpoints_are_looked_for_where_the_logger_writes(fitted, tmp_path):
     assert Path(run.ckpt_path).resolve() == newest
 
 
-SMALL = ["--embedded.max_steps", "2", "--embedded.batch_size", "2", "--before_after.enabled", "false"]
+SMALL = ["--before_after.enabled", "false"]
 SMALL += ["--data.batch_size", "2", "--data.num_val", "2", "--model.max_new_tokens", "4"]
 
 
-def test_the_embedded_policy_is_warmed_up_once_and_a_run_goes_on(tmp_path, monkeypatch, console):
+def test_the_embedded_model_is_trained_at_once_and_a_run_goes_on(tmp_path, monkeypatch, console):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", *COUNTING, *SMALL, "--trainer.max_steps", "1"]) == 0
     lines = console.file.getvalue().splitlines()
-    assert [" ".join(line.split()[:2]) for line in lines[:3]] == ["Training on", "warm start", "training 1/1"]
-    (warm,) = (tmp_path / ".cache" / "tiny").iterdir()
-    made = warm.stat().st_mtime_ns
+    assert [" ".join(line.split()[:2]) for line in lines[:2]] == ["Training on", "training 1/1"]
     assert main(["fit", *COUNTING, *SMALL, "--trainer.max_steps", "2", "--ckpt_path", "last"]) == 0
-    assert (*(tmp_path / ".cache" / "tiny").iterdir(),) == (warm,)
-    assert warm.stat().st_mtime_ns == made
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
     assert [path.name for path in (tmp_path / "logs" / "counting").iterdir()] == ["version_0"]
     card = json.loads((tmp_path / "logs" / "counting" / "version_0" / "run.json").read_text())
     assert card["steps"] == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_a_task_is_a_python_file_of_at_most_60_lines_and_a_yaml_file() -> None:
 def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
     """In a copy of the project, so that the files can lie where the documentation puts them."""
     for folder in ("src", "configs"):
-        copy_texts(ROOT / folder, tmp_path / folder)
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for path, text in FILES.items():
         (tmp_path / path).write_text(text, encoding="utf-8")
     write_rows(tmp_path / "shapes.jsonl")
@@ -43,11 +44,10 @@ def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
         '{"width": 8, "height": 8, "shape": "circle", "colour": "red", "completion": "blue"}\n',
         encoding="utf-8",
     )
-    small = [*SMALL, "--embedded.cache_dir", str(tmp_path / "cache")]
     trainings = [found[1:] for command in commands(PAGE) for found in expanded(command) if "fit" in found]
     lines = [
-        *([*training, *small] for training in trainings),
-        ["validate", *trainings[0][1:], *small, "--ckpt_path", "best"],
+        *([*training, *SMALL] for training in trainings),
+        ["validate", *trainings[0][1:], *SMALL, "--ckpt_path", "best"],
         ["score", "--task", "colour", "--codec", "qwen2_vl", "answers.jsonl"],
     ]
     done = subprocess.run(
@@ -75,7 +75,7 @@ def test_the_files_may_lie_outside_the_project(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["perception-r1"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
-    options = [*SMALL, "--embedded.cache_dir", "cache", "--data", "rows.jsonl"]
+    options = [*SMALL, "--data", "rows.jsonl"]
     try:
         assert main(["fit", "--task", "colour", *options]) == 0
     finally:
@@ -90,11 +90,3 @@ def write_rows(path: Path) -> None:
         Image.new("RGB", (56, 56), (40 * index, 0, 0)).save(path.parent / f"{index}.png")
     rows = [{"image": f"{index}.png", "shape": "circle", "colour": "red"} for index in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def copy_texts(source: Path, target: Path) -> None:
-    """Copy Python and YAML files."""
-    for path in [*source.rglob("*.py"), *source.rglob("*.yaml")]:
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")

@@ -35,7 +35,7 @@ REPEATED = repeated(COMMANDS)
 SMALL = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --trainer.val_check_interval 2"
     " --data.train_take all --data.batch_size 2 --data.eval_batch_size 2 --data.num_workers 0"
-    " --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4 --embedded.max_steps 2"
+    " --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4"
 )
 """What makes a training of any task a matter of a second."""
 BARE = ["--log_samples.num_samples", "0", "--before_after.enabled", "false"]
@@ -56,11 +56,6 @@ FIFTH_TASK = "TASK=colour"
 """The task that is not in the repository; `test_fifth_task.py` runs its command."""
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: like the repository's root, but what is written there is lost."""
@@ -76,7 +71,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_command_works(
     command: str,
     place: Path,
-    cache: Path,
     model_folders: dict[str, Path],
     run_folder: Path,
     runs: dict[str, Path],
@@ -90,7 +84,7 @@ def test_command_works(
             put_run(arguments, place, runs["lora"] if "--adapter" in arguments else run_folder)
             RUN_RULES[arguments[1]](arguments[1:], place, model_folders, capsys)
         elif program == "perception-r1":
-            check_own_command(arguments[1:], place, cache, model_folders, capsys)
+            check_own_command(arguments[1:], place, model_folders, capsys)
         elif program in RULES:
             RULES[program](arguments)
         else:
@@ -112,7 +106,7 @@ def test_every_example_row_can_be_read(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Path]:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a training with the first command's configuration."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         place = tmp_path_factory.mktemp("run")
@@ -121,7 +115,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterato
         monkeypatch.setattr(sys, "argv", ["perception-r1"])
         monkeypatch.setenv("PL_GLOBAL_SEED", "0")
         (arguments,) = (found for found in expanded("make train TASK=counting") if "fit" in found)
-        assert main([*arguments[1:], *SMALL, "--embedded.cache_dir", str(cache)]) == 0
+        assert main([*arguments[1:], *SMALL]) == 0
         yield place / "logs" / "counting" / "version_0"
 
 
@@ -167,7 +161,6 @@ def expanded(command: str) -> list[list[str]]:
 def check_own_command(
     arguments: list[str],
     place: Path,
-    cache: Path,
     model_folders: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -180,7 +173,7 @@ def check_own_command(
         assert main(arguments) == 0
         assert [json.loads(line)["reward"] > 1 for line in capsys.readouterr().out.splitlines()] == [True]
         return
-    arguments = [*arguments, *SMALL, *BARE, "--embedded.cache_dir", str(cache)]
+    arguments = [*arguments, *SMALL, *BARE]
     name = policy_name(arguments)
     if name == EXPORTED:
         (place / EXPORTED).symlink_to(model_folders["qwen2_vl"])
@@ -295,7 +288,7 @@ def run_benchmark(arguments: list[str]) -> None:
 def run_learning(arguments: list[str]) -> None:
     """With runs of two steps."""
     with tempfile.TemporaryDirectory() as place:
-        small = shlex.join([*SMALL, "--embedded.cache_dir", place])
+        small = shlex.join(SMALL)
         done = subprocess.run(
             [sys.executable, *arguments[1:], "--runs", place, "--results", place, "--options", small],
             cwd=ROOT,

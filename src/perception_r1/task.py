@@ -78,12 +78,12 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         """Names that objects may have, where the task knows them all."""
         return ()
 
-    def with_labels(self, labels: Iterable[str], *, keeps_own: bool = True) -> Self:
+    def with_labels(self, labels: Iterable[str]) -> Self:
         """The task for data whose objects have these names; the same unless a task has to know them all.
 
         Args:
             labels: The names in the order of the prompt, read only where they matter; some may be there twice.
-            keeps_own: Names that are an option of the task, and given, stay.
+                Names that are an option of the task, and given, stay.
         """
         return self
 

@@ -8,7 +8,7 @@ import pytest
 import rich
 from rich.console import Console
 
-from perception_r1.callbacks.progress import Progress, WarmStartProgress
+from perception_r1.callbacks.progress import Progress
 from tests.callbacks.toy import ToyData, ToyModule, toy_trainer
 
 
@@ -26,13 +26,6 @@ def test_a_file_gets_plain_lines_with_metrics(tmp_path: Path, console: Console):
     assert training[-1].endswith("reward 7.5, kl 0.01")
     assert sum(line.startswith("validation 3/3") for line in lines) == 4
     assert "\x1b" not in console.file.getvalue()
-
-
-def test_a_warm_start_is_called_so(tmp_path: Path, console: Console):
-    fit(tmp_path, WarmStartProgress(plain_seconds=0.0))
-    text = console.file.getvalue()
-    assert "warm start 4/4 (100%)" in text
-    assert "training" not in text
 
 
 def test_max_steps_is_the_total_where_it_is_set(tmp_path: Path, console: Console):

@@ -11,6 +11,7 @@ from perception_r1.commands import compose as module
 from perception_r1.commands.compose import compose
 from perception_r1.errors import UserError
 from perception_r1.tasks import TASKS
+from tests.evaluation.evaluating import DATA
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").iterdir())
@@ -35,15 +36,13 @@ def files(*names):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_alone_is_trained_with_the_embedded_policy(printed, task):
+def test_a_task_alone_is_trained_with_the_embedded_model(printed, task):
     config = printed("--task", task)
     assert config == printed(*files("default", f"task/{task}", "model/tiny", f"tiny/{task}"))
     assert (config["task"], config["run_name"]) == (task, task)
     assert config["data"]["class_path"].endswith(f".{task.capitalize()}Data")
     assert config["model"]["init_args"]["policy"]["name"] == "tiny"
-    assert config["model"]["init_args"]["max_new_tokens"] == 96
-    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 3e-4
-    assert config["embedded"]["stop_loss"] > 0
+    assert config["data"]["init_args"]["world"]["init_args"]["skew"] < DATA[task]().world.skew  # harder
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -70,7 +69,7 @@ def test_settings_that_a_new_class_does_not_take_are_left_out_in_silence(printed
     config = printed("--task", "detection", "--model", "tiny", "--recipe", "detection", "--variant", "sft")
     assert "kl_coef" not in config["model"]["init_args"]
     assert "final_group_size" not in config["model"]["init_args"]
-    assert config["model"]["init_args"]["micro_batch_tokens"] == 2048
+    assert config["model"]["init_args"]["micro_batch_tokens"] == 8192
 
 
 def test_files_and_options_of_the_user_have_the_last_word(printed, tmp_path):

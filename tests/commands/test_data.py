@@ -77,7 +77,7 @@ def test_check_shows_what_the_model_is_to_answer(run, tmp_path):
         assert card.height > 3 * 200
 
 
-def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch):
+def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch, model_folders):
     drawn = []
 
     def draw_card(image, *, target_overlays, predicted_overlays, fields, **options):
@@ -87,7 +87,7 @@ def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch)
     monkeypatch.setattr(command, "draw_card", draw_card)
     row = {"objects": [{"box": [11, 20, 50, 80], "label": "dog"}, {"box": [0, 0, 200, 100], "label": "cat"}]}
     path = write_rows(tmp_path, [row, {"objects": []}])
-    family = "--embedded.family=qwen2_5_vl"
+    family = f"--model.policy.name={model_folders['qwen2_5_vl']}"
     assert run("check", family, "--data.train_file", path, "--to", "there", task="detection")[0] == 0
     (size, target, predicted, fields), (_, *nothing, _) = drawn
     assert size == (200, 100)
@@ -252,9 +252,9 @@ def test_stats_of_synthetic_scenes_count_each_scene_once(run):
     found = table_of(text)
     assert status == 0
     assert found["samples"] == found["different images"] == "30"
-    assert found["image height"] == "112, 112, 112"
+    assert found["image height"] == "140, 140, 140"
     assert found["log10 of the mean n!"] == "0.00"
-    assert "over 96" in found["answer tokens"]
+    assert "over 48" in found["answer tokens"]
 
 
 def test_stats_have_a_table_for_each_source(run, tmp_path):

@@ -4,11 +4,10 @@ from pathlib import Path
 import pytest
 
 from perception_r1.cli import main
+from perception_r1.codecs import CODECS
 from perception_r1.commands.reader import load_reader
-from perception_r1.embedded.warmup import EmbeddedConfig, build_unwarmed
-from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.load import PolicyConfig, model_path
 from perception_r1.policy.policy import Policy
-from perception_r1.tasks.grounding import GroundingData
 from tests.public_data import picture
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -48,21 +47,16 @@ def test_a_run_leaves_out_what_its_model_cannot_take(fit, caplog):
 
 def test_or_stops_before_any_weight_is_read(fit, monkeypatch):
     monkeypatch.setattr(Policy, "load", lambda *args, **options: pytest.fail("the weights were read"))
-    monkeypatch.setattr("perception_r1.commands.training.warm_policy", lambda *args, **options: pytest.fail("warmed"))
     for more in ({}, {"model": "tiny"}):
         status, error = fit(**more)
         assert status == 2
         assert error.startswith("perception-r1 fit: error: rows.jsonl:2: A picture has 4100 x 20 pixels")
 
 
-def test_the_embedded_policy_reads_as_its_warm_start_will(tmp_path):
-    data, config = GroundingData(num_train=300), EmbeddedConfig(family="qwen2_5_vl", whole_tokens=["red circle"])
-    build_unwarmed(tmp_path, config, data.synthetic(batch_size=1), seed=0)
-    codec, processor = load_reader(PolicyConfig(name="tiny", max_pixels=50_000), config, data)
-    known_codec, known = load_reader(PolicyConfig(name=str(tmp_path), max_pixels=50_000), None, data)
-    assert codec is known_codec
-    assert codec.name == "qwen2_5_vl"
+def test_the_embedded_model_is_known_by_its_name():
+    codec, processor = load_reader(PolicyConfig(name="tiny", max_pixels=50_000))
+    known_codec, known = load_reader(PolicyConfig(name=model_path("tiny"), max_pixels=50_000))
+    assert codec is known_codec is CODECS["qwen2_vl"]
     assert processor.tokenizer.get_vocab() == known.tokenizer.get_vocab()
-    assert processor.tokenizer.chat_template == known.tokenizer.chat_template
     assert processor.image_size(640, 480) == known.image_size(640, 480)
     assert processor.image_size(640, 480).resized_width < 300

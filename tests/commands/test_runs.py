@@ -55,18 +55,10 @@ def test_the_task_is_the_one_with_the_categories_of_the_data(copy):
     assert open_run(copy).task == Detection(categories=("cup", "spoon"), missing_weight=0.0)
 
 
-def test_a_run_of_the_embedded_policy_is_that_of_its_warm_start(copy, folder):
-    change_settings(copy, lambda settings: settings["policy"].update(name="tiny"))
-    assert open_run(copy).policy.name == str(folder)
-    change_card(copy, policy={"name": ".cache/tiny/counting-123"})
-    with pytest.raises(UserError, match=r"warmed-up model \.cache/tiny/counting-123, which is gone: train it again"):
-        open_run(copy)
-
-
-def test_a_run_of_a_model_of_the_hub_keeps_its_id(copy):
-    change_settings(copy, lambda settings: settings["policy"].update(name="Qwen/Qwen2-VL-2B-Instruct"))
-    change_card(copy, policy={"name": "Qwen/Qwen2-VL-2B-Instruct"})
-    assert open_run(copy).policy.name == "Qwen/Qwen2-VL-2B-Instruct"
+@pytest.mark.parametrize("name", ["Qwen/Qwen2-VL-2B-Instruct", "tiny"])
+def test_a_run_of_a_model_of_the_hub_or_of_this_package_keeps_its_name(copy, name):
+    change_settings(copy, lambda settings: settings["policy"].update(name=name))
+    assert open_run(copy).policy.name == name
 
 
 @pytest.mark.parametrize(

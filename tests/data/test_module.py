@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.sources import DataError, JsonLines
-from perception_r1.data.synthetic.worlds import DetectionWorld, TextWorld
+from perception_r1.data.synthetic.objects import DetectionWorld
+from perception_r1.data.synthetic.pages import TextWorld
 from perception_r1.errors import UserError
 from perception_r1.records import Sample
 from tests.data.conftest import NameTask
@@ -171,8 +172,9 @@ def test_made_scenes_become_samples_with_the_rows_target(task):
     module.setup("fit")
     (sample, *_), *_ = module.val_dataloader()
     assert sample.id == "val-0"
-    assert sample.target == module.samples("val").source[0].values["text"]
-    assert (sample.width, sample.height) == sample.image.size == (84, 28)
+    source = module.samples("val").source[0]
+    assert sample.target == source.values["text"]
+    assert (sample.width, sample.height) == sample.image.size == source.image.size
     with pytest.raises(RuntimeError, match="the test samples are not loaded"):
         module.test_dataloader()
 
@@ -281,8 +283,8 @@ class LabelTask(NameTask):
     def __init__(self, names=None):
         object.__setattr__(self, "names", names)
 
-    def with_labels(self, labels, *, keeps_own=True):
-        return self if keeps_own and self.names is not None else LabelTask(tuple(labels))
+    def with_labels(self, labels):
+        return self if self.names is not None else LabelTask(tuple(labels))
 
 
 class Unread(JsonLines):
@@ -296,8 +298,6 @@ def test_a_task_gets_the_labels_of_its_data_if_it_wants_them(task, write_rows):
     assert TaskDataModule(LabelTask(), DetectionWorld(), val_file=path).task.names == ("a", "b", "c")
     assert TaskDataModule(LabelTask(("x",)), DetectionWorld(), val_file=path).task.names == ("x",)
     assert TaskDataModule(LabelTask(), DetectionWorld()).task.names == DetectionWorld().labels
-    module = TaskDataModule(LabelTask(("x",)), DetectionWorld(), val_file=path)
-    assert module.synthetic(batch_size=1).task.names == DetectionWorld().labels
     unread = TaskDataModule(task, DetectionWorld(), val={"u": Unread(path)})
     assert unread.task is task
 

@@ -1,52 +1,33 @@
+"""Splits of a world: the same everywhere, disjoint, without repetition where they are held out."""
+
 import random
-from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from PIL import Image
-from skimage.color import rgb2lab
 
+from perception_r1.data.synthetic.objects import CountingWorld, DetectionWorld, GroundingWorld
+from perception_r1.data.synthetic.pages import TextWorld
 from perception_r1.data.synthetic.scenes import SyntheticScenes, scene_fingerprint
-from perception_r1.data.synthetic.worlds import CountingWorld, DetectionWorld, GroundingWorld, TextWorld
+from perception_r1.data.synthetic.worlds import Scene, World
 from perception_r1.errors import UserError
 
 WORLDS = [GroundingWorld(), CountingWorld(), DetectionWorld(), TextWorld()]
-SHAPE_WORLDS = WORLDS[:3]
-PURE = {"red": (238, 58, 52), "green": (52, 205, 92), "blue": (66, 112, 252), "yellow": (250, 214, 56)}
 
 by_world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: type(world).__name__)
 
 
-def raster(box):
-    return box[1], box[0]
+@dataclass(frozen=True, kw_only=True)
+class GreyWorld(World):
+    """One pixel in one of so many greys: a world that repeats itself."""
 
+    num_greys: int = 100
 
-def found_objects(image: Image.Image, size: int) -> list[tuple[list[int], str]]:
-    """What an eye sees: every window, at steps of 7 px, that is filled by a square or a disc of one colour."""
-    pixels = np.asarray(image).astype(int)
-    across = np.arange(size) + 0.5 - size / 2
-    distance = np.hypot(across[:, None], across[None, :])
-    inside, outside = distance < size / 2 - 0.8, distance > size / 2 + 0.8
-    found = []
-    for colour, value in PURE.items():
-        is_colour = (pixels == value).all(-1)
-        for y in range(0, pixels.shape[0] - size + 1, 7):
-            for x in range(0, pixels.shape[1] - size + 1, 7):
-                window = is_colour[y : y + size, x : x + size]
-                if window.all():
-                    found.append(([x, y, x + size, y + size], f"{colour} square"))
-                elif window[inside].all() and not window[outside].any():
-                    found.append(([x, y, x + size, y + size], f"{colour} circle"))
-    return sorted(found, key=lambda item: raster(item[0]))
-
-
-def annotated(values: dict) -> list[tuple[list[int], str]]:
-    if "objects" in values:
-        return [(item["box"], item["label"]) for item in values["objects"]]
-    if "question" in values:
-        return [(values["box"], values["question"])]
-    return [(box, values["label"]) for box in values["boxes"]]
+    def draw(self, rng: random.Random) -> Scene:
+        grey = rng.randrange(self.num_greys)
+        image = Image.new("RGB", (1, 1), (grey, grey, grey))
+        return Scene(image=image, values={"text": str(grey)}, things=(), owner=np.zeros((1, 1), np.int16))
 
 
 @by_world
@@ -60,150 +41,41 @@ def test_a_scene_depends_on_world_seed_split_and_index_alone(world):
     assert first[0].image.tobytes() not in (other_seed[0].image.tobytes(), other_split[0].image.tobytes())
 
 
+def images(world: World, seed: int, **sizes: int) -> dict[str, list[bytes]]:
+    sources = {split: SyntheticScenes(world, split, seed, size) for split, size in sizes.items()}
+    return {split: [scene.image.tobytes() for scene in source] for split, source in sources.items()}
+
+
 @by_world
-def test_no_picture_is_in_two_splits_or_twice_in_a_held_out_one(world):
-    sizes = {"train": 300, "val": 60, "test": 60}
-    pictures = {
-        split: [source[index].image.tobytes() for index in range(size)]
-        for split, size in sizes.items()
-        for source in [SyntheticScenes(world, split, 0, size)]
-    }
-    train, val, test = map(set, pictures.values())
+def test_no_image_is_in_two_splits_or_twice_in_a_held_out_one(world):
+    found = images(world, 0, train=150, val=40, test=40)
+    train, val, test = map(set, found.values())
     assert train.isdisjoint(val)
     assert train.isdisjoint(test)
     assert val.isdisjoint(test)
-    assert (len(val), len(test)) == (60, 60)
-    assert len(train) >= 298
+    assert (len(val), len(test)) == (40, 40)
+    assert len(train) == 150
 
 
 def test_splits_stay_disjoint_and_unique_in_a_world_that_repeats_itself():
-    """Without tint and noise there are few pictures, so only the split by hash keeps them apart."""
-    world = DetectionWorld(tint=0, num_colours=2, max_objects=2)
-    pictures = {}
-    for split, size in {"train": 400, "val": 20, "test": 20}.items():
-        source = SyntheticScenes(world, split, 0, size)
-        pictures[split] = [source[index].image.tobytes() for index in range(size)]
-    assert len(set(pictures["train"])) < 200
-    assert set(pictures["train"]).isdisjoint(pictures["val"])
-    assert set(pictures["train"]).isdisjoint(pictures["test"])
-    assert len(set(pictures["val"])) == len(set(pictures["test"])) == 20
+    """There are few images, so only the split by hash keeps them apart, whatever the seed and the other settings."""
+    train, val, test = map(set, images(GreyWorld(), 0, train=400, val=5, test=5).values())
+    other = set(images(GreyWorld(skew=0.5), 1, train=400)["train"])
+    assert len(train) < 100
+    assert (train | other).isdisjoint(val | test)
+    assert val.isdisjoint(test)
+    assert len(val) == len(test) == 5
 
 
-def test_a_world_with_too_few_pictures_is_an_error():
-    with pytest.raises(ValueError, match="too few different images for 50 val scenes"):
-        SyntheticScenes(DetectionWorld(tint=0, num_colours=1, max_objects=1), "val", 0, 50)
-
-
-@pytest.mark.parametrize("world", SHAPE_WORLDS, ids=lambda world: type(world).__name__)
-def test_annotations_say_what_the_picture_shows(world):
-    rng = random.Random(1)
-    for _ in range(150):
-        scene = world.draw(rng)
-        found, told = found_objects(scene.image, world.object_size), annotated(scene.values)
-        if not isinstance(world, DetectionWorld):
-            found = [item for item in found if item[1] == told[0][1]]
-        assert found == told
-
-
-def test_a_box_is_the_exact_extent_of_what_differs_from_the_background():
-    world = CountingWorld(max_targets=1, max_distractors=0, tint=0)
-    empty = np.asarray(DetectionWorld(tint=0, image_size=112, empty_share=1.0).draw(random.Random(0)).image)
-    rng = random.Random(0)
-    for _ in range(20):
-        scene = world.draw(rng)
-        y, x = np.nonzero((np.asarray(scene.image) != empty).any(-1))
-        assert scene.values["boxes"] == [[x.min(), y.min(), x.max() + 1, y.max() + 1]]
-
-
-def test_counting_rows_agree_with_themselves_and_are_in_raster_order():
-    rng, counts = random.Random(0), Counter()
-    for _ in range(300):
-        values = CountingWorld().draw(rng).values
-        assert values["count"] == len(values["points"]) == len(values["boxes"])
-        assert values["points"] == [[(x1 + x2) / 2, (y1 + y2) / 2] for x1, y1, x2, y2 in values["boxes"]]
-        assert values["boxes"] == sorted(values["boxes"], key=raster)
-        assert all(value % 28 == 0 for box in values["boxes"] for value in box)
-        counts[values["count"]] += 1
-    assert set(counts) == {1, 2, 3, 4, 5}
-
-
-def test_objects_are_in_raster_order_and_empty_scenes_occur():
-    rng, counts = random.Random(0), Counter()
-    for _ in range(300):
-        boxes = [item["box"] for item in DetectionWorld().draw(rng).values["objects"]]
-        assert boxes == sorted(boxes, key=raster)
-        counts[len(boxes)] += 1
-    assert set(counts) == {0, 1, 2, 3}
-
-
-def test_grounding_boxes_lie_on_the_grid_and_corners_are_multiples_of_125_thousandths():
-    rng = random.Random(0)
-    for _ in range(100):
-        box = GroundingWorld().draw(rng).values["box"]
-        assert all((1000 * value / 112) % 125 == 0 for value in box)
-
-
-def test_objects_always_find_room_when_the_world_says_so():
-    world = GroundingWorld(image_size=84, object_size=42, max_distractors=3)
-    rng = random.Random(0)
-    numbers = {len(found_objects(world.draw(rng).image, 42)) for _ in range(20)}
-    assert numbers == {1, 2, 3, 4}
-    full = CountingWorld(min_targets=16, max_targets=16, max_distractors=0)
-    assert len(full.draw(rng).values["boxes"]) == 16
-
-
-def test_the_background_tells_the_position_and_never_looks_like_an_object():
-    rng = random.Random(0)
-    for _ in range(50):
-        pixels = np.asarray(DetectionWorld(empty_share=1.0, tint=8).draw(random.Random(rng.random())).image).astype(
-            float
-        )
-        red, green = pixels[..., 0], pixels[..., 1]
-        assert (np.diff(red[0, ::14]) > 5).all()
-        assert (np.diff(green[::14, 0]) > 5).all()
-        for colour in PURE.values():
-            lab = rgb2lab(np.array(colour, float)[None, None] / 255)
-            assert np.linalg.norm(rgb2lab(pixels / 255) - lab, axis=-1).min() > 25
-
-
-def test_text_scenes_show_one_ink_blot_per_character():
-    world = TextWorld(tint=0, noise=0)
-    rng, lengths = random.Random(0), Counter()
-    for _ in range(100):
-        scene = world.draw(rng)
-        text = scene.values["text"]
-        grey = np.asarray(scene.image.convert("L")).astype(int)
-        paper = grey.max()
-        cells = [(grey[:, x : x + 14] < paper - 40).any() for x in range(0, 84, 14)]
-        assert cells == [True] * len(text) + [False] * (6 - len(text))
-        assert set(text) <= set(world.alphabet)
-        lengths[len(text)] += 1
-    assert set(lengths) == {3, 4, 5, 6}
-
-
-def test_the_same_character_always_looks_the_same_and_different_ones_differ():
-    world = TextWorld(min_chars=1, max_chars=1, tint=0, noise=0)
-    shapes: dict[str, set[bytes]] = {}
-    rng = random.Random(0)
-    for _ in range(300):
-        scene = world.draw(rng)
-        grey = np.asarray(scene.image.convert("L")).astype(float)
-        ink = np.round((grey.max() - grey) / (grey.max() - grey.min()) * 6)
-        shapes.setdefault(scene.values["text"], set()).add((ink > 3).tobytes())
-    assert set(shapes) == set(world.alphabet)
-    assert len({min(variants) for variants in shapes.values()}) == len(world.alphabet)
-
-
-def test_several_lines_are_joined_by_line_breaks():
-    scene = TextWorld(num_lines=3).draw(random.Random(0))
-    assert scene.image.size == (84, 84)
-    assert scene.values["text"].count("\n") == 2
+def test_a_world_with_too_few_images_is_an_error():
+    with pytest.raises(ValueError, match="GreyWorld has too few different images for 50 val scenes"):
+        SyntheticScenes(GreyWorld(), "val", 0, 50)
 
 
 def test_fingerprint_names_every_setting():
     prints = [
         scene_fingerprint(DetectionWorld(), "val", 0, 5),
-        scene_fingerprint(DetectionWorld(tint=9), "val", 0, 5),
+        scene_fingerprint(DetectionWorld(skew=1.0), "val", 0, 5),
         scene_fingerprint(CountingWorld(), "val", 0, 5),
         scene_fingerprint(DetectionWorld(), "test", 0, 5),
         scene_fingerprint(DetectionWorld(), "val", 1, 5),
@@ -215,17 +87,21 @@ def test_fingerprint_names_every_setting():
 @pytest.mark.parametrize(
     ("world", "change", "sentence"),
     [
-        (GroundingWorld(), {"tint": 61}, "tint must be between 0 and 60, got 61"),
-        (GroundingWorld(), {"object_size": 40}, r"object_size must be a multiple of grid \(14\), got 40"),
-        (GroundingWorld(), {"max_distractors": 4}, "up to 5 objects of 42 px do not fit into 112 px"),
-        (GroundingWorld(), {"num_colours": 1, "num_shapes": 1}, "distractors need a second kind of object"),
+        (GroundingWorld(), {"skew": 0.0}, "skew must be more than 0 and at most 100, got 0.0"),
+        (GroundingWorld(), {"min_distractors": 8}, "max_distractors must be between 8 and 100, got 7"),
+        (GroundingWorld(), {"min_size": 5}, "min_size must be between 6 and 140, got 5"),
+        (GroundingWorld(), {"image_size": 56, "max_size": 60}, "max_size must be between 16 and 56, got 60"),
         (CountingWorld(), {"min_targets": 0}, "min_targets must be between 1"),
         (CountingWorld(), {"max_targets": 0}, "max_targets must be between 1"),
-        (CountingWorld(), {"num_colours": 5}, "num_colours must be between 1 and 4, got 5"),
-        (DetectionWorld(), {"max_objects": 10}, "which has room for 9"),
-        (DetectionWorld(), {"empty_share": 1.5}, "empty_share must lie between 0 and 1, got 1.5"),
-        (TextWorld(), {"alphabet": "ab c"}, "alphabet must be printable ASCII characters without spaces, got 'ab c'"),
-        (TextWorld(), {"min_chars": 7}, "max_chars must be between 7"),
+        (
+            CountingWorld(),
+            {"max_targets": 70},
+            "up to 75 objects of 16 px do not fit into 140 px, which has room",
+        ),
+        (DetectionWorld(), {"empty_share": 1.5}, "empty_share must be between 0 and 1, got 1.5"),
+        (DetectionWorld(), {"max_size": 4}, "max_size must be between 16 and 140, got 4"),
+        (TextWorld(), {"max_angle": 90.0}, "max_angle must be between 0 and 15, got 90.0"),
+        (TextWorld(), {"min_lines": 4}, "max_lines must be between 4 and 100, got 3"),
     ],
 )
 def test_impossible_settings_are_refused(world, change, sentence):

@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
 from perception_r1.codecs import CODECS
-from perception_r1.embedded.model import BASE, SPECIAL_TOKENS, build_model_folder, build_tokenizer
+from perception_r1.embedded.model import BASE, SPECIAL_TOKENS, build_model_folder
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
@@ -37,25 +37,12 @@ def test_every_special_token_is_one_id(folder):
     assert tokenizer.pad_token == "<|endoftext|>"
 
 
-def test_whole_tokens_shorten_a_text_and_do_not_change_it():
-    plain = build_tokenizer([TEXT])
-    whole = ["250", "500", "1000", '{"bbox_2d": [', "),("]
-    shorter = build_tokenizer([TEXT], whole)
-    assert [len(shorter(token)["input_ids"]) for token in whole] == [1] * len(whole)
-    for text in (TEXT, "1250 10000 x500,", ""):
-        ids, plain_ids = shorter(text)["input_ids"], plain(text)["input_ids"]
-        assert shorter.decode(ids, clean_up_tokenization_spaces=False) == text
-        assert plain.decode(plain_ids, clean_up_tokenization_spaces=False) == text
-        assert len(ids) <= len(plain_ids)
-    assert len(shorter(TEXT)["input_ids"]) < len(plain(TEXT)["input_ids"])
-
-
 def test_any_text_survives_the_tokenizer_of_a_saved_folder(tmp_path):
-    build_model_folder(tmp_path, family="qwen2_vl", seed=0, corpus=[TEXT], whole_tokens=["250"])
+    build_model_folder(tmp_path, family="qwen2_vl", seed=0, corpus=[TEXT])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for text in (TEXT, "\x00\t\r\n  two  spaces ", "250250", "😀"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
-    assert len(tokenizer("250")["input_ids"]) == 1
+    assert len(tokenizer("250")["input_ids"]) == 3
 
 
 def test_the_seed_decides_the_weights(tmp_path, folder):

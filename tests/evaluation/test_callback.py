@@ -43,12 +43,11 @@ BATCH = 2
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The embedded policy after a short warm start, evaluated on three sources without any trouble."""
+    """The embedded model, evaluated on three sources without any trouble."""
     folder = tmp_path_factory.mktemp("evaluation")
     files = write_sources(folder, "grounding", SIZES)
     words = arguments(
-        *("grounding", folder, files, "--embedded.max_steps=60", f"--embedded.cache_dir={folder}/cache"),
-        *("--model.max_new_tokens=24", f"--data.eval_batch_size={BATCH}"),
+        *("grounding", folder, files, "--model.max_new_tokens=24", f"--data.eval_batch_size={BATCH}"),
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
         answered = evaluate(folder / "whole", words, monkeypatch)
@@ -176,10 +175,7 @@ def detection(undisturbed):
     """An evaluation of detection whose second source is seen by one of two devices alone."""
     folder = undisturbed.folder / "detection"
     files = write_sources(folder, "detection", {"one": 2, "two": 1})
-    words = arguments(
-        *("detection", folder, files, "--embedded.max_steps=1", f"--embedded.cache_dir={undisturbed.folder}/cache"),
-        *("--model.max_new_tokens=8",),
-    )
+    words = arguments("detection", folder, files, "--model.max_new_tokens=8")
     with pytest.MonkeyPatch.context() as monkeypatch:
         evaluate(folder / "whole", words, monkeypatch)
     return SimpleNamespace(words=words, left=left_behind(results(folder / "whole")))

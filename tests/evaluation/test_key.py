@@ -45,7 +45,7 @@ def test_what_changes_the_answers_changes_the_name(name_of, tmp_path):
         name_of("--data.eval_split=val"),
         name_of("--data.num_test=7"),
         name_of("--model.policy.max_pixels=100000"),
-        name_of("--embedded.batch_size=3"),
+        name_of("--model.policy.name=tiny"),
         name_of("--seed_everything=3"),
         name_of("--trainer.precision=bf16-true"),
         name_of("--trainer.limit_test_batches=1"),

@@ -78,7 +78,7 @@ def test_all_of_them_give_the_same_answers_and_metrics(folder, tmp_path, capsys,
     assert [state == BF16 for state, _, _ in greedy] == [precision == "bf16-mixed"] * 6
     assert all(found[1:] == greedy[0][1:] for found in greedy)
     completions = module.policy.processor.decode([torch.tensor(row) for row in greedy[0][1]])
-    assert [line["completion"] for line in lines] == completions
+    assert sorted(line["completion"] for line in lines) == sorted(completions)  # generated from short to long prompts
     plain = [{name.partition("val/")[2] or name: float(value) for name, value in found.items()} for found in metrics]
     plain = [{name.removeprefix("test/"): value for name, value in found.items()} for found in plain]
     assert {"reward", "reward/similarity", "edit_distance"} <= plain[0].keys()

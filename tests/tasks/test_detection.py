@@ -148,7 +148,6 @@ def test_the_categories_are_those_of_the_data_unless_they_are_given():
     assert data.labels == ("dog", "cat")
     given = Detection(categories=("cat",))
     assert given.with_labels(["dog"]) is given
-    assert given.with_labels(["dog"], keeps_own=False) == Detection(categories=("dog",))
 
 
 def test_rows_with_unknown_labels_are_refused():

@@ -52,7 +52,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or take up where a checkpoint left off."""
-        self._start(self.name, *fit_progress(trainer))
+        self._start("training", *fit_progress(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,7 +61,7 @@ class Progress(ProgressBar):
         if self._display is not None:
             logged = trainer.callback_metrics
             metrics = {tag.removeprefix("train/"): float(logged[tag]) for tag in self.metrics if tag in logged}
-            self._display.advance(self.name, fit_progress(trainer)[0], metrics)
+            self._display.advance("training", fit_progress(trainer)[0], metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the terminal to those who report after training."""
@@ -114,12 +114,6 @@ class Progress(ProgressBar):
         if self._display is not None:
             self._display.close()
             self._display = None
-
-
-class WarmStartProgress(Progress):
-    """The same for the warm start of the embedded policy, which is a fit too."""
-
-    name = "warm start"
 
 
 def fit_progress(trainer: Trainer) -> tuple[int, int | None]:

@@ -17,15 +17,11 @@ from perception_r1.callbacks.run_card import RunCard
 from perception_r1.commands.compose import PARTS
 from perception_r1.commands.options import parse
 from perception_r1.data.module import TaskDataModule
-from perception_r1.embedded.warmup import EmbeddedConfig
 from perception_r1.errors import UserError
 from perception_r1.evaluation.callback import Evaluation
 from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
 from perception_r1.modules.base import PolicyModule
 from perception_r1.tasks import TASKS  # noqa: F401 - their import makes the short names known
-
-EMBEDDED = "tiny"
-"""Name of the embedded policy."""
 
 PARSER: dict[str, Any] = {
     "parser_mode": "omegaconf+",
@@ -53,7 +49,6 @@ class ConfiguredCLI(LightningCLI):
         """Options besides trainer, model and data."""
         parser.add_argument("--task", type=str | None, default=None, help="Name of the task.")
         parser.add_argument("--run_name", type=str, default="run", help="Name of the folder under logs/ for the runs.")
-        parser.add_class_arguments(EmbeddedConfig, "embedded")
         parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(LogSamples, "log_samples")

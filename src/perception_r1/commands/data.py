@@ -13,7 +13,7 @@ from rich.table import Table
 from perception_r1.codecs import Codec
 from perception_r1.commands import statistics
 from perception_r1.commands.compose import compose
-from perception_r1.commands.configuration import EMBEDDED, PARSER, ConfiguredCLI
+from perception_r1.commands.configuration import PARSER, ConfiguredCLI
 from perception_r1.commands.options import new_parser, parse, run_command
 from perception_r1.commands.reader import load_reader, sample_check
 from perception_r1.data.convert import ROWS, convert
@@ -68,9 +68,7 @@ class DataCLI(ConfiguredCLI):
     @cached_property
     def reader(self) -> tuple[Codec, Processor]:
         """How the model reads."""
-        config = self.model.policy_config
-        embedded = self.config_init.embedded if config.name == EMBEDDED else None
-        return load_reader(config, embedded, self.datamodule)
+        return load_reader(self.model.policy_config)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from perception_r1.commands.model_card import model_card
 from perception_r1.commands.options import check_unused, known, new_parser, parse, run_command
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.errors import UserError
+from perception_r1.policy.load import model_path
 from perception_r1.policy.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +53,7 @@ def _export(argv: Sequence[str]) -> int:
             save_adapter(policy, folder, dtype=dtype)
         else:
             save_merged(policy, folder, dtype=dtype)
-            _copy_video_settings(run.policy.name, folder)
+            _copy_video_settings(model_path(run.policy.name), folder)
         card = model_card(run, checkpoint=checkpoint, step=step, is_adapter=options.adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
     sys.stderr.write(f"Wrote step {step} of {run.folder} to {options.to}.\n")

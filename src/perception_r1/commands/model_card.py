@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from perception_r1.commands.runs import Run
+from perception_r1.policy.load import model_path
 
 _VERSIONS = ("python", "torch", "transformers", "peft", "perception_r1")
 
@@ -22,7 +23,7 @@ def model_card(run: Run, *, checkpoint: Path, step: int, is_adapter: bool) -> st
         step: Optimiser step at which it was written.
         is_adapter: The folder holds an adapter, not a whole model.
     """
-    is_local = Path(run.policy.name).is_dir()
+    is_local = Path(model_path(run.policy.name)).is_dir()
     base = Path(run.policy.name).name if is_local else run.policy.name  # a path means nothing on another machine
     library, tags = "peft" if is_adapter else "transformers", ["perception-r1", "visual-perception"]
     metadata = {"library_name": library, "pipeline_tag": "image-text-to-text"}

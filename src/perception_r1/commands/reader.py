@@ -1,32 +1,24 @@
 """How a model reads, before its weights are loaded: its codec, its processor, and which samples it cannot take."""
 
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from perception_r1.codecs import CODECS, Codec
-from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import SampleCheck
-from perception_r1.embedded.warmup import EmbeddedConfig, embedded_processor
-from perception_r1.policy.load import PolicyConfig, model_family
+from perception_r1.policy.load import PolicyConfig, model_family, model_path
 from perception_r1.policy.processor import Processor
 from perception_r1.records import Sample
 from perception_r1.task import Task
 
 
-def load_reader(policy: PolicyConfig, embedded: EmbeddedConfig | None, data: TaskDataModule) -> tuple[Codec, Processor]:
-    """Codec and processor of a model; those of the embedded one (None: any other model) are built for the occasion.
+def load_reader(policy: PolicyConfig) -> tuple[Codec, Processor]:
+    """Codec and processor of a model.
 
     Raises:
         UserError: The model has no usable processor.
     """
     bounds = {"min_pixels": policy.min_pixels, "max_pixels": policy.max_pixels}
-    if embedded is None:
-        return CODECS[model_family(policy.name)], Processor.load(policy.name, **bounds)
-    with TemporaryDirectory() as folder:
-        embedded_processor(embedded, data.synthetic(batch_size=1)).save(Path(folder))
-        return CODECS[embedded.family], Processor.load(folder, **bounds)
+    return CODECS[model_family(policy.name)], Processor.load(model_path(policy.name), **bounds)
 
 
 def sample_check(processor: Processor, task: Task[Any, Any], max_prompt_length: int | None) -> SampleCheck:

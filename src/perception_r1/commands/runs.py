@@ -32,7 +32,7 @@ class Run:
         folder: `logs/TASK/version_N`.
         training: Name of the class that trained it, `GRPO` or `SFT`.
         task: The task as it was trained, with the categories that came from the data.
-        policy: The model that was trained and what of it; its name is that of the warmed-up folder for `tiny`.
+        policy: The model that was trained and what of it.
         max_new_tokens: Longest completion, end token included.
         precision: That of its trainer.
         card: `run.json`, see `callbacks/run_card.py`.
@@ -56,7 +56,7 @@ def open_run(folder: Path) -> Run:
     """Read what a run's folder says; no weights are read yet.
 
     Raises:
-        UserError: The folder is not that of a run, its files are damaged, or the model that it started from is gone.
+        UserError: The folder is not that of a run, or its files are damaged.
     """
     if not is_run(folder):
         raise UserError(f"there is no run in {folder}: give a folder with a {CARD}, such as logs/counting/version_0")
@@ -65,14 +65,10 @@ def open_run(folder: Path) -> Run:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         training, settings = config["model"]["class_path"].rpartition(".")[2], config["model"]["init_args"]
         precision = config["trainer"]["precision"]
-        name = card["policy"]["name"]
-        policy, max_new_tokens = settings["policy"] | {"name": name}, settings["max_new_tokens"]
-        values = {"task": card["task"], "policy": policy, "max_new_tokens": max_new_tokens}
+        values = {"task": card["task"], "policy": settings["policy"], "max_new_tokens": settings["max_new_tokens"]}
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{CARD} or config.yaml of {folder} does not tell what was trained ({reason})") from error
-    if name != settings["policy"]["name"] and not Path(name).is_dir():
-        raise UserError(f"the run {folder} started from the warmed-up model {name}, which is gone: train it again")
     precision = "32-true" if precision is None else str(precision)
     return Run(folder=folder, training=training, precision=precision, card=card, **_instantiated(values, folder))
 

@@ -1,7 +1,6 @@
 """`perception-r1 fit`, `validate` and `test`: a LightningCLI.
 
-Before anything that takes long it checks what can be checked, finds the checkpoint that `last` and `best` mean, and
-warms the embedded policy up.
+Before anything that takes long it checks what can be checked, and finds the checkpoint that `last` and `best` mean.
 """
 
 import os
@@ -17,12 +16,10 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from rich import get_console
 
 from perception_r1.callbacks.checkpoints import FOLDER, next_log_step
-from perception_r1.callbacks.progress import WarmStartProgress
 from perception_r1.commands.compose import compose
-from perception_r1.commands.configuration import EMBEDDED, PARSER, ConfiguredCLI
+from perception_r1.commands.configuration import PARSER, ConfiguredCLI
 from perception_r1.commands.options import run_command
 from perception_r1.commands.reader import load_reader, sample_check
-from perception_r1.embedded.warmup import warm_policy
 from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION, evaluation_key
 
@@ -110,32 +107,20 @@ class PerceptionCLI(ConfiguredCLI):
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Check all that needs no model; then put the warmed-up folder where the configuration says `tiny`."""
+        """Check all that needs no weights."""
         verb = str(self.subcommand)
-        is_embedded = self.model.policy_config.name == EMBEDDED
         check_devices(self.trainer)
         self.datamodule.trainer = self.trainer  # it tells among how many processes the samples are divided
         self.model.check_trainer(self.trainer, is_training=verb == "fit")
-        embedded = self.config_init[verb].embedded if is_embedded else None
         if self.datamodule.sources:  # synthetic scenes suit every model
             config = self.model.policy_config
-            _, processor = load_reader(config, embedded, self.datamodule)
+            _, processor = load_reader(config)
             self.datamodule.check_sample = sample_check(processor, self.datamodule.task, config.max_prompt_length)
-        if verb == "fit" or is_embedded:
-            self.datamodule.setup(verb)
         if verb == "fit":
+            self.datamodule.setup(verb)
             self.datamodule.train_dataloader()  # refuses what does not fill a step
         if self.trainer.is_global_zero:
             get_console().print(f"{_VERBS[verb]} on {describe_devices(self.trainer)}.", highlight=False)
-        if embedded is not None:
-            folder = warm_policy(
-                embedded,
-                self.datamodule,
-                seed=self.config[verb].seed_everything,
-                max_new_tokens=self.model.max_new_tokens,
-                callbacks=lambda: [WarmStartProgress(metrics=["train/loss"])],
-            )
-            self.model.policy_config.name = str(folder)
 
 
 def check_devices(trainer: Trainer) -> None:

@@ -197,11 +197,6 @@ class TaskDataModule(LightningDataModule):
         """Unwrap the samples; images stay on the CPU until the policy encodes them."""
         return batch.samples
 
-    def synthetic(self, batch_size: int) -> "TaskDataModule":
-        """Synthetic scenes of the same task and seed, whatever the sources: what the embedded policy starts from."""
-        task = self._task.with_labels(self.world.labels, keeps_own=False)
-        return type(self)(task, self.world, seed=self.seed, batch_size=batch_size)
-
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the samples of all splits; it needs no setup."""
         if self.sources:

@@ -1,16 +1,16 @@
-"""A folder in the hub's layout with a tiny, randomly initialised model of the real family and its own tokenizer.
+"""A folder in the hub's layout with a small, randomly initialised model of a real family, and its own tokenizer.
 
-Sizes and initialisation are those with which two minutes on one core teach something; everything else is the family's.
+Sizes, initialisation and rotary frequencies are those with which so small a model learns; all else is the family's.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
 from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -112,14 +112,12 @@ def build_model_folder(
     seed: int,
     size: ModelSize = SMALL,
     corpus: Iterable[str] = (),
-    whole_tokens: Sequence[str] = (),
 ) -> None:
     """Write config, random weights, generation config, tokenizer and image processor.
 
-    The tokenizer learns its merges from `corpus`; `whole_tokens` become one plain token each, which shortens answers
-    without changing their text.
+    The tokenizer learns its merges from `corpus`.
     """
-    tokenizer = build_tokenizer(corpus, whole_tokens)
+    tokenizer = build_tokenizer(corpus)
     with torch.random.fork_rng(devices=[]):  # a run from the cache must find the same random state
         torch.manual_seed(seed)
         model = build_model(family, tokenizer, size)
@@ -134,7 +132,7 @@ def build_image_processor(family: Family) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(patch_size=patch, merge_size=_MERGE, size=size)
 
 
-def build_tokenizer(corpus: Iterable[str], whole_tokens: Sequence[str] = ()) -> Qwen2Tokenizer:
+def build_tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
     """A byte-level tokenizer as Qwen's, with merges learnt from the corpus only."""
     learner = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer  # splits text as Qwen's
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -150,7 +148,6 @@ def build_tokenizer(corpus: Iterable[str], whole_tokens: Sequence[str] = ()) -> 
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole_tokens])
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
 

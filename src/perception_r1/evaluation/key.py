@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import perception_r1
+from perception_r1.policy.load import model_path
 
 EVALUATION = "eval-"
 """How the names of folders begin that have the name of their evaluation behind it."""
@@ -28,7 +29,7 @@ def evaluation_key(config: Mapping[str, Any]) -> str:
     Args:
         config: The parsed configuration of `test`, as nested mappings; its "ckpt_path" is a file or None.
     """
-    parts = {name: config.get(name) for name in ("data", "model", "embedded", "seed_everything", "ckpt_path")}
+    parts = {name: config.get(name) for name in ("data", "model", "seed_everything", "ckpt_path")}
     trainer = config.get("trainer") or {}
     parts |= {name: trainer.get(name) for name in ("precision", "limit_test_batches")}
     values = [value for name, part in parts.items() for value in (name, *_leaves(part, _WITHOUT_EFFECT.get(name, ())))]
@@ -62,5 +63,6 @@ def _files(name: str) -> list[Path]:
     """The file of this name, or the files of a model's folder; none where a setting is no name."""
     if os.path.isfile(name):  # unlike pathlib's, it takes any text
         return [Path(name)]
-    is_model = name != "" and os.path.isfile(os.path.join(name, "config.json"))
-    return sorted(path for path in Path(name).iterdir() if path.is_file()) if is_model else []
+    folder = model_path(name)
+    is_model = folder != "" and os.path.isfile(os.path.join(folder, "config.json"))
+    return sorted(path for path in Path(folder).iterdir() if path.is_file()) if is_model else []

@@ -1,6 +1,6 @@
 """Supervised fine-tuning as a LightningModule: the same data, prompts and codecs, loss on the answer's tokens only.
 
-It warms the embedded policy up and is the paper's SFT baseline.
+It is the paper's SFT baseline.
 """
 
 import time

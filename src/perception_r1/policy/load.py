@@ -12,6 +12,10 @@ from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.policy.attention import NAME as SHARED_PROMPT
 
+EMBEDDED = "tiny"
+"""Name of the model that comes with this package."""
+_EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / EMBEDDED
+
 TEXT_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the language model, by the names of transformers."""
 
@@ -38,8 +42,8 @@ class PolicyConfig:
     """Which model is trained, and what of it.
 
     Attributes:
-        name: Hub id (Qwen/Qwen2-VL-2B-Instruct), a local folder in the hub's layout, or `tiny`: the embedded policy,
-            built and warmed up here.
+        name: Hub id (Qwen/Qwen2-VL-2B-Instruct), a local folder in the hub's layout, or `tiny`: the model that comes
+            with this package.
         dtype: Type of the weights. Mixed precision is the trainer's own setting (`--trainer.precision bf16-mixed`).
         attn_implementation: Attention of the vision tower; the language model has its own, which shares prompts.
         freeze_vision: Leave the vision tower as it is.
@@ -61,6 +65,11 @@ class PolicyConfig:
     max_prompt_length: int | None = None
 
 
+def model_path(name: str) -> str:
+    """What transformers loads: the folder in this package for `tiny`, else the hub id or folder itself."""
+    return str(_EMBEDDED_FOLDER) if name == EMBEDDED else name
+
+
 def load_model(config: PolicyConfig) -> PreTrainedModel:
     """Weights of the policy, without adapter, everything trainable.
 
@@ -71,7 +80,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     family = model_family(config.name)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            config.name,
+            model_path(config.name),
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
@@ -102,7 +111,7 @@ def model_family(name: str) -> str:
     if is_path and not Path(name).is_dir():
         raise UserError(f"There is no model folder {name}.")
     try:
-        family: str = AutoConfig.from_pretrained(name).model_type
+        family: str = AutoConfig.from_pretrained(model_path(name)).model_type
     except (OSError, ValueError) as error:
         raise UserError(
             f"No model configuration that is known here could be read from {name}: give a hub id, a folder with a "

@@ -15,7 +15,7 @@ from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.load import PolicyConfig, load_model, model_family, prepare_for_training
+from perception_r1.policy.load import PolicyConfig, load_model, model_family, model_path, prepare_for_training
 from perception_r1.policy.logprobs import completion_logprobs
 from perception_r1.policy.prefill import PromptCache, prefill
 from perception_r1.policy.processor import Processor
@@ -56,7 +56,8 @@ class Policy(nn.Module):
         model = load_model(config)
         network = prepare_for_training(model, config) if is_trained else model.requires_grad_(False)
         network.train(is_trained)  # as loaded it is in evaluation mode, without dropout and gradient checkpointing
-        processor = Processor.load(config.name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+        bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        processor = Processor.load(model_path(config.name), **bounds)
         return cls(network, processor, codec, max_prompt_length=config.max_prompt_length)
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.synthetic.worlds import CountingWorld
+from perception_r1.data.synthetic.objects import CountingWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, center, match, point_distances, to_pixels
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Point, Sample, Score
@@ -44,7 +44,7 @@ class CountingPrediction:
         count: Number of boxes listed, invalid ones included.
         boxes: The valid ones.
         label: The name that the answer gives to its first box, or nothing.
-        is_well_formed: The whole answer is one label followed by one or more boxes, all of them valid.
+        is_well_formed: The whole answer is one label followed by one or more boxes, all of them valid; or it is empty.
     """
 
     count: int
@@ -64,6 +64,9 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     - closeness: 1 - mean distance between the centers of boxes and their points / sqrt(2), with both sides of the image
       taken as 1; it is 1 where the data gives a count without points.
 
+    Where there is nothing to count, the empty answer of the model family is the right one, and all three are 1; the
+    paper has no such images.
+
     >>> task, target = Counting(), CountingTarget(count=2, points=((0.25, 0.25), (0.75, 0.75)))
     >>> boxes = ((0.5, 0.5, 1.0, 1.0), (0.0, 0.0, 0.5, 0.5))
     >>> task.score(CountingPrediction(count=2, boxes=boxes, label="cup", is_well_formed=True), target).reward
@@ -75,6 +78,9 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     0.0
     >>> task.score(None, target).reward
     0.0
+    >>> nothing = CountingPrediction(count=0, boxes=(), label="", is_well_formed=True)
+    >>> task.score(nothing, CountingTarget(count=0)).reward, task.score(nothing, target).reward
+    (1.0, 0.0)
 
     Attributes:
         matching: How boxes meet points: "bipartite" for the least total distance, "sequential" for the k-th box with
@@ -130,10 +136,10 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         return codec.format_boxes([LabelledBox(label=sample.query, box=box) for box in boxes], image_size)
 
     def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> CountingPrediction | None:
-        """Every box of the text; None when it lists nothing at all."""
+        """Every box of the text; None when it lists nothing, and is not the way to say that there is nothing either."""
         parsed = codec.parse_boxes(text, image_size)
         if not parsed.items:
-            return None
+            return CountingPrediction(count=0, boxes=(), label="", is_well_formed=True) if parsed.is_exact else None
         count, label = len(parsed.items), parsed.items[0].label
         boxes = tuple(item.box for item in parsed.items if item.box is not None)
         has_one_label = label is not None and all(item.label == label for item in parsed.items)
@@ -143,12 +149,15 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     def score(self, prediction: CountingPrediction | None, target: CountingTarget) -> Score:
         """Format, ratio and closeness; a count is right only in a well-formed answer."""
         count = prediction.count if prediction is not None else 0
-        is_well_formed = prediction is not None and prediction.is_well_formed
-        components = {
-            "format": float(is_well_formed),
-            "ratio": min(count, target.count) / max(count, target.count) if count and target.count else 0.0,
-            "closeness": self._closeness(prediction.boxes, target) if prediction is not None else 0.0,
-        }
+        is_well_formed = prediction is not None and prediction.is_well_formed and (count > 0 or target.count == 0)
+        if is_well_formed and target.count == count == 0:
+            components = dict.fromkeys(self.component_names, 1.0)
+        else:
+            components = {
+                "format": float(is_well_formed),
+                "ratio": min(count, target.count) / max(count, target.count) if count and target.count else 0.0,
+                "closeness": self._closeness(prediction.boxes, target) if prediction is not None else 0.0,
+            }
         metrics = {
             "count_accuracy": float(is_well_formed and count == target.count),
             "absolute_error": float(abs(count - target.count)),

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from perception_r1.codecs import Codec
 from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.synthetic.worlds import DetectionWorld
+from perception_r1.data.synthetic.objects import DetectionWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
 from perception_r1.metrics import BoxAP
@@ -122,9 +122,9 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         """Names of the known categories."""
         return COCO_NAMES if self.categories is None else tuple(self.categories)
 
-    def with_labels(self, labels: Iterable[str], *, keeps_own: bool = True) -> Self:
+    def with_labels(self, labels: Iterable[str]) -> Self:
         """The task for categories of these names, unless `categories` gives others."""
-        if keeps_own and self.categories is not None:
+        if self.categories is not None:
             return self
         return replace(self, categories=tuple(dict.fromkeys(labels)))
 

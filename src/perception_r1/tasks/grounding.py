@@ -6,7 +6,7 @@ from typing import Any
 
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.synthetic.worlds import GroundingWorld
+from perception_r1.data.synthetic.objects import GroundingWorld
 from perception_r1.geometry import center, iou, to_pixels
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Sample, Score
 from perception_r1.rows import Row

@@ -1,13 +1,13 @@
 """OCR: the text of a page. Reward = 1 - edit distance / length of the longer text."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
-from perception_r1.data.synthetic.worlds import TextWorld
+from perception_r1.data.synthetic.pages import TextWorld
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.rows import Row
 from perception_r1.task import Task
@@ -45,7 +45,7 @@ class Ocr(Task[OcrTarget, str]):
             which METEOR takes synonyms from "wordnet", as published, or knows only "stems". Needs `perception-r1[ocr]`.
     """
 
-    word_metrics: Equals | None = field(default=None, repr=False)  # a warm start, cached by the rest, is the same
+    word_metrics: Equals | None = None
 
     name = "ocr"
     component_names = ("similarity",)

@@ -12,7 +12,7 @@ from perception_r1.data.images import load_image
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import load
 from perception_r1.data.sources import DataError, Hub
-from perception_r1.data.synthetic.worlds import GroundingWorld
+from perception_r1.data.synthetic.objects import GroundingWorld
 from perception_r1.errors import UserError
 from perception_r1.records import LabelledBox
 from perception_r1.tasks.counting import Counting

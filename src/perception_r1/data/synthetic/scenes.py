@@ -62,7 +62,7 @@ class SyntheticScenes:
                 return draw, scene
         raise UserError(
             f"{type(self.world).__name__} has too few different images for {self.size} {self.split} scenes (stuck at"
-            f" number {index}): ask for fewer or give it more variety (tint, num_colours, image_size ...)"
+            f" number {index}): ask for fewer or give it more variety (more objects, a larger image ...)"
         )
 
     def _draw(self, index: int, draw: int) -> Scene:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perception_r1.data.synthetic.worlds import Scene
 from perception_r1.embedded.pretraining.dense import dense_targets
 from perception_r1.embedded.pretraining.questions import Question
-from perception_r1.embedded.pretraining.worlds.base import Scene
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.policy import Policy
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perception_r1.embedded.pretraining.worlds.base import Scene
-from perception_r1.embedded.pretraining.worlds.pages import CHARACTERS
-from perception_r1.embedded.pretraining.worlds.render import COLOURS, SHAPES
+from perception_r1.data.synthetic.pages import CHARACTERS
+from perception_r1.data.synthetic.render import COLOURS, SHAPES
+from perception_r1.data.synthetic.worlds import Scene
 
 TOKEN_SIZE = 28
 """Pixels of an image token, across and down."""

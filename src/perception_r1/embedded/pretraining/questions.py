@@ -8,12 +8,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from perception_r1.codecs import Codec
-from perception_r1.data.synthetic.scenes import SyntheticScenes
-from perception_r1.embedded.pretraining.worlds.base import Scene, Thing, World
-from perception_r1.embedded.pretraining.worlds.objects import (
+from perception_r1.data.synthetic.objects import (
     CountingWorld,
     DetectionWorld,
     GroundingWorld,
@@ -22,7 +20,9 @@ from perception_r1.embedded.pretraining.worlds.objects import (
     detect_objects,
     random_kind,
 )
-from perception_r1.embedded.pretraining.worlds.pages import TextWorld
+from perception_r1.data.synthetic.pages import TextWorld
+from perception_r1.data.synthetic.scenes import SyntheticScenes
+from perception_r1.data.synthetic.worlds import Scene, Thing, World
 from perception_r1.records import ImageSize, Sample
 from perception_r1.rows import Row
 from perception_r1.task import THINK_REQUEST, Task
@@ -120,6 +120,5 @@ def _question(task: Task[Any, Any], scene: Scene, values: dict[str, object], cod
 
 
 @cache
-def _scenes(world: World, skew: float) -> Sequence[Scene]:
-    split: Any = SyntheticScenes(replace(world, skew=skew), "train", _SEED, 2**40)  # type: ignore[arg-type]
-    return cast("Sequence[Scene]", split)
+def _scenes(world: World, skew: float) -> SyntheticScenes:
+    return SyntheticScenes(replace(world, skew=skew), "train", _SEED, 2**40)

@@ -176,7 +176,7 @@ def train(folder: Path, start: Path, settings: Settings, *, rank: int, world_siz
             if step % save_every == 0 or step == settings.num_steps:
                 _save(checkpoint, policy, head, optimizers, step, settings)
     if rank == 0:
-        policy.save(folder / "model")
+        policy.half().save(folder / "model")
 
 
 def count_terms(batch: PretrainingBatch) -> Counter[str]:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perception_r1.embedded.pretraining.worlds.base import Owner, Scene, Thing, World, check_ranges
-from perception_r1.embedded.pretraining.worlds.phrases import refer
-from perception_r1.embedded.pretraining.worlds.render import (
+from perception_r1.data.synthetic.phrases import refer
+from perception_r1.data.synthetic.render import (
     COLOURS,
     SHAPES,
     Canvas,
@@ -22,6 +21,7 @@ from perception_r1.embedded.pretraining.worlds.render import (
     shape_mask,
     to_image,
 )
+from perception_r1.data.synthetic.worlds import Owner, Scene, Thing, World, check_ranges
 from perception_r1.errors import UserError
 
 Kind = tuple[str, str]

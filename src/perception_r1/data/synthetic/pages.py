@@ -9,10 +9,10 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from perception_r1.embedded.pretraining.worlds.base import Owner, Scene, Thing, World, check_ranges
-from perception_r1.embedded.pretraining.worlds.render import noise, to_image
+from perception_r1.data.synthetic.render import noise, to_image
+from perception_r1.data.synthetic.worlds import Owner, Scene, Thing, World, check_ranges
 
-_FONT_FOLDER = files("perception_r1.embedded.pretraining.worlds") / "fonts"
+_FONT_FOLDER = files("perception_r1.data.synthetic") / "fonts"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 
 CONSONANTS, VOWELS = "bcdfghjkmnprstvwxz", "aeiou"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from perception_r1.embedded.pretraining.worlds.base import Thing
+from perception_r1.data.synthetic.worlds import Thing
 
 _SMALL, _LARGE = 0.18, 0.25
 """Longer side of an object, as a share of the image's: below the first it is small, above the second large."""
