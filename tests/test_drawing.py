@@ -1,5 +1,7 @@
 """Cards and annotated pictures, pixel by pixel where it matters."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -80,6 +82,17 @@ def test_captions_do_not_cover_each_other():
     assert not (np.asarray(first)[tag] == TARGET).all(-1).any()
 
 
+def test_captions_hide_targets_only_where_there_is_no_other_place():
+    def rows_of_tag(other: Overlay) -> list[int]:
+        box = Overlay(shape=(0.4, 0.5, 0.6, 0.7))
+        bare, named = (annotate(grey(400, 400), [other, replace(box, caption=name)], []) for name in ("", "cup"))
+        return np.nonzero((np.asarray(bare) != np.asarray(named)).any((1, 2)))[0].tolist()
+
+    assert max(rows_of_tag(Overlay(shape=(0.0, 0.9, 0.1, 1.0)))) < 0.5 * 399  # above its box as a rule
+    assert min(rows_of_tag(Overlay(shape=(0.4, 0.3, 0.6, 0.49)))) > 0.7 * 399  # below it where another is above
+    assert rows_of_tag(Overlay(shape=(0.0, 0.0, 1.0, 1.0)))
+
+
 def test_many_equal_captions_are_written_once():
     boxes = [Overlay(shape=(0.1 * i, 0.4, 0.1 * i + 0.05, 0.6)) for i in range(9)]
     named = [Overlay(shape=box.shape, caption="cup") for box in boxes]
@@ -91,15 +104,33 @@ def test_many_equal_captions_are_written_once():
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((112, 112), (448, 448)), ((100, 50), (400, 200)), ((300, 200), (448, 299)), ((4000, 3000), (448, 336))],
+    [
+        ((112, 112), (448, 448)),
+        ((100, 50), (448, 224)),
+        ((28, 56), (224, 448)),
+        ((300, 200), (448, 299)),
+        ((4000, 3000), (448, 336)),
+    ],
 )
 def test_pictures_are_scaled_into_the_panel(size: tuple[int, int], expected: tuple[int, int]):
     assert fit(grey(*size), 448).size == expected
 
 
-def test_small_pictures_keep_their_colours():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
-    assert set(fit(picture, 448).getdata()) == set(picture.getdata())
+def test_small_pictures_are_enlarged_smoothly():
+    edge = np.asarray(fit(Image.fromarray(np.repeat([[0, 0, 200, 200]], 4, 0).astype(np.uint8)), 448), np.int16)[
+        200, :, 0
+    ]
+    assert np.abs(np.diff(edge)).max() <= 4  # a brick has a step of 200 at its side
+    assert edge[0] == 0
+    assert edge[-1] == 200
+
+
+def test_an_enlarged_picture_is_the_same_picture():
+    picture = Image.fromarray(np.random.default_rng(0).integers(60, 196, (28, 28, 3), dtype=np.uint8))
+    blocks = np.asarray(fit(picture, 448), np.float64).reshape(28, 16, 28, 16, 3)
+    assert np.corrcoef(blocks.mean((1, 3)).ravel(), np.asarray(picture).ravel())[0, 1] > 0.95
+    assert blocks.mean() == pytest.approx(np.asarray(picture).mean(), abs=1)
+    assert set(fit(grey(28, 28), 448).getdata()) == {GREY}
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])

@@ -35,9 +35,11 @@ _LEADING = 1.35
 """Distance between lines of text, in font sizes."""
 _MAX_LINES = 8
 """Lines of one field of a card: a page of text must not push the reward out of sight."""
-_HEADING_COLOURS: Final[Mapping[str, Colour]] = {"target": TARGET, "completion": PREDICTION}
+_HEADING_COLOURS: Final = {"target": TARGET, "prediction": PREDICTION, "completion": PREDICTION}
 _CAPTION_SHARE = 0.7
 """Widest caption, as a share of the image."""
+_HIDING_SHARE = 1 / 3
+"""Share of a caption that may lie on targets before another place is better."""
 _MAX_CAPTIONS = 24
 """Captions of one kind on an image; more would hide it, and then none is written."""
 _MAX_EQUAL_CAPTIONS = 3
@@ -49,7 +51,7 @@ def annotate(
 ) -> Image.Image:
     """A copy of an image with both kinds of overlays on it; lines grow with the image.
 
-    Captions stay inside the image, and one that finds no room is left out.
+    Captions stay inside the image and hide as little as they can of the targets; one that finds no room is left out.
     """
     canvas = image.convert("RGB") if image.mode != "RGB" else image.copy()
     pen = ImageDraw.Draw(canvas)
@@ -57,20 +59,18 @@ def annotate(
     for overlays, draw in ((target_overlays, _draw_target), (predicted_overlays, _draw_prediction)):
         for overlay in overlays:
             draw(pen, _corners(overlay, canvas.size), unit)
+    boxes = [_corners(overlay, canvas.size) for overlay in target_overlays or predicted_overlays]
     occupied: list[Rectangle] = []
     for overlays, colour in ((target_overlays, TARGET), (predicted_overlays, PREDICTION)):
         for overlay in _captioned(overlays):
-            _draw_caption(pen, overlay, colour, size=canvas.size, unit=unit, occupied=occupied)
+            _draw_caption(pen, overlay, colour, size=canvas.size, unit=unit, boxes=boxes, occupied=occupied)
     return canvas
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
-    """An image scaled into a square of `side` pixels: small ones by a whole factor, with crisp pixels."""
-    scale = side / max(image.size)
-    resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    scale = math.floor(scale) if scale >= 2 else scale
-    width, height = (max(1, round(length * scale)) for length in image.size)
-    return image.convert("RGB").resize((width, height), resample)
+    """An image scaled smoothly so that its longer side has `side` pixels."""
+    width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
 def draw_card(
@@ -200,27 +200,38 @@ def _captioned(overlays: Sequence[Overlay]) -> Sequence[Overlay]:
 
 
 def _draw_caption(
-    pen: Pen, overlay: Overlay, colour: Colour, *, size: tuple[int, int], unit: int, occupied: list[Rectangle]
+    pen: Pen,
+    overlay: Overlay,
+    colour: Colour,
+    *,
+    size: tuple[int, int],
+    unit: int,
+    boxes: Sequence[Rectangle],
+    occupied: list[Rectangle],
 ) -> None:
-    """Write an overlay's caption on a tag of its colour where there is room for it; add the tag to `occupied`."""
+    """Write a caption on a tag of its colour where it hides least of `boxes`; add it to `occupied`."""
     font_size, padding = 12 + 2 * unit, 3 * unit
     font = font_for(overlay.caption, font_size)
     text = shorten(overlay.caption, font=font, width=size[0] * _CAPTION_SHARE - 2 * padding)
     width, height = math.ceil(font.getlength(text)) + 2 * padding, round(font_size * _LEADING) + unit
+    free = []
     for left, top in _caption_corners(_corners(overlay, size), width, height, is_target=colour == TARGET):
         left = min(max(left, 0), size[0] - width)
         tag = (left, top, left + width - 1, top + height - 1)
-        if text and left >= 0 and top >= 0 and tag[3] < size[1] and not any(_overlap(tag, other) for other in occupied):
-            pen.rectangle(tag, fill=colour)
-            pen.text((left + padding, top + height / 2), text, fill=_WHITE, font=font, anchor="lm")
-            occupied.append(tag)
-            return
+        if text and left >= 0 and top >= 0 and tag[3] < size[1] and not any(_shared_area(tag, o) for o in occupied):
+            free.append(tag)
+    if free:
+        step = width * height * _HIDING_SHARE
+        tag = min(free, key=lambda tag: sum(_shared_area(tag, box) for box in boxes) // step)  # the first of equals
+        pen.rectangle(tag, fill=colour)
+        pen.text((tag[0] + padding, tag[1] + height / 2), text, fill=_WHITE, font=font, anchor="lm")
+        occupied.append(tag)
 
 
 def _caption_corners(corners: Rectangle, width: int, height: int, *, is_target: bool) -> list[tuple[float, float]]:
-    """Top left corners to try: a target's caption stands above its box, a prediction's below, else inside.
+    """Top left corners to try: a target's caption stands above its box, a prediction's below, else inside or beside it.
 
-    The caption of a point stands beside it.
+    The caption of a point stands next to it.
     """
     left, top, right, bottom = corners
     if (left, top) == (right, bottom):
@@ -229,11 +240,15 @@ def _caption_corners(corners: Rectangle, width: int, height: int, *, is_target: 
         return [*(around if is_target else around[::-1]), (left + reach, middle), (left - reach - width, middle)]
     above, below = top - height, bottom + 1
     outer, inner = ((above, below), (top, bottom - height)) if is_target else ((below, above), (bottom - height, top))
-    return [(x, y) for y in (outer[0], inner[0], inner[1], outer[1]) for x in (left, right - width)]
+    over_and_under = [(x, y) for y in (outer[0], inner[0], inner[1], outer[1]) for x in (left, right - width)]
+    return over_and_under + [(x, y) for x in (right + 1, left - width) for y in inner]
 
 
-def _overlap(first: Rectangle, second: Rectangle) -> bool:
-    return first[0] <= second[2] and second[0] <= first[2] and first[1] <= second[3] and second[1] <= first[3]
+def _shared_area(first: Rectangle, second: Rectangle) -> float:
+    """Pixels that two rectangles share; their right and bottom edges belong to them."""
+    width = min(first[2], second[2]) - max(first[0], second[0]) + 1
+    height = min(first[3], second[3]) - max(first[1], second[1]) + 1
+    return max(width, 0) * max(height, 0)
 
 
 def _draw_legend(pen: Pen, left: float, middle: float) -> None:

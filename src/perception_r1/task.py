@@ -5,8 +5,9 @@ Sample --messages--> prompt --(policy)--> completion --parse--> Prediction | Non
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torchmetrics import Metric
@@ -100,6 +101,10 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         """What to draw for a target or a prediction; nothing unless a task says so."""
         return ()
 
+    def describe(self, answer: TargetT | PredictionT) -> str:
+        """A target or a prediction in plain words, for a person; by default what there is to draw, or what it holds."""
+        return _count(self.overlays(answer)) or _in_words(answer) or "nothing"
+
     def serialize_prediction(self, prediction: PredictionT | None, image_size: ImageSize) -> Any:
         """A prediction as JSON-ready data, coordinates in pixels of the original image; by default as it is."""
         return prediction
@@ -136,6 +141,36 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         text = _without_end_tokens(text)
         answer = _inside_tags(text) if self.think else text
         return None if answer is None else self.parse_answer(answer, codec, image_size)
+
+
+def _count(overlays: Sequence[Overlay]) -> str:
+    """Overlays by number and caption, captions in the order of the alphabet; empty when there are none.
+
+    >>> _count([Overlay(shape=(0, 0, 1, 1), caption=name) for name in ("dog", "cat", "cat")])
+    '3 boxes: 2x cat, dog'
+    """
+    if not overlays:
+        return ""
+    singular, plural = ("point", "points") if len(overlays[0].shape) == 2 else ("box", "boxes")
+    captions = sorted(Counter(overlay.caption for overlay in overlays if overlay.caption).items())
+    names = ", ".join(name if count == 1 else f"{count}x {name}" for name, count in captions)
+    return f"{len(overlays)} {singular if len(overlays) == 1 else plural}" + (f": {names}" if names else "")
+
+
+def _in_words(value: object) -> str:
+    """Any value: a record by its fields, of which those that are empty are left out; empty where all are.
+
+    >>> _in_words(["red", None, 3])
+    'red, 3'
+    """
+    if is_dataclass(value):
+        words = {field.name.replace("_", " "): _in_words(getattr(value, field.name)) for field in fields(value)}
+        if len(words) == 1:
+            return next(iter(words.values()))
+        return ", ".join(f"{name}: {text}" for name, text in words.items() if text)
+    if isinstance(value, list | tuple):
+        return ", ".join(filter(None, map(_in_words, value)))
+    return "" if value is None else str(value).strip()
 
 
 def _without_end_tokens(text: str) -> str:

@@ -1,15 +1,19 @@
 """Cards in TensorBoard and on disk."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from PIL import Image
+from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from perception_r1.callbacks.log_samples import LogSamples, sample_card, summarise
+from perception_r1.callbacks.log_samples import LogSamples, answer_fields, sample_card
+from perception_r1.drawing import contact_sheet
 from perception_r1.records import Overlay
+from perception_r1.tasks.ocr import Ocr
 from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_samples, toy_scored, toy_trainer
 
 
@@ -20,7 +24,8 @@ def test_each_validation_logs_the_first_samples_and_the_folder_keeps_first_and_l
     assert events.Tags()["images"] == ["val/sample_0", "val/sample_1", "val/sample_2"]
     assert [event.step for event in events.Images("val/sample_0")] == [1, 3]  # as metrics; none of the sanity check
     names = {str(path.relative_to(tmp_path / "run")) for path in tmp_path.rglob("*.png")}
-    assert names == {f"samples/{which}/{name}.png" for which in ("first", "last") for name in ("0", "1", "2", "sheet")}
+    cards = {f"samples/{which}/{name}.png" for which in ("first", "last") for name in ("0", "1", "2")}
+    assert names == cards | {"samples/sheet.png"}
     assert Image.open(tmp_path / "run/samples/first/0.png").width == 960
 
 
@@ -70,18 +75,66 @@ def test_the_card_is_the_same_whether_or_not_the_image_is_loaded(tmp_path: Path)
     assert cards[0].tobytes() == cards[1].tobytes()
 
 
-def test_targets_in_words():
+def test_first_and_last_stand_side_by_side(tmp_path: Path):
+    toy_trainer(tmp_path, [LogSamples(num_samples=2)]).fit(ToyModule(), datamodule=ToyData())
+    samples = tmp_path / "run/samples"
+    cards = [Image.open(samples / which / f"{index}.png") for index in range(2) for which in ("first", "last")]
+    assert cards[0].tobytes() != cards[1].tobytes()
+    with Image.open(samples / "sheet.png") as sheet:
+        assert ImageChops.difference(sheet, contact_sheet(cards)).getbbox() is None
+
+
+def test_first_cards_that_were_cut_off_are_written_again(tmp_path: Path):
+    (tmp_path / "run/samples/first.tmp").mkdir(parents=True)
+    (tmp_path / "run/samples/first.tmp/0.png").write_bytes(b"half a card")
+    toy_trainer(tmp_path, [LogSamples(num_samples=2)]).fit(ToyModule(), datamodule=ToyData())
+    assert {path.name for path in (tmp_path / "run/samples").iterdir()} == {"first", "last", "sheet.png"}
+    assert Image.open(tmp_path / "run/samples/first/0.png").width == 960
+
+
+def test_more_cards_than_at_first_leave_the_sheet_as_long_as_the_first_were(tmp_path: Path):
+    for num_samples in (1, 3):
+        toy_trainer(tmp_path, [LogSamples(num_samples=num_samples)]).fit(ToyModule(), datamodule=ToyData())
+    assert (tmp_path / "run/samples/last/2.png").exists()
+    card, sheet = (Image.open(tmp_path / f"run/samples/{name}.png") for name in ("last/0", "sheet"))
+    assert sheet.height < 2 * card.height
+
+
+def test_a_card_says_what_was_read_unless_the_text_says_just_that():
+    scored = toy_scored(toy_samples(1)[0], "here<|im_end|>")
+    assert answer_fields(ToyTask(), scored) == {"prediction": "1 box: thing", "completion": "here<|im_end|>"}
+    unread = replace(scored, prediction=None, is_truncated=True, num_tokens=7)
+    assert answer_fields(ToyTask(), unread) == {
+        "prediction": "no answer could be read",
+        "completion": "here<|im_end|>\n[cut off after 7 tokens]",
+    }
+    for prediction, names in (("here", ["completion"]), ("", ["prediction", "completion"])):
+        assert list(answer_fields(Ocr(), replace(scored, prediction=prediction))) == names
+
+
+def test_a_task_that_says_nothing_about_it_still_has_plain_words():
     @dataclass(frozen=True)
     class Count:
         count: int
-        points: tuple[float, ...] | None = None
+        points: tuple[Overlay, ...] | None = None
+        crowd_points: tuple[Overlay, ...] = ()
 
     @dataclass(frozen=True)
     class Page:
         text: str
 
-    assert summarise(None, [Overlay(shape=(0.1, 0.2))]) == "1 point"
-    assert summarise(None, [Overlay(shape=(0.1, 0.2), caption="cup")] * 2) == "2 points: 2 cup"
-    assert summarise(Count(count=3), []) == "count: 3\npoints: None"
-    assert summarise(Page(text="Hello"), []) == "Hello"
-    assert summarise("Hello", []) == "Hello"
+    class Anything(ToyTask):
+        def overlays(self, answer: Any) -> Sequence[Overlay]:
+            return answer if isinstance(answer, list) else []
+
+    describe = Anything().describe
+    assert describe([Overlay(shape=(0.1, 0.2))]) == "1 point"
+    assert describe([Overlay(shape=(0.1, 0.2), caption=name) for name in ("cup", "ball", "cup")]) == (
+        "3 points: ball, 2x cup"
+    )
+    assert describe(Count(count=3)) == "count: 3"
+    assert describe(Count(count=0, points=(), crowd_points=())) == "count: 0"
+    assert describe(Page(text="Hello")) == describe("Hello") == "Hello"
+    assert describe(("red", 3)) == "red, 3"
+    for empty in ([], (), None, "", " ", Page(text="")):
+        assert describe(empty) == "nothing"

@@ -89,7 +89,7 @@ def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch,
     path = write_rows(tmp_path, [row, {"objects": []}])
     family = f"--model.policy.name={model_folders['qwen2_5_vl']}"
     assert run("check", family, "--data.train_file", path, "--to", "there", task="detection")[0] == 0
-    (size, target, predicted, fields), (_, *nothing, _) = drawn
+    (size, target, predicted, fields), (_, *nothing, empty) = drawn
     assert size == (200, 100)
     assert nothing == [[], []]
     assert [overlay.caption for overlay in predicted] == ["dog", "cat"]
@@ -97,6 +97,7 @@ def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch,
         assert one.shape != other.shape or one.caption == "cat"  # the answer has whole pixels of the resized image
         assert one.shape == pytest.approx(other.shape, abs=1 / 84)
     assert json.loads(fields["answer"])[0]["label"] == "dog"
+    assert (fields["target"], empty["target"]) == ("2 boxes: cat, dog", "no objects")
     assert (tmp_path / "there" / "detection.png").is_file()
 
 

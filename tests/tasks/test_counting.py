@@ -170,6 +170,12 @@ def test_marks_and_description():
     assert found is not None
     assert list(task.overlays(found)) == [Overlay(shape=(0.0, 0.0, 0.5, 0.5), caption="cup")]
     assert task.serialize_prediction(found, FRAME) == {"count": 1, "boxes": [[0.0, 0.0, 500.0, 250.0]]}
+    assert [task.describe(CountingTarget(count=count)) for count in (0, 1, 3)] == [
+        "no objects",
+        "1 object",
+        "3 objects",
+    ]
+    assert task.describe(found) == "1 object"
     assert task.prompt("cups") == "Output all the bounding boxes of the cups"
 
 

@@ -183,6 +183,10 @@ def test_marks_and_description():
         "objects": [{"box": [0.0, 0.0, 50.0, 25.0], "label": "cat"}]
     }
     assert TASK.serialize_prediction(None, FRAME) is None
+    assert TASK.describe(DetectionTarget(objects=(DOG, CAT, DOG))) == "3 boxes: cat, 2x dog"
+    assert TASK.describe(DetectionTarget(objects=(), areas=(), crowds=(DOG,))) == "no objects"
+    assert TASK.describe(prediction(CAT)) == "1 box: cat"
+    assert TASK.describe(prediction()) == "no objects"
 
 
 @pytest.mark.parametrize(

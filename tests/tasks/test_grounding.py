@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -158,6 +159,9 @@ def test_marks_and_description():
     assert list(Grounding().overlays(TARGET)) == [Overlay(shape=TARGET.box)]
     assert Grounding().serialize_prediction(prediction, FRAME) == {"boxes": [[0.0, 0.0, 100.0, 100.0]]}
     assert Grounding().serialize_prediction(None, FRAME) is None
+    assert Grounding().describe(TARGET) == "1 box"
+    assert Grounding().describe(prediction) == "1 box: cup"
+    assert Grounding().describe(replace(prediction, boxes=())) == "no box"
 
 
 def test_the_answer_names_the_query(tmp_path):

@@ -52,6 +52,8 @@ def test_rows_marks_and_description():
     with pytest.raises(RowError, match="text"):
         Ocr().read_row(Row({}, width=100, height=50))
     assert list(Ocr().overlays("a")) == []
+    assert Ocr().describe(OcrTarget(text="on\nquick")) == Ocr().describe("on\nquick") == "on\nquick"
+    assert Ocr().describe(OcrTarget(text="")) == Ocr().describe(" \n") == "no text"
     assert Ocr().serialize_prediction("a", FRAME) == {"text": "a"}
     assert Ocr().serialize_prediction(None, FRAME) is None
     assert Ocr().prompt("") == "OCR this image."

@@ -1,8 +1,6 @@
-"""Cards of held-out samples at every validation: picture, prompt, target, completion and reward."""
+"""Cards of held-out samples at every validation: picture, prompt, target, prediction, completion and reward."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,8 +13,7 @@ from perception_r1.callbacks.files import run_folder
 from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
-from perception_r1.records import Overlay
-from perception_r1.scoring import ScoredCompletion
+from perception_r1.scoring import ParsedCompletion, ScoredCompletion
 from perception_r1.task import Task
 
 if TYPE_CHECKING:
@@ -27,7 +24,7 @@ class LogSamples(Callback):
     """Draw what the policy answers to the first held-out samples, always the same ones.
 
     Cards go to TensorBoard as `val/sample_0`, `val/sample_1`, ... and, those of the first and of the last validation,
-    as PNG files to `samples/first` and `samples/last` in the run's folder, with all of them on `sheet.png`.
+    as PNG files to `samples/first` and `samples/last` in the run's folder, and side by side to `samples/sheet.png`.
 
     Args:
         num_samples: Samples to draw; 0 draws nothing.
@@ -71,9 +68,7 @@ class LogSamples(Callback):
                     logger.experiment.add_image(f"val/sample_{index}", np.asarray(card), step, dataformats="HWC")
                 logger.save()  # what is not written is lost in a kill, and not made again after the checkpoint
         if folder is not None:
-            if not (folder / "samples" / "first").exists():
-                _save(cards, folder / "samples" / "first")
-            _save(cards, folder / "samples" / "last")
+            _save(cards, folder / "samples")
 
 
 def sample_card(
@@ -81,40 +76,28 @@ def sample_card(
 ) -> Image.Image:
     """The card of one completion, written after so many steps of training (None: that is not of interest)."""
     sample = load_sample_image(scored.sample)
-    target_overlays = task.overlays(sample.target)
     return draw_card(
         sample.image,
         title=sample.id if step is None else f"{sample.id}, step {step}",
         fields={
             "prompt": task.prompt(sample.query),
-            "target": summarise(sample.target, target_overlays),
-            "completion": scored.completion + _remarks(scored),
+            "target": task.describe(sample.target),
+            **answer_fields(task, scored),
             "reward": _reward(scored),
         },
-        target_overlays=target_overlays,
+        target_overlays=task.overlays(sample.target),
         predicted_overlays=[] if scored.prediction is None else task.overlays(scored.prediction),
         panel_width=panel_width,
     )
 
 
-def summarise(target: object, overlays: Sequence[Overlay]) -> str:
-    """A target in words: what there is to draw, by caption and number, or else its record's own fields.
-
-    >>> summarise(None, [Overlay(shape=(0, 0, 1, 1), caption="cat")] * 2 + [Overlay(shape=(0, 0, 1, 1), caption="dog")])
-    '3 boxes: 2 cat, dog'
-    """
-    if overlays:
-        kind = ("point", "points") if len(overlays[0].shape) == 2 else ("box", "boxes")
-        captions = Counter(overlay.caption for overlay in overlays if overlay.caption)
-        names = ", ".join(name if count == 1 else f"{count} {name}" for name, count in captions.items())
-        return f"{len(overlays)} {kind[len(overlays) != 1]}" + (f": {names}" if names else "")
-    if not is_dataclass(target):
-        return str(target)
-    values = {field.name: getattr(target, field.name) for field in fields(target)}
-    if len(values) == 1:
-        (value,) = values.values()
-        return "nothing" if value == () else str(value)
-    return "\n".join(f"{name}: {value}" for name, value in values.items())
+def answer_fields(task: Task[Any, Any], parsed: ParsedCompletion) -> dict[str, str]:
+    """The fields of a card that say what was answered: as it was read, unless the text says just that, and as text."""
+    prediction = parsed.prediction
+    words = "no answer could be read" if prediction is None else task.describe(prediction)
+    cut = f"\n[cut off after {parsed.num_tokens} tokens]" if parsed.is_truncated else ""
+    fields = {} if words in parsed.completion else {"prediction": words}
+    return fields | {"completion": parsed.completion + cut}
 
 
 def _reward(scored: ScoredCompletion) -> str:
@@ -122,14 +105,20 @@ def _reward(scored: ScoredCompletion) -> str:
     return f"{scored.score.reward:.3f}" + (f"\n{components}" if components else "")
 
 
-def _remarks(scored: ScoredCompletion) -> str:
-    if scored.is_truncated:
-        return f"\n[cut off after {scored.num_tokens} tokens]"
-    return "\n[no answer could be read]" if scored.prediction is None else ""
-
-
 def _save(cards: Sequence[Image.Image], folder: Path) -> None:
+    """Write the last cards, the first ones too where there are none yet, and a sheet with a row for each sample."""
+    first = folder / "first"
+    if not first.exists():
+        draft = folder / "first.tmp"
+        _write(cards, draft)
+        draft.rename(first)  # a kill leaves all of them or none
+    _write(cards, folder / "last")
+    pairs = [(first / f"{index}.png", card) for index, card in enumerate(cards)]
+    sheet = contact_sheet([each for path, card in pairs if path.exists() for each in (Image.open(path), card)])
+    sheet.save(folder / "sheet.png")
+
+
+def _write(cards: Sequence[Image.Image], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, card in enumerate(cards):
         card.save(folder / f"{index}.png")
-    contact_sheet(cards).save(folder / "sheet.png")

@@ -120,7 +120,11 @@ def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
             draw_card(
                 load_sample_image(sample).image,
                 title=sample.id,
-                fields={"prompt": task.prompt(sample.query), "answer": answer},
+                fields={
+                    "prompt": task.prompt(sample.query),
+                    "target": task.describe(sample.target),
+                    "answer": answer,
+                },
                 target_overlays=task.overlays(sample.target),
                 predicted_overlays=[] if prediction is None else task.overlays(prediction),
             )

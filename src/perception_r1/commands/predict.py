@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from perception_r1.callbacks.displays import Display, Lines, open_display
+from perception_r1.callbacks.log_samples import answer_fields
 from perception_r1.commands.answers import PictureBatch, answer_images, find_images
 from perception_r1.commands.options import (
     check_unused,
@@ -189,7 +190,7 @@ def draw(parsed: ParsedCompletion, task: Task[Any, Any]) -> Image.Image:
     """The picture with what was predicted on it; of a task without overlays a card with the words."""
     image = load_sample_image(parsed.sample).image
     if type(task).overlays is Task.overlays:
-        fields = {"prompt": task.prompt(parsed.sample.query), "completion": parsed.completion}
+        fields = {"prompt": task.prompt(parsed.sample.query), **answer_fields(task, parsed)}
         return draw_card(image, title=Path(parsed.sample.id).name, fields=fields)
     return annotate(image, [], [] if parsed.prediction is None else task.overlays(parsed.prediction))
 

@@ -177,6 +177,10 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             return [Overlay(shape=box, caption=answer.label) for box in answer.boxes]
         return [Overlay(shape=shape) for shape in answer.boxes or answer.points or ()]
 
+    def describe(self, answer: CountingTarget | CountingPrediction) -> str:
+        """The number of objects."""
+        return f"{answer.count or 'no'} object{'' if answer.count == 1 else 's'}"
+
     def serialize_prediction(
         self, prediction: CountingPrediction | None, image_size: ImageSize
     ) -> dict[str, object] | None:

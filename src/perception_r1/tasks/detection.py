@@ -200,6 +200,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         """Every object with its name."""
         return [Overlay(shape=item.box, caption=item.label) for item in answer.objects]
 
+    def describe(self, answer: DetectionTarget | DetectionPrediction) -> str:
+        """How many objects of each name."""
+        return super().describe(answer) if answer.objects else "no objects"
+
     def serialize_prediction(
         self, prediction: DetectionPrediction | None, image_size: ImageSize
     ) -> dict[str, object] | None:

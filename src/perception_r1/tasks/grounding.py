@@ -124,6 +124,10 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
             return [Overlay(shape=answer.box)]
         return [Overlay(shape=box, caption=answer.label) for box in answer.boxes]
 
+    def describe(self, answer: GroundingTarget | GroundingPrediction) -> str:
+        """How many boxes, and the name that an answer gives to them."""
+        return super().describe(answer) if self.overlays(answer) else "no box"
+
     def serialize_prediction(
         self, prediction: GroundingPrediction | None, image_size: ImageSize
     ) -> dict[str, list[list[float]]] | None:

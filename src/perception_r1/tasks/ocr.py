@@ -94,6 +94,11 @@ class Ocr(Task[OcrTarget, str]):
             metrics={"edit_distance": distance, "exact_match": float(prediction == target.text)},
         )
 
+    def describe(self, answer: OcrTarget | str) -> str:
+        """The text itself."""
+        text = answer if isinstance(answer, str) else answer.text
+        return text if text.strip() else "no text"
+
     def serialize_prediction(self, prediction: str | None, image_size: ImageSize) -> dict[str, str] | None:
         """`{"text": "..."}`."""
         return None if prediction is None else {"text": prediction}
