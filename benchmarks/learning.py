@@ -1,181 +1,194 @@
-"""What GRPO adds to the embedded policy on each task, beside SFT and beside GRPO without matching.
+"""What GRPO makes of the embedded model, beside supervised fine-tuning, from the same base and at equal cost.
 
-Every run starts from the warm start of its seed and trains for the same number of optimiser steps:
+Trainings, each of BUDGET CPU-seconds of training steps on one thread:
 
     grpo         the project's default
-    sft          supervised fine-tuning on the same prompts, same learning rate and batch
+    sft          supervised fine-tuning on the same scenes
+    sft-grpo     half of it supervised, then GRPO from there
     sequential   GRPO whose reward pairs the k-th prediction with the k-th target (counting and detection)
+    think        GRPO that asks for thoughts before the answer
 
-Metrics are greedy, on 400 held-out scenes (the test split) that no setting was chosen on: settings were tuned on other
-seeds, whose scenes differ. Each run has one thread; `--jobs` of them go side by side, so its seconds are upper bounds.
+grpo and sft are also trained on few labelled images, seen as often as the budget takes. Learning rates are searched on
+a seed of their own, as many for sft as for grpo, and so is what a step costs. Every training ends with the best of four
+validations. Nothing that is tested was seen in training or chosen on.
 
-    python benchmarks/learning.py                         # everything, about an hour on two cores
-    python benchmarks/learning.py --tasks ocr --seeds 0   # a part; finished runs are kept and not repeated
+    python benchmarks/learning.py search            # learning rates and costs, once
+    python benchmarks/learning.py run --jobs 2      # what is not there yet; it can be stopped and goes on
+    python benchmarks/learning.py report            # tables and plots of what is there
 
-Writes benchmarks/results/learning.json and learning.md.
+Every run is a file in benchmarks/results/learning; see `learning_run.py` for what is measured, `learning_worlds.py` for
+where, and docs/learning.md for what was found.
 """
 
 import argparse
 import json
 import os
-import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-RUNS = ROOT / "logs" / "learning"
+RESULTS = ROOT / "benchmarks" / "results" / "learning"
 
-PRIMARY_METRICS = {
-    "grounding": ("accuracy_50", "accuracy at IoU 0.5"),
-    "counting": ("count_accuracy", "count accuracy"),
-    "detection": ("ap50", "AP50"),
-    "ocr": ("reward/similarity", "1 - edit distance"),
-}
-"""Task -> name of its metric in run.json, and in words."""
-VARIANTS = {
-    "grpo": [],
-    "sft": ["--variant", "sft"],
+TASKS = ("grounding", "counting", "detection", "ocr")
+BUDGET = 240.0
+"""CPU-seconds of training steps of a run."""
+KINDS = {"grpo": [], "sft": ["--variant", "sft"]}
+"""The two kinds of training steps, with their options; all trainings are made of them."""
+RATES = {"grpo": (1e-5, 2e-5, 4e-5, 8e-5), "sft": (3e-5, 1e-4, 2e-4, 4e-4)}
+"""Learning rates that are tried for each kind; the best by validation is taken."""
+SEARCH_SEED = 1000
+EXTRA = {
     "sequential": ["--data.task.init_args.matching", "sequential"],
+    "think": ["--variant", "think"],
 }
-MATCHED_TASKS = ("counting", "detection")
-REQUIRED_GAIN = {"grounding": 0.08, "ocr": 0.08, "counting": 0.05, "detection": 0.05}
-"""Mean gain of GRPO that the project claims; `main` says where a result falls short."""
-REQUIRED_FORMAT = 0.98
+TRAININGS = ("grpo", "sft", "sft-grpo", "sequential", "think")
+LABELS = (64, 256, 1024)
+CALIBRATION_STEPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training and what came of it."""
+class Job:
+    """A run that is wanted; see `learning_run.Run`."""
 
     task: str
-    variant: str
+    training: str
     seed: int
+    labels: int = 0
+    lr: float | None = None
 
-    def folder(self, runs: Path) -> Path:
-        """Where its run.json lies."""
-        return runs / self.task / f"{self.variant}-{self.seed}"
-
-
-def train(run: Run, runs: Path, options: list[str]) -> dict[str, Any]:
-    """Train unless a finished run is there; its run.json, which names the commit."""
-    folder = run.folder(runs)
-    done = finished(folder)
-    if done is not None:
-        return done
-    command = [
-        *(sys.executable, "-m", "perception_r1", "fit", "--task", run.task, *VARIANTS[run.variant]),
-        *("--seed_everything", str(run.seed), "--trainer.logger.init_args.save_dir", str(runs)),
-        *("--trainer.logger.init_args.name", run.task),
-        *("--trainer.logger.init_args.version", f"{run.variant}-{run.seed}"),
-        *options,
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.txt").open("w") as output:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=True)
-    result = finished(folder)
-    if result is None:
-        raise RuntimeError(f"{folder} holds no finished run.json; see output.txt beside it.")
-    return result
+    @property
+    def name(self) -> str:
+        """What its result is called."""
+        words = [self.training, *([f"{self.labels}-labels"] if self.labels else [])]
+        return "-".join([*words, f"{self.lr:g}" if self.lr is not None else f"seed-{self.seed}"])
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The run.json of a run that has ended."""
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
-    card = json.loads(path.read_text())
-    return card if card["status"] == "finished" else None
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Where runs and results are, and how much is tested.
 
+    Attributes:
+        results: Folder of the results, one file for each run.
+        runs: Folder of the trainings.
+        num_tested: Held-out images of the training level; of each other level half as many.
+    """
 
-def row(run: Run, card: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of a run that the table shows."""
-    metric = PRIMARY_METRICS[run.task][0]
-    return asdict(run) | {
-        "metric": metric,
-        "before": card["before"][metric],
-        "after": card["after"][metric],
-        "format_after": card["after"].get("reward/format"),
-        "steps": card["steps"],
-        "seconds": card["seconds"],
-        "commit": (card["git"] or {}).get("commit"),
-        "before_all": card["before"],
-        "after_all": card["after"],
-    }
+    results: Path = RESULTS
+    runs: Path = ROOT / "logs" / "learning"
+    num_tested: int = 400
 
+    def path(self, job: Job) -> Path:
+        """Where the result of a job is."""
+        return self.results / job.task / f"{job.name}.json"
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per task and variant, one column per seed."""
-    seeds = sorted({entry["seed"] for entry in rows})
-    heads = ["task", "metric", "training", *(f"seed {seed}" for seed in seeds), "mean gain", "steps", "seconds"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for task, (_, words) in PRIMARY_METRICS.items():
-        for variant in VARIANTS:
-            chosen = {entry["seed"]: entry for entry in rows if (entry["task"], entry["variant"]) == (task, variant)}
-            if not chosen:
-                continue
-            cells = [f"{chosen[s]['before']:.3f} → {chosen[s]['after']:.3f}" if s in chosen else "-" for s in seeds]
-            gain = mean(entry["after"] - entry["before"] for entry in chosen.values())
-            seconds = mean(entry["seconds"] for entry in chosen.values())
-            steps = next(iter(chosen.values()))["steps"]
-            lines.append(
-                f"| {task} | {words} | {variant} | {' | '.join(cells)} | {gain:+.3f} | {steps} | {seconds:.0f} |"
+    def read(self, job: Job) -> dict[str, float]:
+        """The result of a job of the search."""
+        if not self.path(job).is_file():
+            raise SystemExit(f"{self.path(job)} is not there: run `python benchmarks/learning.py search` first")
+        return json.loads(self.path(job).read_text(encoding="utf-8"))
+
+    def best_rate(self, task: str, kind: str) -> float:
+        """The learning rate whose best validation was the highest."""
+        found = {job.lr: self.read(job)["best_validation"] for job in rate_jobs(task, kind)}
+        return max(found, key=found.__getitem__)
+
+    def phases(self, job: Job) -> list[tuple[list[str], int]]:
+        """Options and steps of a job's trainings."""
+        if job.training == "base":
+            return []
+        purpose, _, kind = job.training.partition("-")
+        if purpose == "cost":
+            return [(KINDS[kind], CALIBRATION_STEPS)]
+        if purpose == "rate":
+            return [self._phase(job.task, kind, 1.0, job.lr)]
+        kinds = ["sft", "grpo"] if job.training == "sft-grpo" else ["sft" if job.training == "sft" else "grpo"]
+        found = [self._phase(job.task, kind, 1 / len(kinds), self.best_rate(job.task, kind)) for kind in kinds]
+        return [(options + EXTRA.get(job.training, []), steps) for options, steps in found]
+
+    def _phase(self, task: str, kind: str, share: float, lr: float | None) -> tuple[list[str], int]:
+        cost = self.read(cost_job(task, kind))["cpu_seconds_per_step"]
+        return [*KINDS[kind], "--model.optimizer.lr", f"{lr:g}"], max(4, round(BUDGET * share / cost))
+
+    def do(self, jobs: Sequence[Job], num_jobs: int) -> None:
+        """Do what is not done yet, side by side, and say how far it is."""
+        missing = [job for job in jobs if not self.path(job).is_file()]
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are there", flush=True)
+        with ThreadPoolExecutor(num_jobs) as pool:
+            for number, path in enumerate(pool.map(self._do, missing), 1):
+                print(f"{number}/{len(missing)} {path.relative_to(self.results)}", flush=True)
+
+    def _do(self, job: Job) -> Path:
+        folder = self.runs / job.task / job.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        values = {name: value for name, value in asdict(job).items() if name != "lr"}
+        values |= {"phases": self.phases(job), "folder": str(folder), "num_tested": self.num_tested}
+        values["is_measured"] = not job.training.startswith(("cost", "rate"))
+        command = [sys.executable, str(ROOT / "benchmarks" / "learning_run.py"), json.dumps(values)]
+        paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        with (folder / "output.txt").open("w") as output:
+            done = subprocess.run(
+                [*command, str(self.path(job))], cwd=ROOT, env=environment, stdout=output, stderr=output, check=False
             )
-    return "\n".join(lines)
+        if done.returncode:
+            raise SystemExit(f"a run failed; see {folder / 'output.txt'}")
+        for checkpoint in folder.rglob("*.ckpt"):
+            checkpoint.unlink()
+        return self.path(job)
 
 
-def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
-    """Where GRPO does not reach what the project claims."""
-    found = []
-    for task, required in REQUIRED_GAIN.items():
-        chosen = [entry for entry in rows if (entry["task"], entry["variant"]) == (task, "grpo")]
-        if not chosen:
-            continue
-        found += [f"{task}, seed {e['seed']}: not better after" for e in chosen if e["after"] <= e["before"]]
-        gain = mean(entry["after"] - entry["before"] for entry in chosen)
-        if gain < required:
-            found.append(f"{task}: mean gain {gain:.3f} is below {required}")
-        formats = [entry["format_after"] for entry in chosen if entry["format_after"] is not None]
-        low = [value for value in formats if value < REQUIRED_FORMAT]
-        found += [f"{task}: format {value:.3f} is below {REQUIRED_FORMAT}" for value in low]
-    return found
+def plan(tasks: Sequence[str], trainings: Sequence[str], labels: Sequence[int], seeds: Sequence[int]) -> list[Job]:
+    """The runs of the study, the most telling ones first."""
+    jobs = [Job(task=task, training="base", seed=seed) for seed in seeds for task in tasks]
+    for training in trainings:
+        matched = ("counting", "detection") if training == "sequential" else TASKS
+        jobs += [Job(task=task, training=training, seed=seed) for seed in seeds for task in tasks if task in matched]
+    for count in labels:
+        for kind in (kind for kind in KINDS if kind in trainings):
+            jobs += [Job(task=task, training=kind, seed=seed, labels=count) for seed in seeds for task in tasks]
+    return jobs
+
+
+def cost_job(task: str, kind: str) -> Job:
+    """The run that tells what a step costs."""
+    return Job(task=task, training=f"cost-{kind}", seed=SEARCH_SEED)
+
+
+def rate_jobs(task: str, kind: str) -> list[Job]:
+    """The runs that tell which learning rate is best."""
+    return [Job(task=task, training=f"rate-{kind}", seed=SEARCH_SEED, lr=lr) for lr in RATES[kind]]
 
 
 def main() -> int:
-    """Train, tabulate, compare with the claims."""
+    """Search, run or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(PRIMARY_METRICS), choices=list(PRIMARY_METRICS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--runs", type=Path, default=RUNS, help="Folder of the runs.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the table.")
-    parser.add_argument("--options", type=shlex.split, default=[], help="Further options of each run, in one string.")
+    parser.add_argument("what", choices=("search", "run", "report"))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--trainings", nargs="*", default=TRAININGS, choices=TRAININGS)
+    parser.add_argument("--labels", nargs="*", type=int, default=LABELS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2, 3, 4))
+    parser.add_argument("--jobs", type=int, default=2, help="Runs side by side, one thread each.")
+    parser.add_argument("--results", type=Path, default=Study.results, help="Folder of the results.")
+    parser.add_argument("--runs", type=Path, default=Study.runs, help="Folder of the trainings.")
+    parser.add_argument("--num_tested", type=int, default=Study.num_tested, help="Held-out images of a run.")
     args = parser.parse_args()
-    runs = [
-        Run(task=task, variant=variant, seed=seed)
-        for variant in args.variants
-        for seed in args.seeds
-        for task in args.tasks
-        if variant != "sequential" or task in MATCHED_TASKS
-    ]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        cards = list(pool.map(lambda run: train(run, args.runs.resolve(), args.options), runs))
-    rows = [row(run, card) for run, card in zip(runs, cards, strict=True)]
-    args.results.mkdir(exist_ok=True)
-    environment = {name: cards[0][name] for name in ("versions", "hardware", "start")}
-    (args.results / "learning.json").write_text(json.dumps(environment | {"rows": rows}, indent=2) + "\n")
-    text = table(rows)
-    claims = shortfalls(rows) or ["Every claim holds: GRPO is better after on each seed, by the required mean gain."]
-    text += "\n\n" + "\n".join(f"- {claim}" for claim in claims) + "\n"
-    (args.results / "learning.md").write_text(text)
-    sys.stdout.write(text)
+    study = Study(results=args.results.resolve(), runs=args.runs.resolve(), num_tested=args.num_tested)
+    pairs = [(task, kind) for task in args.tasks for kind in KINDS]
+    if args.what == "search":
+        study.do([cost_job(*pair) for pair in pairs], 1)
+        study.do([job for pair in pairs for job in rate_jobs(*pair)], args.jobs)
+    elif args.what == "run":
+        study.do(plan(args.tasks, args.trainings, args.labels, args.seeds), args.jobs)
+    else:
+        from learning_report import report
+
+        report(study.results, ROOT / "docs")
     return 0
 
 

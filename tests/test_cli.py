@@ -372,3 +372,21 @@ def test_the_trainer_s_own_predict_is_no_subcommand(capsys):
 def test_scoring_needs_no_trainer(capsys):
     assert main(["score", "--help"]) == 0
     assert "score" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP is that of Linux")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_threads_that_wait_leave_their_core_to_others_soon_unless_the_user_decides(given, expected):
+    """What libgomp itself says that it has read."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "perception_r1", "export", "--help"],
+        env=kept | {"OMP_DISPLAY_ENV": "VERBOSE", **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)[:1] == [expected]

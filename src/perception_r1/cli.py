@@ -9,11 +9,17 @@ from importlib import import_module
 
 _COMMANDS = ("data", "export", "predict", "score")
 """All but the trainer's own verbs, which belong together."""
+_SPIN_COUNT = "1000"
+"""How often a thread of GNU OpenMP looks whether there is work before it sleeps; libgomp's own value for a process with
+more threads than processors. Its default for others keeps a core busy for milliseconds, so that two runs on one machine
+wait for each other's idle threads: see benchmarks/two_runs.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the result is the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when torch is imported
     if args[:1] != ["score"]:  # it needs no trainer, and starts in a fraction of the time
         _quieten()
     name, rest = (args[0], args[1:]) if args and args[0] in _COMMANDS else ("training", args)

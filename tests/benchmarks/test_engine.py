@@ -1,8 +1,6 @@
-import importlib.util
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
-
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def program(name):
-    """A module of benchmarks/, whose folder its programs put on the path themselves."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from tests.benchmarks.programs import RESULTS, program
+from tests.readme import ROOT
 
 engine = program("engine")
 memory = program("memory")

@@ -1,59 +1,169 @@
-import importlib.util
+"""The study of benchmarks/learning.py: its plan, its worlds, its measures, and that its page says what its runs say."""
+
 import json
-from pathlib import Path
-from statistics import mean
+import math
+import random
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks" / "learning.py")
-learning = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(learning)
+from perception_r1.data.synthetic.worlds import World
+from tests.benchmarks.programs import RESULTS, program
+from tests.readme import ROOT
 
-
-def entry(seed, before, after, *, task="grounding", variant="grpo", form=1.0):
-    metrics = {"before": before, "after": after, "format_after": form, "steps": 5, "seconds": 2.0}
-    return {"task": task, "variant": variant, "seed": seed} | metrics
-
-
-def test_table_has_a_line_per_task_and_training_with_the_mean_gain():
-    rows = [entry(0, 0.1, 0.3), entry(1, 0.2, 0.6), entry(0, 0.1, 0.2, variant="sft")]
-    assert learning.table(rows).splitlines()[2:] == [
-        "| grounding | accuracy at IoU 0.5 | grpo | 0.100 → 0.300 | 0.200 → 0.600 | +0.300 | 5 | 2 |",
-        "| grounding | accuracy at IoU 0.5 | sft | 0.100 → 0.200 | - | +0.100 | 5 | 2 |",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([entry(0, 0.1, 0.5), entry(1, 0.3, 0.2)], "seed 1: not better after"),
-        ([entry(0, 0.1, 0.15)], "below 0.08"),
-        ([entry(0, 0.1, 0.5, form=0.9)], "format 0.900 is below 0.98"),
-    ],
+learning, worlds, run, report = (
+    program(name) for name in ("learning", "learning_worlds", "learning_run", "learning_report")
 )
-def test_what_falls_short_is_named(rows, words):
-    (found,) = learning.shortfalls(rows)
-    assert words in found
 
 
-def test_committed_results_are_those_of_the_table_and_hold_every_claim():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "learning.json").read_text(encoding="utf-8"))["rows"]
-    text = (ROOT / "benchmarks" / "results" / "learning.md").read_text(encoding="utf-8")
-    assert text.startswith(learning.table(rows))
-    assert learning.shortfalls(rows) == []
-    assert {(row["task"], row["seed"]) for row in rows if row["variant"] == "grpo"} == {
-        (task, seed) for task in learning.PRIMARY_METRICS for seed in (0, 1, 2)
-    }
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert all(f"{row['before']:.3f} → {row['after']:.3f}" in page for row in rows)
+def scenes(world: World, count: int):
+    return [world.draw(random.Random(seed)) for seed in range(count)]
 
 
-def test_the_readme_has_the_means_of_grpo_over_the_seeds():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "learning.json").read_text(encoding="utf-8"))["rows"]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for task, (_, metric) in learning.PRIMARY_METRICS.items():
-        runs = [row for row in rows if (row["task"], row["variant"]) == (task, "grpo")]
-        before, after = (mean(row[when] for row in runs) for when in ("before", "after"))
-        (line,) = (line for line in readme.splitlines() if line.startswith(f"| {task} |"))
-        assert line.endswith(f"| {metric} | {before:.3f} | {after:.3f} |")
+def result(training, seed, value, *, task="grounding", labels=0):
+    levels = {level: {report.PRIMARY[task][0]: value} for level in report.LEVELS}
+    return {"task": task, "training": training, "seed": seed, "labels": labels, "levels": levels}
+
+
+def test_every_training_of_a_task_is_planned_once_on_every_seed_after_its_base():
+    jobs = learning.plan(learning.TASKS, learning.TRAININGS, learning.LABELS, range(5))
+    assert len({(job.task, job.name) for job in jobs}) == len(jobs) == 5 * (4 + 4 * 4 + 2 + 4 * 2 * 3)
+    assert [job.training for job in jobs[:20]] == ["base"] * 20
+    assert {job.task for job in jobs if job.training == "sequential"} == {"counting", "detection"}
+
+
+def test_trainings_cost_the_same(tmp_path):
+    study = learning.Study(results=tmp_path)
+    (tmp_path / "ocr").mkdir()
+    seconds = {"grpo": 2.0, "sft": 0.5}
+    for kind, cost in seconds.items():
+        job = learning.cost_job("ocr", kind)
+        assert [steps for _, steps in study.phases(job)] == [learning.CALIBRATION_STEPS]
+        study.path(job).write_text(json.dumps({"cpu_seconds_per_step": cost}))
+        for rate in learning.rate_jobs("ocr", kind):
+            study.path(rate).write_text(json.dumps({"best_validation": -abs(rate.lr - 1e-4)}))
+    assert len(learning.RATES["sft"]) == len(learning.RATES["grpo"])
+    assert study.best_rate("ocr", "sft") == 1e-4
+    for training, kinds in {"grpo": ["grpo"], "sft": ["sft"], "sft-grpo": ["sft", "grpo"], "think": ["grpo"]}.items():
+        found = study.phases(learning.Job(task="ocr", training=training, seed=3))
+        assert ["sft" if "sft" in options else "grpo" for options, _ in found] == kinds
+        used = sum(steps * seconds[kind] for (_, steps), kind in zip(found, kinds, strict=True))
+        assert used == pytest.approx(learning.BUDGET, rel=0.01)
+        assert ("think" in found[-1][0]) is (training == "think")
+
+
+def test_a_search_that_was_not_done_is_asked_for(tmp_path):
+    with pytest.raises(SystemExit, match="search"):
+        learning.Study(results=tmp_path).phases(learning.Job(task="ocr", training="grpo", seed=0))
+
+
+@pytest.mark.parametrize("task", ["grounding", "counting", "detection", "ocr"])
+def test_levels_go_from_easy_to_more_than_ever_seen(task):
+    counts = {name: [len(scene.things) for scene in scenes(world, 60)] for name, world in worlds.levels(task).items()}
+    assert tuple(counts) == report.LEVELS
+    assert np.mean(counts["pretraining"]) < np.mean(counts["training"]) < np.mean(counts["crowded"])
+    if task == "counting":
+        assert min(scene.values["count"] for scene in scenes(worlds.levels(task)["crowded"], 60)) > 8
+    if task == "detection":
+        assert max(counts["training"]) <= 10 < min(counts["crowded"])
+
+
+def test_objects_on_photographs_are_those_of_the_plain_world_in_number():
+    plain, photographed = (worlds.levels("counting")[level] for level in ("pretraining", "photographs"))
+    for first, again in zip(scenes(photographed, 5), scenes(photographed, 5), strict=True):
+        assert first.image.tobytes() == again.image.tobytes()
+        assert first.image.size == (plain.image_size, plain.image_size)
+    assert len({scene.image.tobytes() for scene in scenes(photographed, 20)}) == 20
+
+
+def test_handwritten_digits_are_read_as_their_labels():
+    from sklearn.datasets import load_digits
+
+    known = load_digits()
+    averages = {str(label): known.images[known.target == label].mean(0) for label in range(10)}
+    num_right = num_digits = 0
+    for scene in scenes(worlds.HandwrittenNumbers(), 40):
+        assert scene.values["text"] == "".join(thing.name for thing in scene.things)
+        assert all(side % 28 == 0 for side in scene.image.size)
+        for thing in scene.things:
+            ink = 235 - np.asarray(scene.image.crop(thing.box).convert("L").resize((8, 8)), float)
+            nearest = min(averages, key=lambda name: np.linalg.norm(averages[name] * 12.5 - ink))
+            num_right, num_digits = num_right + (nearest == thing.name), num_digits + 1
+    assert num_right > 0.8 * num_digits
+
+
+def test_boxes_of_a_count_are_paired_for_the_highest_overlap():
+    def answer(boxes, targets):
+        prediction = None if boxes is None else SimpleNamespace(boxes=boxes)
+        return SimpleNamespace(prediction=prediction, sample=SimpleNamespace(target=SimpleNamespace(boxes=targets)))
+
+    left, right = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+    half_of_left = (0.0, 0.0, 0.25, 1.0)
+    answers = [answer((right, half_of_left), (left, right)), answer(None, (left,)), answer((left,), ())]
+    assert run.box_metrics(answers) == {"mean_iou": pytest.approx(1.5 / 3), "box_recall": pytest.approx(2 / 3)}
+
+
+def test_calibration_is_the_gap_between_confidence_and_accuracy():
+    pairs = [(0.5, 1.0), (0.5, 0.0), (1.0, 0.0), (1.0, 1.0)]
+    assert run.calibration_error(pairs) == pytest.approx((2 * 0.0 + 2 * 0.5) / 4)
+
+
+def test_gains_are_paired_by_seed_and_their_interval_is_that_of_a_t_test():
+    results = [result("base", seed, 0.1 * seed) for seed in range(4)]
+    results += [result("grpo", seed, 0.1 * seed + gain) for seed, gain in enumerate((0.1, 0.2, 0.3))]
+    found = report.gains(results, "grounding", "grpo", 0, report.at_level("training", "accuracy_50"))
+    assert found == pytest.approx([0.1, 0.2, 0.3])
+    center, half = report.interval(found)
+    oracle = ttest_1samp(found, 0.0).confidence_interval(0.95)
+    assert (center - half, center + half) == pytest.approx((oracle.low, oracle.high))
+    assert "+0.200 ± 0.248 (3 of 3)" in report.main_table(results)
+    assert math.isnan(report.interval([1.0])[1])
+
+
+def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "GROUP_SIZE", 2)
+    monkeypatch.setattr(run, "MAX_NEW_TOKENS", 8)
+    small = ["--data.num_val", "4", "--data.batch_size", "2", "--model.max_new_tokens", "8"]
+    planned = run.Run(
+        task="ocr",
+        training="sft-grpo",
+        seed=0,
+        labels=4,
+        phases=[(["--variant", "sft", *small], 2), (small, 1)],
+        folder=str(tmp_path / "runs"),
+        num_tested=8,
+    )
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
+    monkeypatch.setattr(sys, "argv", ["learning_run.py", json.dumps(vars(planned)), str(tmp_path / "result.json")])
+    assert run.main() == 0
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["training"] == "sft-grpo"
+    assert [len(json.loads(path.read_text())) for path in sorted(tmp_path.glob("runs/*/cpu.json"))] == [2, 1]
+    assert len(found["cpu_seconds"]) == 2
+    assert min(found["cpu_seconds"]) > 0
+    assert set(found["levels"]) == set(report.LEVELS)
+    assert found["sampled"]["best"] >= found["sampled"]["mean"]
+    assert found["kl_per_token"] != 0  # it was trained
+    base = run.Run(task="ocr", training="base", seed=0, labels=0, phases=[], folder="", num_tested=8)
+    monkeypatch.setattr(sys, "argv", ["learning_run.py", json.dumps(vars(base)), str(tmp_path / "base.json")])
+    assert run.main() == 0
+    assert json.loads((tmp_path / "base.json").read_text())["kl_per_token"] == 0
+
+
+def test_the_committed_tables_and_pages_are_those_of_the_committed_runs():
+    results = report.read(RESULTS / "learning")
+    assert {result["task"] for result in results} == set(report.PRIMARY)
+    text = (RESULTS / "learning" / "tables.md").read_text(encoding="utf-8")
+    for make in (report.main_table, report.level_table, report.sampling_table):
+        assert make(results) in text
+    base = {result["task"]: result for result in results if (result["training"], result["seed"]) == ("base", 0)}
+    for page, levels in (("README.md", report.LEVELS[:3]), ("docs/results.md", report.LEVELS)):
+        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+        for task, (metric, name) in report.PRIMARY.items():
+            numbers = " | ".join(f"{base[task]['levels'][level][metric]:.3f}" for level in levels)
+            assert [
+                line for line in lines if line.startswith(f"| {task} |") and line.endswith(f"| {name} | {numbers} |")
+            ]

@@ -1,5 +1,6 @@
 """Metrics before and after training, and what is said at the end."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,17 @@ def test_the_primary_metric_comes_first_and_bold():
     assert "\x1b[1m" not in second
 
 
-def test_metrics_that_are_not_known_are_dashes():
+@pytest.mark.parametrize(
+    ("before", "after", "num_dashes"),
+    [({}, 0.5, 2), ({"accuracy": math.nan}, 0.5, 2), ({"accuracy": math.nan}, math.nan, 3)],
+)
+def test_metrics_that_are_not_known_or_not_defined_are_dashes(before: dict[str, float], after: float, num_dashes: int):
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(before_after_table({}, {"accuracy": 0.5}, primary_metrics={"accuracy"}))
+        console.print(before_after_table(before, {"accuracy": after}, primary_metrics={"accuracy"}))
     row = next(line for line in capture.get().splitlines() if "accuracy" in line)
-    assert row.count("-") == 2
+    assert row.count("-") == num_dashes
+    assert "nan" not in row
 
 
 def test_a_resumed_run_keeps_the_metrics_from_before(tmp_path: Path, console: Console):

@@ -17,12 +17,14 @@ from perception_r1.tasks.ocr import Ocr
 from tests.callbacks.toy import ToyData, ToyModule, ToyTask, toy_samples, toy_scored, toy_trainer
 
 
-def test_each_validation_logs_the_first_samples_and_the_folder_keeps_first_and_last(tmp_path: Path):
+def test_the_first_samples_are_logged_before_training_and_at_each_validation(
+    tmp_path: Path,
+):
     toy_trainer(tmp_path, [LogSamples(num_samples=3)], enable_progress_bar=False).fit(ToyModule(), datamodule=ToyData())
 
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
     assert events.Tags()["images"] == ["val/sample_0", "val/sample_1", "val/sample_2"]
-    assert [event.step for event in events.Images("val/sample_0")] == [1, 3]  # as metrics; none of the sanity check
+    assert [event.step for event in events.Images("val/sample_0")] == [0, 1, 3]  # as metrics; none of the sanity check
     names = {str(path.relative_to(tmp_path / "run")) for path in tmp_path.rglob("*.png")}
     cards = {f"samples/{which}/{name}.png" for which in ("first", "last") for name in ("0", "1", "2")}
     assert names == cards | {"samples/sheet.png"}

@@ -124,19 +124,19 @@ class ToyModule(LightningModule):
         self.log_dict({"train/reward": self.global_step + 0.5, "train/kl": 0.01, "train/reward/format": 1.0})
         return self.layer(torch.ones(1, 2)).sum()
 
-    def answer(self, batch: list[Sample[Box]]) -> list[ScoredCompletion]:
+    def score_greedy(self, batch: list[Sample[Box]]) -> list[ScoredCompletion]:
         return [toy_scored(sample, is_right=self.global_step > 0) for sample in batch]
 
     def validation_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
-        return self.answer(batch)
+        return self.score_greedy(batch)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[ScoredCompletion]:
-        scored_completions = self.answer(batch)
+        scored_completions = self.score_greedy(batch)
         self.tested += scored_completions
         return scored_completions
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
-        return self.answer(batch)
+        return self.score_greedy(batch)
 
     def on_test_start(self) -> None:
         self.tested: list[ScoredCompletion] = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
+from math import isfinite, isnan, nan
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -73,21 +74,24 @@ class BeforeAfter(Callback):
 def before_after_table(
     before: Mapping[str, float], after: Mapping[str, float], *, primary_metrics: Collection[str]
 ) -> Table:
-    """A row per metric, the primary ones first and bold; a metric that is not known is shown as "-"."""
+    """A row per metric, the primary ones first and bold; what is not known or not defined is shown as "-"."""
     table = Table(title="Greedy answers on the test split", title_justify="left")
     table.add_column("metric")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
     for metric in sorted(after, key=lambda name: name not in primary_metrics):
         is_primary = metric in primary_metrics
-        numbers = [Text("-"), Text(f"{after[metric]:.4f}"), Text("-")]
-        if metric in before:
+        numbers = [Text(_number(before.get(metric, nan))), Text(_number(after[metric])), Text("-")]
+        if isfinite(before.get(metric, nan) - after[metric]):
             change = after[metric] - before[metric]
             color = "green" if change > 0 else "red"
-            numbers[0] = Text(f"{before[metric]:.4f}")
             numbers[2] = Text(f"{change:+.4f}", style=color if is_primary and change else "")
         table.add_row(Text(metric), *numbers, style="bold" if is_primary else "", end_section=is_primary)
     return table
+
+
+def _number(value: float) -> str:
+    return "-" if isnan(value) else f"{value:.4f}"
 
 
 def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[str, float]:

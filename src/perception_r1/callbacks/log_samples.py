@@ -1,18 +1,21 @@
-"""Cards of held-out samples at every validation: picture, prompt, target, prediction, completion and reward."""
+"""Cards of held-out samples before training and at every validation: picture, prompt, target, answer and reward."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image
 
 from perception_r1.callbacks.files import run_folder
 from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
+from perception_r1.records import LoadedSample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion
 from perception_r1.task import Task
 
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
 class LogSamples(Callback):
     """Draw what the policy answers to the first held-out samples, always the same ones.
 
-    Cards go to TensorBoard as `val/sample_0`, `val/sample_1`, ... and, those of the first and of the last validation,
-    as PNG files to `samples/first` and `samples/last` in the run's folder, and side by side to `samples/sheet.png`.
+    Cards go to TensorBoard as `val/sample_0`, `val/sample_1`, ... and, those from before training and of the last
+    validation, as PNG files to `samples/first` and `samples/last` in the run's folder, and side by side to
+    `samples/sheet.png`.
 
     Args:
         num_samples: Samples to draw; 0 draws nothing.
@@ -38,6 +42,20 @@ class LogSamples(Callback):
             )
         self.num_samples, self.panel_width = num_samples, panel_width
         self._scored_completions: list[ScoredCompletion] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what the untrained policy answers, unless this run goes on from a checkpoint."""
+        datamodule = getattr(trainer, "datamodule", None)
+        if trainer.ckpt_path is not None or datamodule is None or not self.num_samples or not trainer.is_global_zero:
+            return
+        module, samples = cast("EvaluationModule", pl_module), list[LoadedSample[Any]]()
+        for batch in datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule) else ():
+            samples += datamodule.transfer_batch_to_device(batch, module.device, 0)
+            if len(samples) >= self.num_samples:
+                break
+        with trainer.precision_plugin.val_step_context(), torch.no_grad():
+            self._scored_completions = module.score_greedy(samples[: self.num_samples])
+        self.on_validation_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the completions of the validation before."""

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def test_questions_of_a_scene_are_the_same_in_every_run():
         assert asked == again
         assert len(asked) == NUM_QUESTIONS
         assert {question.task for question in asked} <= {"detection", "counting", "grounding"}
+
+
+def test_mixed_scenes_are_harder_on_the_whole():
+    sizes = [
+        sum(len(shape_scene(index, CODEC, is_mixed=is_mixed)[0].things) for index in range(60))
+        for is_mixed in (False, True)
+    ]
+    assert sizes[0] < sizes[1]
 
 
 def test_answers_that_share_an_image_cost_what_they_cost_alone(start):
@@ -89,6 +98,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(start, tmp_path):
     stopped = dataclasses.replace(SETTINGS, num_steps=2, cooldown_steps=0)
     whole_until_then = dataclasses.replace(SETTINGS, cooldown_steps=0)
     train(tmp_path / "parts", start, stopped, rank=0, world_size=1)
+    with (tmp_path / "parts" / "curve.jsonl").open("a") as curve:
+        curve.write('{"step": 3}\n')  # done, but not saved
     train(tmp_path / "parts", start, whole_until_then, rank=0, world_size=1)
     (tmp_path / "again").mkdir()
     train(tmp_path / "again", start, whole_until_then, rank=0, world_size=1)
@@ -97,6 +108,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(start, tmp_path):
         for name in ("whole", "parts", "again")
     )
     assert all(torch.equal(parts[name], again[name]) for name in again)
+    curves = [
+        [json.loads(line) for line in (tmp_path / name / "curve.jsonl").open()] for name in ("whole", "parts", "again")
+    ]
+    assert [[entry["step"] for entry in curve] for curve in curves] == [[1, 2, 3, 4]] * 3
+    assert [entry["detection"] for entry in curves[1][1:]] == [entry["detection"] for entry in curves[2][1:]]
     assert any(not torch.equal(whole[name], again[name]) for name in again)  # the cool-down has an effect
 
 

@@ -77,10 +77,14 @@ class ShapeWorld(World):
         """The name of every shape."""
         return SHAPES
 
+    def background(self, rng: random.Random) -> Canvas:
+        """What the objects are drawn on."""
+        return background(rng, self.image_size, self.image_size, self.contrast)
+
     def place(self, rng: random.Random, kinds: Sequence[Kind]) -> Placed:
         """Draw objects one over the other; one that finds no room, however small, is left out."""
         size = self.image_size
-        canvas = background(rng, size, size, self.contrast)
+        canvas = self.background(rng)
         owner: Owner = np.full((size, size), -1, np.int16)
         things: list[Thing] = []
         areas: list[int] = []  # pixels of each, hidden or not

@@ -1,7 +1,7 @@
 """What the embedded model is pretrained on: synthetic scenes, each with several questions of all tasks, and pages.
 
 Scene k is the same in every run and on any number of processes. It is drawn from the training share of its world, so
-no held-out image is ever seen; `skew` changes from scene to scene, so easy and hard ones are both there.
+no held-out image is ever seen. Most are as a world draws them by itself; `is_mixed` makes a third of them harder.
 """
 
 import random
@@ -33,8 +33,8 @@ from perception_r1.tasks.ocr import Ocr
 
 NUM_QUESTIONS = 4
 """Questions about a scene of objects; a page has one."""
-SKEWS = (2.0, 2.0, 0.7)
-"""Of the scenes, two thirds are as a world draws them by itself, and one third is harder."""
+MIXED_SKEWS = (2.0, 2.0, 0.7)
+"""Of mixed scenes, two thirds are as a world draws them by itself, and one third is harder."""
 SHAPE_WORLDS: tuple[ShapeWorld, ...] = (GroundingWorld(), CountingWorld(), DetectionWorld())
 PAGES = TextWorld()
 _SEED = 20_26
@@ -61,10 +61,10 @@ class Question:
     answer: str
 
 
-def shape_scene(index: int, codec: Codec) -> tuple[Scene, list[Question]]:
+def shape_scene(index: int, codec: Codec, *, is_mixed: bool = False) -> tuple[Scene, list[Question]]:
     """Scene number `index` with its questions: one of detection, one or more of counting, the others of grounding."""
     rng = random.Random(f"{_SEED} {index}")
-    scene = _scenes(rng.choice(SHAPE_WORLDS), rng.choice(SKEWS))[index]
+    scene = _scenes(rng.choice(SHAPE_WORLDS), _skew(rng, is_mixed))[index]
     asked: list[_Asked] = [(DETECTION, detect_objects(scene.things))]
     for target in rng.sample(scene.things, len(scene.things)):
         values = SHAPE_WORLDS[0].ask(rng, target, scene.things)  # type: ignore[attr-defined]
@@ -75,10 +75,10 @@ def shape_scene(index: int, codec: Codec) -> tuple[Scene, list[Question]]:
     return scene, [_question(task, scene, values, codec) for task, values in _with_thoughts(rng, asked)]
 
 
-def page(index: int, codec: Codec) -> tuple[Scene, list[Question]]:
+def page(index: int, codec: Codec, *, is_mixed: bool = False) -> tuple[Scene, list[Question]]:
     """Page number `index` with its question."""
     rng = random.Random(f"{_SEED} {index}")
-    scene = _scenes(PAGES, rng.choice(SKEWS))[index]
+    scene = _scenes(PAGES, _skew(rng, is_mixed))[index]
     return scene, [_question(task, scene, values, codec) for task, values in _with_thoughts(rng, [(OCR, scene.values)])]
 
 
@@ -117,6 +117,11 @@ def _question(task: Task[Any, Any], scene: Scene, values: dict[str, object], cod
     size = ImageSize(width=width, height=height, resized_width=width, resized_height=height)
     prompt = task.messages(sample)[0]["content"][1]["text"]
     return Question(task=task.name, prompt=prompt, answer=task.target_text(sample, codec, size))
+
+
+def _skew(rng: random.Random, is_mixed: bool) -> float:
+    skew = rng.choice(MIXED_SKEWS)
+    return skew if is_mixed else World.skew
 
 
 @cache

@@ -43,6 +43,7 @@ class Settings:
     Attributes:
         num_steps: Steps of the whole run.
         dense_steps: The first of them, with dense supervision alone.
+        mixed_steps: The first of them, in which a third of the images is harder than the rest: many and small things.
         cooldown_steps: The last of them, over which the learning rates fall to zero.
         warmup_steps: Steps of linear growth to the learning rates.
         num_scenes: Scenes of objects per step.
@@ -56,6 +57,7 @@ class Settings:
 
     num_steps: int
     dense_steps: int = 1800
+    mixed_steps: int = 4200
     cooldown_steps: int = 600
     warmup_steps: int = 100
     num_scenes: int = 24
@@ -97,8 +99,12 @@ def step_batches(policy: Policy, settings: Settings, step: int, rank: int, world
     scale = settings.dense_scale
     done = min(step, settings.dense_steps) * scale + max(0, step - settings.dense_steps)  # steps' worth of images
     now = scale if step < settings.dense_steps else 1
+    is_mixed = step < settings.mixed_steps
     scenes, pages = (
-        [make(index, policy.codec) for index in range(done * size + rank, (done + now) * size, world_size)]
+        [
+            make(index, policy.codec, is_mixed=is_mixed)
+            for index in range(done * size + rank, (done + now) * size, world_size)
+        ]
         for make, size in ((shape_scene, settings.num_scenes), (page, settings.num_pages))
     )
     scenes.sort(key=lambda scene: max(len(question.answer) for question in scene[1]))
@@ -156,6 +162,8 @@ def train(folder: Path, start: Path, settings: Settings, *, rank: int, world_siz
     trained = [parameter for parameter in (*policy.parameters(), *head.parameters()) if parameter.requires_grad]
     checkpoint = folder / "checkpoint.pt"
     step = _resume(checkpoint, policy, head, optimizers) if checkpoint.exists() else 0
+    if rank == 0:
+        _cut(folder / "curve.jsonl", step)
     while step < settings.num_steps:
         started, cpu = time.perf_counter(), time.process_time()
         has_answers = step >= settings.dense_steps
@@ -218,6 +226,12 @@ def _average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> N
 def _log(path: Path, step: int, metrics: dict[str, float]) -> None:
     with path.open("a") as file:
         file.write(json.dumps({"step": step} | {name: round(value, 5) for name, value in metrics.items()}) + "\n")
+
+
+def _cut(path: Path, num_steps: int) -> None:
+    """Forget the steps after a checkpoint, which are to be done again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(lines[:num_steps]))
 
 
 def _save(path: Path, policy: nn.Module, head: nn.Module, optimizers: list[Any], step: int, settings: Settings) -> None:

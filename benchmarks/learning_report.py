@@ -1,0 +1,214 @@
+"""Tables and plots of the study of learning.py, from the runs that are there."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, TypeAlias
+
+from scipy.stats import t as student
+
+Result: TypeAlias = Mapping[str, Any]
+"""The file of a run."""
+
+PRIMARY = {
+    "grounding": ("accuracy_50", "accuracy at IoU 0.5"),
+    "counting": ("count_accuracy", "count accuracy"),
+    "detection": ("ap50", "AP50"),
+    "ocr": ("reward/similarity", "1 - edit distance"),
+}
+"""Task -> name of its metric, and in words."""
+OTHERS = {
+    "grounding": {"reward/iou": "mean IoU", "accuracy_75": "accuracy at .75", "accuracy_95": "accuracy at .95"},
+    "counting": {"mean_iou": "mean IoU", "box_recall": "boxes found", "absolute_error": "count error"},
+    "detection": {"reward/iou": "mean IoU", "ap75": "AP75", "ap": "AP"},
+    "ocr": {"reward": "reward"},
+}
+"""Metrics besides, which the reward of the task does not name, or not alone."""
+TRAININGS = {
+    "grpo": "GRPO",
+    "sft": "SFT",
+    "sft-grpo": "SFT, then GRPO",
+    "sequential": "GRPO, sequential matching",
+    "think": "GRPO, think",
+}
+LEVELS = ("pretraining", "training", "crowded", "photographs")
+COLOURS = {"grpo": "#c2185b", "sft": "#1976d2"}
+
+
+def read(folder: Path) -> list[Result]:
+    """All measured runs below a folder."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
+    return [result for result in found if result["is_measured"]]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval by Student's t; one value has no width.
+
+    >>> mean, half = interval([1.0, 2.0, 3.0])
+    >>> round(mean, 3), round(half, 3)
+    (2.0, 2.484)
+    """
+    if len(values) < 2:
+        return mean(values), float("nan")
+    return mean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
+
+
+def gains(
+    results: Iterable[Result], task: str, training: str, labels: int, value: Callable[[Result], float]
+) -> list[float]:
+    """What a training added on each seed, paired with the base on the same scenes."""
+    by_seed = {(r["training"], r["labels"], r["seed"]): r for r in results if r["task"] == task}
+    return [
+        value(result) - value(by_seed["base", 0, seed])
+        for (name, count, seed), result in sorted(by_seed.items())
+        if (name, count) == (training, labels) and ("base", 0, seed) in by_seed
+    ]
+
+
+def at_level(level: str, metric: str) -> Callable[[Result], float]:
+    """What reads a metric of a level."""
+    return lambda result: float(result["levels"][level][metric])
+
+
+def words(values: Sequence[float], *, is_gain: bool = True) -> str:
+    """Mean and interval, and on how many seeds it is a gain.
+
+    >>> words([0.1, 0.1, 0.1])
+    '+0.100 ± 0.000 (3 of 3)'
+    >>> words([]), words([0.25], is_gain=False)
+    ('-', '0.250')
+    """
+    if not values:
+        return "-"
+    center, half = interval(values)
+    text = f"{center:+.3f}" if is_gain else f"{center:.3f}"
+    text += f" ± {half:.3f}" if len(values) > 1 else ""
+    return f"{text} ({sum(value > 0 for value in values)} of {len(values)})" if is_gain else text
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def main_table(results: Sequence[Result]) -> str:
+    """Task by training: the gain in the primary metric on the training level."""
+    rows = []
+    for task, (metric, name) in PRIMARY.items():
+        base = [at_level("training", metric)(r) for r in results if (r["task"], r["training"]) == (task, "base")]
+        if base:
+            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in TRAININGS]
+            rows.append([task, name, words(base, is_gain=False), *cells])
+    return table(["task", "metric", "base", *TRAININGS.values()], rows)
+
+
+def other_table(results: Sequence[Result]) -> str:
+    """The gains in other metrics on the training level."""
+    rows = []
+    for task, metrics in OTHERS.items():
+        for metric, name in metrics.items():
+            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in TRAININGS]
+            if set(cells) != {"-"}:
+                rows.append([task, name, *cells])
+    return table(["task", "metric", *TRAININGS.values()], rows)
+
+
+def level_table(results: Sequence[Result]) -> str:
+    """The primary metric on every level: the base, and what GRPO and SFT add."""
+    rows = []
+    for task, (metric, _) in PRIMARY.items():
+        for level in LEVELS:
+            read_it = at_level(level, metric)
+            base = [read_it(r) for r in results if (r["task"], r["training"]) == (task, "base")]
+            if base:
+                added = [words(gains(results, task, kind, 0, read_it)) for kind in ("grpo", "sft")]
+                rows.append([task, level, words(base, is_gain=False), *added])
+    return table(["task", "level", "base", "GRPO", "SFT"], rows)
+
+
+def label_table(results: Sequence[Result]) -> str:
+    """The gain in the primary metric by the number of labelled images."""
+    counts = sorted({r["labels"] for r in results if r["labels"]})
+    rows = []
+    for task, (metric, _) in PRIMARY.items():
+        for kind in ("grpo", "sft"):
+            cells = [words(gains(results, task, kind, count, at_level("training", metric))) for count in counts]
+            if set(cells) - {"-"}:
+                rows.append([task, TRAININGS[kind], *cells])
+    return table(["task", "training", *(f"{count} images" for count in counts)], rows)
+
+
+def sampling_table(results: Sequence[Result]) -> str:
+    """What one of G samples holds before, and what training makes of it."""
+    rows = []
+    for task in PRIMARY:
+        for training in ("base", "grpo", "sft"):
+            found = [r for r in results if (r["task"], r["training"], r["labels"]) == (task, training, 0)]
+            if not found:
+                continue
+            values = [[r["sampled"][name] for r in found] for name in ("mean", "best")]
+            values += [[r["kl_per_token"] for r in found], [r["tokens"] for r in found]]
+            errors = [r["count_calibration_error"] for r in found if "count_calibration_error" in r]
+            cells = [words(each, is_gain=False) for each in (*values, errors)]
+            rows.append([task, training, *cells])
+    heads = ["task", "policy", "mean of 8 samples", "best of 8", "KL from the base per token", "tokens"]
+    return table([*heads, "calibration error of the count"], rows)
+
+
+def report(folder: Path, docs: Path) -> None:
+    """Write `tables.md` beside the runs, and the plots into the documentation."""
+    results = read(folder)
+    parts = {
+        "Gain at equal CPU-seconds": main_table(results),
+        "Other metrics": other_table(results),
+        "Levels": level_table(results),
+        "Few labelled images": label_table(results),
+        "Sampling": sampling_table(results),
+    }
+    text = "\n\n".join(f"## {head}\n\n{part}" for head, part in parts.items())
+    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    plot(results, docs / "learning.png")
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Gains with intervals: a row for trainings, one for levels, one for few labels; a column for each task."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, len(PRIMARY), figsize=(14, 9), squeeze=False)
+    for column, (task, (metric, name)) in enumerate(PRIMARY.items()):
+        groups = [
+            {label: gains(results, task, kind, 0, at_level("training", metric)) for kind, label in TRAININGS.items()},
+            {
+                f"{level}, {TRAININGS[kind]}": gains(results, task, kind, 0, at_level(level, metric))
+                for level in LEVELS
+                for kind in COLOURS
+            },
+            {
+                f"{count} images, {TRAININGS[kind]}": gains(results, task, kind, count, at_level("training", metric))
+                for count in sorted({r["labels"] for r in results if r["labels"]})
+                for kind in COLOURS
+            },
+        ]
+        for row, group in enumerate(groups):
+            shown = {label: values for label, values in group.items() if values}
+            axis = axes[row][column]
+            for height, (label, values) in enumerate(reversed(shown.items())):
+                center, half = interval(values)
+                colour = COLOURS["sft"] if label.endswith("SFT") else COLOURS["grpo"]
+                axis.errorbar(center, height, xerr=0 if half != half else half, fmt="o", color=colour, capsize=3)
+                axis.plot(values, [height] * len(values), ".", color=colour, alpha=0.35)
+            axis.axvline(0, color="grey", linewidth=0.8)
+            axis.set_yticks(range(len(shown)), list(reversed(shown)), fontsize=7)
+            axis.tick_params(axis="x", labelsize=7)
+            if row == 0:
+                axis.set_title(f"{task}: gain in {name}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
