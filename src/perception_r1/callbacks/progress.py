@@ -25,9 +25,6 @@ class Progress(ProgressBar):
         plain_seconds: Without a terminal: the longest time between two lines while there is progress.
     """
 
-    name = "training"
-    """What the fit is called."""
-
     def __init__(self, metrics: Sequence[str] = DEFAULT_METRICS, plain_seconds: float = 20.0) -> None:
         super().__init__()
         self.metrics = list(metrics)
