@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.modules import GRPO, SFT
 from tests.modules.toy import Checkpoints, Gradients, Log, Lottery, make_data, make_module, make_trainer
 from tests.modules.toy import trained_weights as weights_of
@@ -53,7 +54,7 @@ def train(model: str, folder: Path, kind: str) -> None:
     samples, log, gradients = Samples(), Log(), Gradients()
     trainer = make_trainer(
         folder,
-        [samples, log, gradients, Checkpoints()],
+        [samples, log, gradients, Checkpoints(), LogSamples(1, 64)],
         strategy="ddp",
         devices=2,
         limit_val_batches=1.0,

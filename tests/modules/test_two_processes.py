@@ -61,6 +61,7 @@ def test_two_processes_learn_the_same_from_different_samples(runs, kind):
     assert first["validated"] == second["validated"]
     assert (first["validated"] > 0) == (not kind.startswith("sft"))
     assert sorted(path.name for path in runs.glob(f"{kind}/version_0/checkpoints/*")) == ["best.ckpt", "last.ckpt"]
+    assert {path.parent.name for path in runs.glob(f"{kind}/version_0/samples/*/0.png")} == {"first", "last"}
 
 
 def test_the_number_of_parts_may_differ_between_processes_and_changes_nothing(runs):

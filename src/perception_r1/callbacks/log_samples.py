@@ -45,7 +45,7 @@ class LogSamples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what the untrained policy answers, unless this run goes on from a checkpoint."""
-        datamodule = getattr(trainer, "datamodule", None)
+        folder, datamodule = run_folder(trainer), getattr(trainer, "datamodule", None)
         if trainer.ckpt_path is not None or datamodule is None or not self.num_samples or not trainer.is_global_zero:
             return
         module, samples = cast("EvaluationModule", pl_module), list[LoadedSample[Any]]()
@@ -55,7 +55,7 @@ class LogSamples(Callback):
                 break
         with trainer.precision_plugin.val_step_context(), torch.no_grad():
             self._scored_completions = module.score_greedy(samples[: self.num_samples])
-        self.on_validation_end(trainer, pl_module)
+        self._log(trainer, module, folder)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the completions of the validation before."""
@@ -71,11 +71,12 @@ class LogSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, log and save the cards."""
         folder = run_folder(trainer)
-        if not self._scored_completions:
-            return
-        task = cast("EvaluationModule", pl_module).task
+        if self._scored_completions:
+            self._log(trainer, cast("EvaluationModule", pl_module), folder)
+
+    def _log(self, trainer: Trainer, module: "EvaluationModule", folder: Path | None) -> None:
         cards = [
-            sample_card(task, scored, step=trainer.global_step, panel_width=self.panel_width)
+            sample_card(module.task, scored, step=trainer.global_step, panel_width=self.panel_width)
             for scored in self._scored_completions
         ]
         self._scored_completions = []
