@@ -65,7 +65,7 @@ predict: $(INSTALLED) ## Answer IMAGES with RUN
 export: $(INSTALLED) ## Write RUN as a model folder TO
 	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)
 
-pretrain: $(INSTALLED) ## Make the embedded model again from nothing, which takes hours (ARGS='--num_steps 10000')
+pretrain: $(INSTALLED) ## Make the embedded model again from nothing, in logs/pretraining, which takes hours
 	$(BIN)/python -m perception_r1.embedded.pretraining $(ARGS)
 
 tensorboard: $(INSTALLED) ## Show all runs

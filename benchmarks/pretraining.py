@@ -1,6 +1,6 @@
 """The curve of a pretraining of the embedded model, short enough to be kept.
 
-    make pretrain ARGS='--num_steps 10000'
+    make pretrain
     python benchmarks/pretraining.py logs/pretraining
 
 Reads the folder of `make pretrain`; writes means over every hundred steps, settings and hours to

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_terms_are_counted_as_the_losses_sum_them(start):
     assert counts["page/name"] == sum(scene.owner.size // 49 for scene, _ in pages)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights(start, tmp_path):
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(start, tmp_path, capsys):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     train(tmp_path / "whole", start, SETTINGS, rank=0, world_size=1)
@@ -114,6 +115,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(start, tmp_path):
     assert [[entry["step"] for entry in curve] for curve in curves] == [[1, 2, 3, 4]] * 3
     assert [entry["detection"] for entry in curves[1][1:]] == [entry["detection"] for entry in curves[2][1:]]
     assert any(not torch.equal(whole[name], again[name]) for name in again)  # the cool-down has an effect
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        f"step {step} of {of}" for step, of in ((4, 4), (2, 2), (4, 4), (4, 4))
+    ]
+    assert all(re.fullmatch(r"(.* \d\.\d{3}, )+0:00:00 left", line.partition(", ")[2]) for line in lines)
+    assert f"detection {curves[2][-1]['detection']:.3f}" in lines[-1]
 
 
 def _double(prompts):

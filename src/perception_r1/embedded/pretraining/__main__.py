@@ -17,8 +17,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     for name, kind in Settings.__annotations__.items():
-        default = getattr(Settings, name, None)
-        parser.add_argument(f"--{name}", type=kind, default=default, required=default is None)
+        parser.add_argument(f"--{name}", type=kind, default=getattr(Settings, name))
     args = vars(parser.parse_args())
     folder, processes, save_every = args.pop("folder"), args.pop("processes"), args.pop("save_every")
     settings = Settings(**args)

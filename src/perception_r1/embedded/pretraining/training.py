@@ -1,6 +1,6 @@
 """The pretraining loop: seeing first, then seeing and answering.
 
-    python -m perception_r1.embedded.pretraining --folder FOLDER --num_steps N --processes 2
+    python -m perception_r1.embedded.pretraining --folder FOLDER --processes 2
 
 In the first steps only dense supervision runs (`dense.py`); then the answers of all tasks are learnt besides, each task
 with the same weight. The learning rate is constant after a warm-up and falls to zero over the last steps of a run, so a
@@ -12,8 +12,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ NUM_PARTS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the weights, besides the code.
+    """What decides the weights, besides the code; by default, those of the model in the package.
 
     Attributes:
         num_steps: Steps of the whole run.
@@ -55,10 +56,10 @@ class Settings:
         seed: Of the initial weights.
     """
 
-    num_steps: int
+    num_steps: int = 10_000
     dense_steps: int = 1800
     mixed_steps: int = 4200
-    cooldown_steps: int = 600
+    cooldown_steps: int = 2500
     warmup_steps: int = 100
     num_scenes: int = 24
     num_pages: int = 24
@@ -164,11 +165,12 @@ def train(folder: Path, start: Path, settings: Settings, *, rank: int, world_siz
     step = _resume(checkpoint, policy, head, optimizers) if checkpoint.exists() else 0
     if rank == 0:
         _cut(folder / "curve.jsonl", step)
+    begun, first = time.perf_counter(), step
     while step < settings.num_steps:
         started, cpu = time.perf_counter(), time.process_time()
         has_answers = step >= settings.dense_steps
         batches = step_batches(policy, settings, step, rank, world_size)
-        metrics = _backward(losses_of, batches, has_answers=has_answers, dense_weight=settings.dense_weight)
+        losses = _backward(losses_of, batches, has_answers=has_answers, dense_weight=settings.dense_weight)
         _average_gradients(trained, world_size)
         norm = torch.nn.utils.clip_grad_norm_(trained, 2.0)
         for optimizer, lr in zip(optimizers, (settings.matrix_lr, settings.lr), strict=True):
@@ -178,11 +180,14 @@ def train(folder: Path, start: Path, settings: Settings, *, rank: int, world_siz
             optimizer.zero_grad(set_to_none=True)
         step += 1
         if rank == 0:
-            metrics |= {"grad_norm": float(norm), "seconds": time.perf_counter() - started}
-            metrics |= {"cpu_seconds": (time.process_time() - cpu) * world_size}
-            _log(folder / "curve.jsonl", step, metrics)
+            costs = {"grad_norm": float(norm), "seconds": time.perf_counter() - started}
+            costs |= {"cpu_seconds": (time.process_time() - cpu) * world_size}
+            _log(folder / "curve.jsonl", step, losses | costs)
             if step % save_every == 0 or step == settings.num_steps:
                 _save(checkpoint, policy, head, optimizers, step, settings)
+                seconds_left = (time.perf_counter() - begun) / (step - first) * (settings.num_steps - step)
+                print(f"step {step} of {settings.num_steps}, {_in_words(losses)}", end=", ")
+                print(f"{timedelta(seconds=round(seconds_left))} left", flush=True)
     if rank == 0:
         policy.half().save(folder / "model")
 
@@ -221,6 +226,12 @@ def _average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> N
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient) / world_size)
+
+
+def _in_words(losses: Mapping[str, float]) -> str:
+    """The losses of the answers, or while there are none those of seeing."""
+    answers = {name: loss for name, loss in losses.items() if "/" not in name}
+    return ", ".join(f"{name} {loss:.3f}" for name, loss in (answers or losses).items())
 
 
 def _log(path: Path, step: int, metrics: dict[str, float]) -> None:
