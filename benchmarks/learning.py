@@ -17,7 +17,7 @@ validations. Nothing that is tested was seen in training or chosen on.
     python benchmarks/learning.py report            # tables and plots of what is there
 
 Every run is a file in benchmarks/results/learning; see `learning_run.py` for what is measured, `learning_worlds.py` for
-where, and docs/learning.md for what was found.
+where, and docs/results.md for what was found.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class Study:
     Attributes:
         results: Folder of the results, one file for each run.
         runs: Folder of the trainings.
-        num_tested: Held-out images of the training level; of each other level half as many.
+        num_tested: Held-out images of pretraining and of training; of the levels beyond half as many.
     """
 
     results: Path = RESULTS

@@ -1,6 +1,7 @@
 """Tables and plots of the study of learning.py, from the runs that are there."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
 from pathlib import Path
@@ -32,6 +33,13 @@ TRAININGS = {
     "sft-grpo": "SFT, then GRPO",
     "sequential": "GRPO, sequential matching",
     "think": "GRPO, think",
+}
+SAMPLED = {
+    "mean": "mean of 8 samples",
+    "best": "best of 8",
+    "kl_per_token": "KL from the base per token",
+    "tokens": "tokens",
+    "count_calibration_error": "calibration error of the count",
 }
 LEVELS = ("pretraining", "training", "crowded", "photographs")
 COLOURS = {"grpo": "#c2185b", "sft": "#1976d2"}
@@ -94,6 +102,18 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def base_table(results: Sequence[Result]) -> str:
+    """The primary metric of the base on every level."""
+    rows = []
+    for task, (metric, name) in PRIMARY.items():
+        bases = [r for r in results if (r["task"], r["training"]) == (task, "base")]
+        if bases:
+            rows.append(
+                [task, name, *(words([at_level(level, metric)(r) for r in bases], is_gain=False) for level in LEVELS)]
+            )
+    return table(["task", "metric", *LEVELS], rows)
+
+
 def main_table(results: Sequence[Result]) -> str:
     """Task by training: the gain in the primary metric on the training level."""
     rows = []
@@ -142,36 +162,44 @@ def label_table(results: Sequence[Result]) -> str:
 
 
 def sampling_table(results: Sequence[Result]) -> str:
-    """What one of G samples holds before, and what training makes of it."""
+    """What one of G samples holds before, and what training makes of it, by temperature."""
     rows = []
     for task in PRIMARY:
         for training in ("base", "grpo", "sft"):
-            found = [r for r in results if (r["task"], r["training"], r["labels"]) == (task, training, 0)]
-            if not found:
-                continue
-            values = [[r["sampled"][name] for r in found] for name in ("mean", "best")]
-            values += [[r["kl_per_token"] for r in found], [r["tokens"] for r in found]]
-            errors = [r["count_calibration_error"] for r in found if "count_calibration_error" in r]
-            cells = [words(each, is_gain=False) for each in (*values, errors)]
-            rows.append([task, training, *cells])
-    heads = ["task", "policy", "mean of 8 samples", "best of 8", "KL from the base per token", "tokens"]
-    return table([*heads, "calibration error of the count"], rows)
+            found = [r["sampled"] for r in results if (r["task"], r["training"], r["labels"]) == (task, training, 0)]
+            for temperature in found[0] if found else ():
+                columns = [[r[temperature][name] for r in found if name in r[temperature]] for name in SAMPLED]
+                rows.append([task, training, temperature, *(words(each, is_gain=False) for each in columns)])
+    return table(["task", "policy", "temperature", *SAMPLED.values()], rows)
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
+    "base": base_table,
+    "gains": main_table,
+    "others": other_table,
+    "levels": level_table,
+    "labels": label_table,
+    "sampling": sampling_table,
+}
+"""The tables that a page can have, by the name in the comment before it: `<!-- learning: gains -->`."""
+
+
+def fill(page: str, results: Sequence[Result]) -> str:
+    """A page with its tables written anew, each from the comment with its name to `<!-- end -->`."""
+    return re.sub(
+        r"(<!-- learning: (\w+) -->\n).*?(\n<!-- end -->)",
+        lambda found: f"{found[1]}\n{TABLES[found[2]](results)}\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
 
 
 def report(folder: Path, docs: Path) -> None:
-    """Write `tables.md` beside the runs, and the plots into the documentation."""
-    results = read(folder)
-    parts = {
-        "Gain at equal CPU-seconds": main_table(results),
-        "Other metrics": other_table(results),
-        "Levels": level_table(results),
-        "Few labelled images": label_table(results),
-        "Sampling": sampling_table(results),
-    }
-    text = "\n\n".join(f"## {head}\n\n{part}" for head, part in parts.items())
-    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    """Write the tables into results.md and the plots into learning.png of the documentation."""
+    results, page = read(folder), docs / "results.md"
+    page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     plot(results, docs / "learning.png")
+    print(f"wrote {page} and {docs / 'learning.png'} from {len(results)} runs")
 
 
 def plot(results: Sequence[Result], path: Path) -> None:

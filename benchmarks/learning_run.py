@@ -33,6 +33,8 @@ from perception_r1.tasks import TASKS
 
 GROUP_SIZE = 8
 """Answers that are sampled to an image."""
+TEMPERATURES = (1.0, 0.5)
+"""Of sampling: the model's own, and that of training."""
 MAX_NEW_TOKENS = 520
 """Enough for the most crowded image."""
 
@@ -48,7 +50,8 @@ class Run:
         labels: Labelled images, seen as often as it takes; 0 for ever new ones.
         phases: Options and steps of each training in turn; a later one starts from the weights of the one before.
         folder: Where its trainings lie.
-        num_tested: Held-out images of the training level; half as many of every other, and a fourth is sampled.
+        num_tested: Held-out images of pretraining and of training; half as many of the levels beyond, and a fourth of
+            those of training is sampled.
         is_measured: Measure the result on all levels; otherwise only validate it.
     """
 
@@ -132,7 +135,7 @@ def measure(run: Run, folder: Path | None) -> dict[str, Any]:
     module.policy = policy
     found: dict[str, Any] = {"levels": {}}
     for name, world in levels(run.task).items():
-        num_test = run.num_tested if name == "training" else run.num_tested // 2
+        num_test = run.num_tested if name in ("pretraining", "training") else run.num_tested // 2
         data = DATA[run.task](task=task, world=world, seed=run.seed, num_test=num_test)
         data.setup("test")
         samples = list(data.samples("test"))
@@ -142,14 +145,18 @@ def measure(run: Run, folder: Path | None) -> dict[str, Any]:
         values = {tag: float(value) for tag, value in metrics.compute().items() if not value.isnan()}
         found["levels"][name] = values | (box_metrics(answers) if run.task == "counting" else {})
         if name == "training":
-            base = Policy.load(PolicyConfig(name="tiny")).eval()
-            found |= sample(module, base, samples[: run.num_tested // 4], answers)
+            base, chosen = Policy.load(PolicyConfig(name="tiny")).eval(), samples[: run.num_tested // 4]
+            found["sampled"] = {f"{each:g}": sample(module, base, chosen, answers, each) for each in TEMPERATURES}
     return found
 
 
 def sample(
-    module: EvaluationModule, base: Policy, samples: Sequence[LoadedSample[Any]], greedy: Sequence[ScoredCompletion]
-) -> dict[str, Any]:
+    module: EvaluationModule,
+    base: Policy,
+    samples: Sequence[LoadedSample[Any]],
+    greedy: Sequence[ScoredCompletion],
+    temperature: float,
+) -> dict[str, float]:
     """What G sampled answers to each image hold, and their divergence from the base in nats per token."""
     policy, rewards, values, agree, gaps, num_tokens = module.policy, [], [], [], 0.0, 0
     name = module.task.primary_metric.removeprefix("reward/")
@@ -158,9 +165,13 @@ def sample(
         with evaluation_mode(policy):
             prompts = encode_prompts(policy, module.task, batch)
             rollout = policy.generate(
-                policy.prefill(prompts), group_size=GROUP_SIZE, max_new_tokens=MAX_NEW_TOKENS, seeds=range(len(batch))
+                policy.prefill(prompts),
+                group_size=GROUP_SIZE,
+                max_new_tokens=MAX_NEW_TOKENS,
+                seeds=range(len(batch)),
+                temperature=temperature,
             )
-            own, before = (each(prompts, rollout.completions) for each in (policy, base))
+            own, before = (each(prompts, rollout.completions, temperature) for each in (policy, base))
         gaps += float((own - before).sum())
         num_tokens += sum(len(completion) for completion in rollout.completions)
         scored = score_completions(module.task, module.parse(batch, prompts, rollout), is_evaluation=True)
@@ -171,16 +182,10 @@ def sample(
                 first = next(answered)
                 same = mean(count_of(answer) == count_of(first) for answer in group)
                 agree.append((same, first.score.metrics["count_accuracy"]))
-    spread = {"mean_reward": mean(map(mean, rewards)), "best_reward": mean(map(max, rewards))}
-    spread |= {"mean": mean(map(mean, values)), "best": mean(map(max, values))}
-    result: dict[str, Any] = {
-        "sampled": spread,
-        "kl_per_token": gaps / num_tokens,
-        "tokens": num_tokens / GROUP_SIZE / len(rewards),
-    }
-    if agree:
-        result["count_calibration_error"] = calibration_error(agree)
-    return result
+    found = {"mean_reward": mean(map(mean, rewards)), "best_reward": mean(map(max, rewards))}
+    found |= {"mean": mean(map(mean, values)), "best": mean(map(max, values))}
+    found |= {"kl_per_token": gaps / num_tokens, "tokens": num_tokens / GROUP_SIZE / len(rewards)}
+    return found | ({"count_calibration_error": calibration_error(agree)} if agree else {})
 
 
 def count_of(answer: ScoredCompletion) -> int | None:

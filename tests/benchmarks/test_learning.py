@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from PIL import Image
 from scipy.stats import ttest_1samp
 
 from perception_r1.data.synthetic.worlds import World
@@ -123,6 +125,34 @@ def test_gains_are_paired_by_seed_and_their_interval_is_that_of_a_t_test():
     assert math.isnan(report.interval([1.0])[1])
 
 
+def test_a_report_draws_every_interval_that_its_tables_tell(tmp_path, monkeypatch, capsys):
+    sampled = {"1": dict.fromkeys(report.SAMPLED, 0.5)}
+    for training, gain in {"base": 0.0, "grpo": 0.2, "sft": -0.1}.items():
+        for seed in range(3):
+            found = result(training, seed, 0.3 + gain + 0.01 * seed * (training != "base"))
+            found |= {"sampled": sampled, "is_measured": True}
+            found["levels"]["training"] |= dict.fromkeys(report.OTHERS["grounding"], 0.1)
+            path = tmp_path / "grounding" / f"{training}-seed-{seed}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found))
+    bars = []
+    draw = Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda self, x, y, **kw: bars.append((x, kw["xerr"])) or draw(self, x, y, **kw)
+    )
+    page = tmp_path / "results.md"
+    page.write_text("Before.\n\n<!-- learning: levels -->\n\nOld.\n\n<!-- end -->\n\nAfter.\n")
+    report.report(tmp_path, tmp_path)
+    tables = page.read_text()
+    assert tables.startswith("Before.\n\n<!-- learning: levels -->\n\n| task")
+    assert tables.endswith("|\n\n<!-- end -->\n\nAfter.\n")
+    assert "from 9 runs" in capsys.readouterr().out
+    assert Image.open(tmp_path / "learning.png").width > 1000
+    assert len(bars) == 2 * (1 + len(report.LEVELS))
+    assert {f"{center:+.3f} ± {half:.3f}" for center, half in bars} == {"+0.210 ± 0.025", "-0.090 ± 0.025"}
+    assert all(f"{center:+.3f} ± {half:.3f}" in tables for center, half in bars)
+
+
 def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "GROUP_SIZE", 2)
     monkeypatch.setattr(run, "MAX_NEW_TOKENS", 8)
@@ -145,25 +175,25 @@ def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
     assert len(found["cpu_seconds"]) == 2
     assert min(found["cpu_seconds"]) > 0
     assert set(found["levels"]) == set(report.LEVELS)
-    assert found["sampled"]["best"] >= found["sampled"]["mean"]
-    assert found["kl_per_token"] != 0  # it was trained
+    assert list(found["sampled"]) == ["1", "0.5"]
+    for sampled in found["sampled"].values():
+        assert sampled["best"] >= sampled["mean"]
+        assert sampled["kl_per_token"] != 0  # it was trained
     base = run.Run(task="ocr", training="base", seed=0, labels=0, phases=[], folder="", num_tested=8)
     monkeypatch.setattr(sys, "argv", ["learning_run.py", json.dumps(vars(base)), str(tmp_path / "base.json")])
     assert run.main() == 0
-    assert json.loads((tmp_path / "base.json").read_text())["kl_per_token"] == 0
+    assert json.loads((tmp_path / "base.json").read_text())["sampled"]["0.5"]["kl_per_token"] == 0
 
 
-def test_the_committed_tables_and_pages_are_those_of_the_committed_runs():
+def test_the_committed_pages_say_what_the_committed_runs_say():
     results = report.read(RESULTS / "learning")
     assert {result["task"] for result in results} == set(report.PRIMARY)
-    text = (RESULTS / "learning" / "tables.md").read_text(encoding="utf-8")
-    for make in (report.main_table, report.level_table, report.sampling_table):
-        assert make(results) in text
-    base = {result["task"]: result for result in results if (result["training"], result["seed"]) == ("base", 0)}
-    for page, levels in (("README.md", report.LEVELS[:3]), ("docs/results.md", report.LEVELS)):
-        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
-        for task, (metric, name) in report.PRIMARY.items():
-            numbers = " | ".join(f"{base[task]['levels'][level][metric]:.3f}" for level in levels)
-            assert [
-                line for line in lines if line.startswith(f"| {task} |") and line.endswith(f"| {name} | {numbers} |")
-            ]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert report.fill(page, results) == page
+    assert "<!-- learning: base -->" in page
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for task, (metric, name) in report.PRIMARY.items():
+        bases = [result for result in results if (result["task"], result["training"]) == (task, "base")]
+        means = [np.mean([base["levels"][level][metric] for base in bases]) for level in report.LEVELS[:3]]
+        ending = " | ".join([name, *(f"{mean:.3f}" for mean in means)])
+        assert [line for line in readme if line.startswith(f"| {task} |") and line.endswith(f"| {ending} |")]
