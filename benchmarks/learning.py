@@ -49,6 +49,8 @@ EXTRA = {
 TRAININGS = ("grpo", "sft", "sft-grpo", "sequential", "think")
 LABELS = (64, 256, 1024)
 CALIBRATION_STEPS = 12
+NUM_TESTED = {"grounding": 1200, "counting": 400, "detection": 400, "ocr": 1200}
+"""Held-out images of a run: more where an answer is short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +77,13 @@ class Study:
     Attributes:
         results: Folder of the results, one file for each run.
         runs: Folder of the trainings.
-        num_tested: Held-out images of pretraining and of training; of the levels beyond half as many.
+        num_tested: Held-out images of pretraining and of training, of the levels beyond half as many; NUM_TESTED unless
+            given.
     """
 
     results: Path = RESULTS
     runs: Path = ROOT / "logs" / "learning"
-    num_tested: int = 400
+    num_tested: int | None = None
 
     def path(self, job: Job) -> Path:
         """Where the result of a job is."""
@@ -127,7 +130,8 @@ class Study:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         values = {name: value for name, value in asdict(job).items() if name != "lr"}
-        values |= {"phases": self.phases(job), "folder": str(folder), "num_tested": self.num_tested}
+        num_tested = self.num_tested or NUM_TESTED[job.task]
+        values |= {"phases": self.phases(job), "folder": str(folder), "num_tested": num_tested}
         values["is_measured"] = not job.training.startswith(("cost", "rate"))
         command = [sys.executable, str(ROOT / "benchmarks" / "learning_run.py"), json.dumps(values)]
         paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")])
@@ -176,7 +180,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="Runs side by side, one thread each.")
     parser.add_argument("--results", type=Path, default=Study.results, help="Folder of the results.")
     parser.add_argument("--runs", type=Path, default=Study.runs, help="Folder of the trainings.")
-    parser.add_argument("--num_tested", type=int, default=Study.num_tested, help="Held-out images of a run.")
+    parser.add_argument("--num_tested", type=int, help="Held-out images of a run.")
     args = parser.parse_args()
     study = Study(results=args.results.resolve(), runs=args.runs.resolve(), num_tested=args.num_tested)
     pairs = [(task, kind) for task in args.tasks for kind in KINDS]

@@ -26,13 +26,15 @@ from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import EvaluationModule, evaluation_mode
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
-from perception_r1.records import LoadedSample
+from perception_r1.records import Box, LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 
 GROUP_SIZE = 8
 """Answers that are sampled to an image."""
+NUM_SAMPLED = 100
+"""Held-out images of training that are answered by sampling."""
 TEMPERATURES = (1.0, 0.5)
 """Of sampling: the model's own, and that of training."""
 MAX_NEW_TOKENS = 520
@@ -50,8 +52,7 @@ class Run:
         labels: Labelled images, seen as often as it takes; 0 for ever new ones.
         phases: Options and steps of each training in turn; a later one starts from the weights of the one before.
         folder: Where its trainings lie.
-        num_tested: Held-out images of pretraining and of training; half as many of the levels beyond, and a fourth of
-            those of training is sampled.
+        num_tested: Held-out images of pretraining and of training; half as many of the levels beyond.
         is_measured: Measure the result on all levels; otherwise only validate it.
     """
 
@@ -143,9 +144,9 @@ def measure(run: Run, folder: Path | None) -> dict[str, Any]:
         metrics = make_metrics(task)
         update_metrics(metrics, answers)
         values = {tag: float(value) for tag, value in metrics.compute().items() if not value.isnan()}
-        found["levels"][name] = values | (box_metrics(answers) if run.task == "counting" else {})
+        found["levels"][name] = values | (box_metrics(answers) if run.task in ("counting", "detection") else {})
         if name == "training":
-            base, chosen = Policy.load(PolicyConfig(name="tiny")).eval(), samples[: run.num_tested // 4]
+            base, chosen = Policy.load(PolicyConfig(name="tiny")).eval(), samples[:NUM_SAMPLED]
             found["sampled"] = {f"{each:g}": sample(module, base, chosen, answers, each) for each in TEMPERATURES}
     return found
 
@@ -208,18 +209,23 @@ def calibration_error(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def box_metrics(answers: Sequence[ScoredCompletion]) -> dict[str, float]:
-    """Mean IoU over the objects that are to be counted, and the share of them that is boxed at IoU 0.5 or more.
+    """Mean IoU over all objects, and the share of them that is boxed at IoU 0.5 or more.
 
-    Boxes and objects are paired so that their IoU is highest in sum; an object without a box has 0.
+    Boxes and objects of an image are paired so that their IoU is highest in sum, whatever their names; an object
+    without a box has 0.
     """
     overlaps: list[float] = []
     for answer in answers:
-        targets = answer.sample.target.boxes or ()
-        boxes = answer.prediction.boxes if answer.prediction is not None else ()
-        matrix = iou_matrix(boxes, targets)
-        pairs = match(-matrix, "bipartite") if boxes and targets else []
+        targets, found = boxes_of(answer.sample.target), boxes_of(answer.prediction)
+        matrix = iou_matrix(found, targets)
+        pairs = match(-matrix, "bipartite") if found and targets else []
         overlaps += [float(matrix[pair]) for pair in pairs] + [0.0] * (len(targets) - len(pairs))
     return {"mean_iou": mean(overlaps), "box_recall": mean(overlap >= 0.5 for overlap in overlaps)}
+
+
+def boxes_of(answer: Any) -> Sequence[Box]:
+    """The boxes of a target or a prediction of counting or detection; none where there is nothing to read."""
+    return [item.box for item in answer.objects] if hasattr(answer, "objects") else getattr(answer, "boxes", None) or ()
 
 
 def in_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -97,10 +97,16 @@ def test_handwritten_digits_are_read_as_their_labels():
     assert num_right > 0.8 * num_digits
 
 
-def test_boxes_of_a_count_are_paired_for_the_highest_overlap():
+@pytest.mark.parametrize("task", ["counting", "detection"])
+def test_boxes_are_paired_for_the_highest_overlap(task):
+    def holding(boxes):
+        if task == "counting":
+            return SimpleNamespace(boxes=boxes)
+        return SimpleNamespace(objects=[SimpleNamespace(box=box) for box in boxes])
+
     def answer(boxes, targets):
-        prediction = None if boxes is None else SimpleNamespace(boxes=boxes)
-        return SimpleNamespace(prediction=prediction, sample=SimpleNamespace(target=SimpleNamespace(boxes=targets)))
+        prediction = None if boxes is None else holding(boxes)
+        return SimpleNamespace(prediction=prediction, sample=SimpleNamespace(target=holding(targets)))
 
     left, right = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
     half_of_left = (0.0, 0.0, 0.25, 1.0)
