@@ -245,7 +245,7 @@ def random_kind(rng: random.Random) -> Kind:
 
 def count_objects(things: Sequence[Thing], label: str) -> dict[str, object]:
     """The row of a counting question: objects whose shape, or colour and shape, is the label."""
-    boxes = [list(thing.box) for thing in things if label in (thing.name, f"{thing.colour} {thing.name}")]
+    boxes = [list(thing.box) for thing in things if thing.is_called(label)]
     points = [[(x1 + x2) / 2, (y1 + y2) / 2] for x1, y1, x2, y2 in boxes]
     return {"label": label, "count": len(boxes), "points": points, "boxes": boxes}
 

@@ -32,6 +32,10 @@ class Thing:
     colour: str
     box: tuple[int, int, int, int]
 
+    def is_called(self, label: str) -> bool:
+        """Whether a label is its shape, or its colour and shape."""
+        return label in (self.name, f"{self.colour} {self.name}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:

@@ -14,6 +14,7 @@ from torch import Tensor
 from perception_r1.data.synthetic.worlds import Scene
 from perception_r1.embedded.pretraining.dense import dense_targets
 from perception_r1.embedded.pretraining.questions import Question
+from perception_r1.embedded.pretraining.supervised_attention import attention_targets
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.policy import Policy
 
@@ -28,6 +29,7 @@ class PretrainingBatch:
         answer_lengths: Answer tokens of each continuation, at its end.
         tasks: Task of each continuation.
         targets: What is at the points of the images; see `dense_targets`.
+        attention_targets: Where to look during the answer of each continuation; see `attention_targets`.
     """
 
     prompts: PromptBatch
@@ -35,6 +37,7 @@ class PretrainingBatch:
     answer_lengths: list[int]
     tasks: list[str]
     targets: Tensor
+    attention_targets: list[Tensor]
 
     @property
     def kind(self) -> str:
@@ -45,17 +48,18 @@ class PretrainingBatch:
 def make_batch(policy: Policy, scenes: Sequence[tuple[Scene, list[Question]]]) -> PretrainingBatch:
     """Encode scenes; those of equal size become neighbours, as the engine likes them."""
     scenes = sorted(scenes, key=lambda scene: scene[0].image.size)
-    questions = [question for _, asked in scenes for question in asked]
-    chats = [_chat(question.prompt) for question in questions]
-    images = [[scene.image] for scene, asked in scenes for _ in asked]
-    firsts = [sum(len(asked) for _, asked in scenes[:number]) for number in range(len(scenes))]
+    asked = [(scene, question) for scene, questions in scenes for question in questions]
+    chats = [_chat(question.prompt) for _, question in asked]
+    images = [[scene.image] for scene, _ in asked]
+    firsts = [sum(len(questions) for _, questions in scenes[:number]) for number in range(len(scenes))]
     image_only = policy.encode([chats[first] for first in firsts], [images[first] for first in firsts])
     vision_end = policy.model.config.vision_end_token_id
     cuts = [int((ids == vision_end).nonzero()[-1]) + 1 for ids in image_only.input_ids]
     texts = policy.processor.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     rests = [str(text).partition("<|vision_end|>")[2] for text in texts]
     rows = policy.processor.tokenizer(rests, add_special_tokens=False)["input_ids"]
-    answers = policy.encode_targets([question.answer for question in questions])
+    answers = policy.encode_targets([question.answer for _, question in asked])
+    tokens = [policy.processor.tokenizer.convert_ids_to_tokens(answer.tolist()) for answer in answers]
     positions = [ids[:, :cut] for ids, cut in zip(image_only.position_ids, cuts, strict=True)]
     return PretrainingBatch(
         prompts=replace(
@@ -66,8 +70,12 @@ def make_batch(policy: Policy, scenes: Sequence[tuple[Scene, list[Question]]]) -
         ),
         continuations=[torch.cat([torch.tensor(row), answer]) for row, answer in zip(rows, answers, strict=True)],
         answer_lengths=[len(answer) for answer in answers],
-        tasks=[question.task for question in questions],
+        tasks=[question.task for _, question in asked],
         targets=dense_targets([scene for scene, _ in scenes]),
+        attention_targets=[
+            attention_targets(scene, question.things, answer)
+            for (scene, question), answer in zip(asked, tokens, strict=True)
+        ],
     )
 
 

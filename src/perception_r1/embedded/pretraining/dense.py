@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from perception_r1.data.synthetic.pages import CHARACTERS
 from perception_r1.data.synthetic.render import COLOURS, SHAPES
-from perception_r1.data.synthetic.worlds import Scene
+from perception_r1.data.synthetic.worlds import Owner, Scene
 
 TOKEN_SIZE = 28
 """Pixels of an image token, across and down."""
@@ -65,14 +65,19 @@ def dense_targets(scenes: Sequence[Scene]) -> Tensor:
     return torch.from_numpy(np.concatenate([_of_scene(scene) for scene in scenes]))
 
 
-def _of_scene(scene: Scene) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+def owners(scene: Scene) -> Owner:
+    """[F, S] number of the thing that is seen at each point, -1 for the background."""
     height, width = scene.owner.shape
     rows, columns = height // TOKEN_SIZE, width // TOKEN_SIZE
+    at_points = scene.owner[_STEP // 2 :: _STEP, _STEP // 2 :: _STEP]  # [rows * side, columns * side]
+    side = TOKEN_SIZE // _STEP
+    return at_points.reshape(rows, side, columns, side).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
+
+
+def _of_scene(scene: Scene) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    height, width = scene.owner.shape
     table = np.zeros((len(scene.things) + 1, 6), np.float32)  # the last one is the background
     for number, thing in enumerate(scene.things):
         x1, y1, x2, y2 = thing.box
         table[number] = _NAMES[thing.name], _COLOURS[thing.colour], x1 / width, y1 / height, x2 / width, y2 / height
-    at_points = scene.owner[_STEP // 2 :: _STEP, _STEP // 2 :: _STEP]  # [rows * side, columns * side]
-    side = TOKEN_SIZE // _STEP
-    by_token = at_points.reshape(rows, side, columns, side).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
-    return table[by_token]
+    return table[owners(scene)]

@@ -48,38 +48,46 @@ _THINK_SHARE = 0.05
 GROUNDING, COUNTING, DETECTION, OCR = Grounding(), Counting(), Detection(categories=DetectionWorld().labels), Ocr()
 
 
-_Asked: TypeAlias = tuple[Task[Any, Any], dict[str, object]]
-"""A task, and the row of a question."""
+_Asked: TypeAlias = tuple[Task[Any, Any], dict[str, object], Sequence[int]]
+"""A task, the row of a question, and the things that the answer lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A prompt about an image, with its ideal answer."""
+    """A prompt about an image, with its ideal answer.
+
+    Attributes:
+        things: Numbers of the scene's things whose boxes the answer lists, in the order of the answer.
+    """
 
     task: str
     prompt: str
     answer: str
+    things: tuple[int, ...]
 
 
 def shape_scene(index: int, codec: Codec, *, is_mixed: bool = False) -> tuple[Scene, list[Question]]:
     """Scene number `index` with its questions: one of detection, one or more of counting, the others of grounding."""
     rng = random.Random(f"{_SEED} {index}")
     scene = _scenes(rng.choice(SHAPE_WORLDS), _skew(rng, is_mixed))[index]
-    asked: list[_Asked] = [(DETECTION, detect_objects(scene.things))]
-    for target in rng.sample(scene.things, len(scene.things)):
-        values = SHAPE_WORLDS[0].ask(rng, target, scene.things)  # type: ignore[attr-defined]
+    numbers = range(len(scene.things))
+    asked: list[_Asked] = [(DETECTION, detect_objects(scene.things), numbers)]
+    for number in rng.sample(numbers, len(numbers)):
+        values = SHAPE_WORLDS[0].ask(rng, scene.things[number], scene.things)  # type: ignore[attr-defined]
         if values is not None and len(asked) < NUM_QUESTIONS - 1:
-            asked.append((GROUNDING, values))
+            asked.append((GROUNDING, values, [number]))
     while len(asked) < NUM_QUESTIONS:
-        asked.append((COUNTING, count_objects(scene.things, _label(rng, scene.things))))
-    return scene, [_question(task, scene, values, codec) for task, values in _with_thoughts(rng, asked)]
+        label = _label(rng, scene.things)
+        counted = [number for number in numbers if scene.things[number].is_called(label)]
+        asked.append((COUNTING, count_objects(scene.things, label), counted))
+    return scene, [_question(scene, each, codec) for each in _with_thoughts(rng, asked)]
 
 
 def page(index: int, codec: Codec, *, is_mixed: bool = False) -> tuple[Scene, list[Question]]:
     """Page number `index` with its question."""
     rng = random.Random(f"{_SEED} {index}")
     scene = _scenes(PAGES, _skew(rng, is_mixed))[index]
-    return scene, [_question(task, scene, values, codec) for task, values in _with_thoughts(rng, [(OCR, scene.values)])]
+    return scene, [_question(scene, each, codec) for each in _with_thoughts(rng, [(OCR, scene.values, ())])]
 
 
 def corpus() -> list[str]:
@@ -98,7 +106,7 @@ def _with_thoughts(rng: random.Random, asked: Sequence[_Asked]) -> Sequence[_Ask
     """The same questions, now and then with the request to think first."""
     if rng.random() >= _THINK_SHARE:
         return asked
-    return [(replace(task, think=True), values) for task, values in asked]
+    return [(replace(task, think=True), values, things) for task, values, things in asked]
 
 
 def _label(rng: random.Random, things: Sequence[Thing]) -> str:
@@ -110,13 +118,15 @@ def _label(rng: random.Random, things: Sequence[Thing]) -> str:
     return f"{colour} {shape}" if rng.random() < 0.5 else shape
 
 
-def _question(task: Task[Any, Any], scene: Scene, values: dict[str, object], codec: Codec) -> Question:
+def _question(scene: Scene, asked: _Asked, codec: Codec) -> Question:
+    task, values, things = asked
     width, height = scene.image.size
     query, target = task.read_row(Row(values, width=width, height=height))
     sample = Sample(id="", image=scene.image, width=width, height=height, query=query, target=target)
     size = ImageSize(width=width, height=height, resized_width=width, resized_height=height)
     prompt = task.messages(sample)[0]["content"][1]["text"]
-    return Question(task=task.name, prompt=prompt, answer=task.target_text(sample, codec, size))
+    answer = task.target_text(sample, codec, size)
+    return Question(task=task.name, prompt=prompt, answer=answer, things=tuple(things))
 
 
 def _skew(rng: random.Random, is_mixed: bool) -> float:

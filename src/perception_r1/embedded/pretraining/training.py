@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from perception_r1.embedded.pretraining.batch import PretrainingBatch, make_batch
 from perception_r1.embedded.pretraining.dense import DenseHead
 from perception_r1.embedded.pretraining.questions import page, shape_scene
+from perception_r1.embedded.pretraining.supervised_attention import attention_loss, keep_scores
 from perception_r1.policy.forward import lay_out_row, packed_forward, process_logits
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import pack
@@ -33,6 +34,8 @@ from perception_r1.policy.policy import Policy
 
 SEEN_LAYERS = 2
 """Behind this many layers of the language model an image token knows what is seen in it."""
+LOOKING_LAYERS = 2
+"""In the attention of so many layers behind those, an answer is taught where to look."""
 NUM_PARTS = 3
 """The scenes of a step are computed in this many parts: answers of about the same length need little padding."""
 
@@ -52,7 +55,7 @@ class Settings:
         dense_scale: In the first steps a step has this many times more images, for each costs less.
         matrix_lr: Learning rate of Muon, for the matrices of the layers.
         lr: Learning rate of AdamW, for everything else.
-        dense_weight: Weight of dense supervision beside the answers.
+        dense_weight: Weight of dense supervision and of supervised attention beside the answers.
         seed: Of the initial weights.
     """
 
@@ -121,20 +124,21 @@ class SumsOfLosses(nn.Module):
         super().__init__()
         self.policy, self.head = policy, head
         self._states: list[Tensor] = []
+        keep_scores(policy.model)
         policy.model.model.language_model.layers[SEEN_LAYERS - 1].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self._states.append(output[0] if isinstance(output, tuple) else output)
 
     def forward(self, batch: PretrainingBatch, *, has_answers: bool) -> dict[str, Tensor]:
-        """Dense losses (see `DenseHead`), and cross-entropy of the answers of each task."""
+        """Dense losses (see `DenseHead`), cross-entropy of the answers of each task, and that of their attention."""
         model, prompts = self.policy.model, batch.prompts
         rows = batch.continuations if has_answers else []
         self._states.clear()
         packing = pack(prompts.lengths, [len(row) for row in rows], self.policy.device)
         hidden = packed_forward(model, prompts, rows, packing)
-        _, _, image_indices = lay_out_row(prompts, rows, image_token_id=model.config.image_token_id)
-        seen = self._states.pop().flatten(0, -2)[image_indices]
+        _, _, image_tokens = lay_out_row(prompts, rows, image_token_id=model.config.image_token_id)
+        seen = self._states.pop().flatten(0, -2)[image_tokens]
         losses: dict[str, Tensor] = {
             f"{batch.kind}/{name}": loss for name, loss in self.head(seen, batch.targets).items()
         }
@@ -147,10 +151,22 @@ class SumsOfLosses(nn.Module):
         logits = process_logits(logits, suppress_tokens=self.policy.suppress_tokens, temperature=1.0)
         token_losses = nn.functional.cross_entropy(logits, torch.cat(rows)[picked], reduction="none")
         by_answer = token_losses.split(batch.answer_lengths)
+        if batch.kind == "scene":
+            losses["scene/attention"] = self._attention_loss(batch, packing.predictor_indices[picked], image_tokens)
         for task in sorted(set(batch.tasks)):
             own = torch.cat([loss for loss, name in zip(by_answer, batch.tasks, strict=True) if name == task])
             losses[task] = own.sum()
         return losses
+
+    def _attention_loss(self, batch: PretrainingBatch, looking: Tensor, image_tokens: Tensor) -> Tensor:
+        """Mean over the layers, sum over the answer tokens that are told where to look."""
+        layers = self.policy.model.model.language_model.layers[SEEN_LAYERS : SEEN_LAYERS + LOOKING_LAYERS]
+        num_asked = len(batch.continuations) // len(batch.prompts)
+        lengths = [targets.shape[1] for targets in batch.attention_targets[::num_asked]]  # of the images
+        images = [tokens for tokens in image_tokens.split(lengths) for _ in range(num_asked)]
+        answers = zip(looking.split(batch.answer_lengths), images, batch.attention_targets, strict=True)
+        parts = [attention_loss(layer.self_attn, *answer) for answer in answers for layer in layers]
+        return torch.stack(parts).sum() / len(layers)
 
 
 def train(folder: Path, start: Path, settings: Settings, *, rank: int, world_size: int, save_every: int = 100) -> None:
@@ -193,10 +209,13 @@ def train(folder: Path, start: Path, settings: Settings, *, rank: int, world_siz
 
 
 def count_terms(batch: PretrainingBatch) -> Counter[str]:
-    """Points, points on things, and answer tokens of each task: what the losses of a batch are summed over."""
+    """Points, points on things, tokens told where to look and those of each task: what the losses are summed over."""
     is_thing = batch.targets[..., 0] > 0
     counts = Counter({f"{batch.kind}/name": is_thing.numel()})
     counts.update({f"{batch.kind}/{name}": int(is_thing.sum()) for name in ("colour", "box")})
+    if batch.kind == "scene":
+        told = sum(int((targets.amax(1) > 0).sum()) for targets in batch.attention_targets)
+        counts["scene/attention"] = max(1, told)
     for task, length in zip(batch.tasks, batch.answer_lengths, strict=True):
         counts[task] += length
     return counts

@@ -1,0 +1,87 @@
+"""Supervised attention: while boxes are written, one head of some layers is taught which object to look at.
+
+From the answers alone a network finds out slowly that the digits of a box depend on the few image tokens of one object,
+and which words of the prompt choose it: shapes it learns, colours it may never use. The scene knows the object, so
+attention itself gets a loss, as in translation with known alignments (arXiv 1608.00112, arXiv 1609.04186).
+
+Legend: A answer tokens of a question, F image tokens, D head size, T tokens of a row.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from perception_r1.data.synthetic.worlds import Scene
+from perception_r1.embedded.pretraining.dense import owners
+from perception_r1.policy.attention import shared_prompt_attention
+from perception_r1.policy.vision import QwenVL
+
+_NAME = "shared_prompt_with_scores"
+_DECISIVE = 3
+"""So many tokens of a box, its start, its bracket and its first digit, tell which object is meant."""
+_FLOOR = 1e-6
+"""Keeps the loss finite where no attention falls on the object at all."""
+
+
+def attention_targets(scene: Scene, things: Sequence[int], answer: Sequence[str]) -> Tensor:
+    """[A, F] where to look while each token is predicted: 1 at the image token that shows most of an object.
+
+    Until the first digit of a box, any object will do that fits what is written and is not listed yet; then only its
+    own. A row of zeros tells nothing: no box is being written there.
+
+    Args:
+        scene: The scene.
+        things: Numbers of the things whose boxes the answer lists, in its order.
+        answer: Its tokens, in Qwen2-VL's form.
+    """
+    at_points = owners(scene)
+    seen = np.stack([(at_points == number).sum(1) for number in range(-1, len(scene.things))])
+    shares = torch.from_numpy((seen / seen.max(1, keepdims=True).clip(1)).astype(np.float32))[1:]  # [things, F]
+    targets = torch.zeros(len(answer), len(at_points))
+    left, entry = list(things), answer.index("<|object_ref_start|>") if things else len(answer)
+    for number in range(entry, len(answer)):  # entry: the first token of what is written about the present object
+        if not left:
+            break
+        written = answer[entry:number]
+        box = written[written.index("<|box_start|>") :] if "<|box_start|>" in written else []
+        is_named = len(written) > 1 or len(box) > 0
+        fitting = [each for each in left if not is_named or scene.things[each].name == scene.things[left[0]].name]
+        targets[number] = shares[fitting[:1] if len(box) >= _DECISIVE else fitting].amax(0)
+        if answer[number] == "<|box_end|>":
+            left, entry = left[1:], number + 1
+    return targets
+
+
+def keep_scores(model: QwenVL) -> None:
+    """Let every attention layer of the language model keep what `attention_loss` needs of the last row."""
+    model.set_attn_implementation({"text_config": _NAME})
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    module.first_head = query[0, 0], key[0, 0] * kwargs["scaling"]  # type: ignore[assignment]
+    return shared_prompt_attention(module, query, key, *args, **kwargs)
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+def attention_loss(layer: nn.Module, looking: Tensor, image_tokens: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log of the first head's attention on the targets, as a share of its attention on the image.
+
+    Args:
+        layer: An attention layer behind `keep_scores`.
+        looking: [A] where the answer tokens of an image's questions are predicted in the row.
+        image_tokens: [F] where the image stands in the row.
+        targets: [A, F] of `attention_targets`.
+    """
+    is_told = targets.amax(1) > 0
+    queries, keys = cast(tuple[Tensor, Tensor], layer.first_head)  # [T, D]
+    attention = (queries[looking[is_told]] @ keys[image_tokens].mT).softmax(-1)
+    on_targets: Tensor = (attention * targets[is_told]).sum(-1)
+    return -(on_targets + _FLOOR).log().sum()
