@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich import get_console
 from rich.text import Text
 
-from perception_r1.callbacks.displays import Display, open_display
+from perception_r1.displays import Display, open_display
 
 DEFAULT_METRICS = ("train/reward", "train/kl", "train/completion_length", "train/lr")
 

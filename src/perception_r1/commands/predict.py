@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from rich.console import Console
 
-from perception_r1.callbacks.displays import Display, Lines, open_display
 from perception_r1.callbacks.log_samples import answer_fields
 from perception_r1.commands.answers import PictureBatch, answer_images, find_images
 from perception_r1.commands.options import (
@@ -30,6 +29,7 @@ from perception_r1.commands.options import (
 )
 from perception_r1.commands.runs import CARD, Run, checkpoint_path, is_run, load_checkpoint, open_run
 from perception_r1.data.loading import load_sample_image
+from perception_r1.displays import Display, Lines, open_display
 from perception_r1.drawing import annotate, draw_card
 from perception_r1.errors import UserError
 from perception_r1.modules.evaluation import EvaluationModule

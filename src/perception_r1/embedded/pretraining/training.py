@@ -13,16 +13,18 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich import get_console
 from torch import Tensor, nn
 
+from perception_r1.displays import open_display
 from perception_r1.embedded.pretraining.batch import PretrainingBatch, make_batch
 from perception_r1.embedded.pretraining.dense import DenseHead
 from perception_r1.embedded.pretraining.questions import page, shape_scene
@@ -36,6 +38,7 @@ SEEN_LAYERS = 2
 """Behind this many layers of the language model an image token knows what is seen in it."""
 LOOKING_LAYERS = 2
 """In the attention of so many layers behind those, an answer is taught where to look."""
+_WORK, _LINE_SECONDS = "pretraining", 60.0
 NUM_PARTS = 3
 """The scenes of a step are computed in this many parts: answers of about the same length need little padding."""
 
@@ -181,29 +184,32 @@ def train(folder: Path, start: Path, settings: Settings, *, rank: int, world_siz
     step = _resume(checkpoint, policy, head, optimizers) if checkpoint.exists() else 0
     if rank == 0:
         _cut(folder / "curve.jsonl", step)
-    begun, first = time.perf_counter(), step
-    while step < settings.num_steps:
-        started, cpu = time.perf_counter(), time.process_time()
-        has_answers = step >= settings.dense_steps
-        batches = step_batches(policy, settings, step, rank, world_size)
-        losses = _backward(losses_of, batches, has_answers=has_answers, dense_weight=settings.dense_weight)
-        _average_gradients(trained, world_size)
-        norm = torch.nn.utils.clip_grad_norm_(trained, 2.0)
-        for optimizer, lr in zip(optimizers, (settings.matrix_lr, settings.lr), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * settings.lr_factor(step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if rank == 0:
+    with ExitStack() as stack:
+        display = open_display(get_console(), _LINE_SECONDS) if rank == 0 else None
+        if display is not None:
+            stack.callback(display.close)
+            display.start(_WORK, step, settings.num_steps)
+        while step < settings.num_steps:
+            started, cpu = time.perf_counter(), time.process_time()
+            has_answers = step >= settings.dense_steps
+            batches = step_batches(policy, settings, step, rank, world_size)
+            losses = _backward(losses_of, batches, has_answers=has_answers, dense_weight=settings.dense_weight)
+            _average_gradients(trained, world_size)
+            norm = torch.nn.utils.clip_grad_norm_(trained, 2.0)
+            for optimizer, lr in zip(optimizers, (settings.matrix_lr, settings.lr), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * settings.lr_factor(step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if display is None:
+                continue
             costs = {"grad_norm": float(norm), "seconds": time.perf_counter() - started}
             costs |= {"cpu_seconds": (time.process_time() - cpu) * world_size}
             _log(folder / "curve.jsonl", step, losses | costs)
             if step % save_every == 0 or step == settings.num_steps:
                 _save(checkpoint, policy, head, optimizers, step, settings)
-                seconds_left = (time.perf_counter() - begun) / (step - first) * (settings.num_steps - step)
-                print(f"step {step} of {settings.num_steps}, {_in_words(losses)}", end=", ")
-                print(f"{timedelta(seconds=round(seconds_left))} left", flush=True)
+            display.advance(_WORK, step, _shown(losses))
     if rank == 0:
         policy.half().save(folder / "model")
 
@@ -247,10 +253,10 @@ def _average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> N
         gradient.copy_(mean.view_as(gradient) / world_size)
 
 
-def _in_words(losses: Mapping[str, float]) -> str:
+def _shown(losses: Mapping[str, float]) -> dict[str, float]:
     """The losses of the answers, or while there are none those of seeing."""
     answers = {name: loss for name, loss in losses.items() if "/" not in name}
-    return ", ".join(f"{name} {loss:.3f}" for name, loss in (answers or losses).items())
+    return answers if any(answers.values()) else {name: loss for name, loss in losses.items() if "/" in name}
 
 
 def _log(path: Path, step: int, metrics: dict[str, float]) -> None:

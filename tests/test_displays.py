@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from perception_r1.callbacks.displays import Bars, Lines, open_display
+from perception_r1.displays import Bars, Lines, open_display
 
 
 class Clock:
