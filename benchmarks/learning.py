@@ -8,11 +8,12 @@ Trainings, each of BUDGET CPU-seconds of training steps on one thread:
     sequential   GRPO whose reward pairs the k-th prediction with the k-th target (counting and detection)
     think        GRPO that asks for thoughts before the answer
 
-grpo and sft are also trained on few labelled images, seen as often as the budget takes. Learning rates are searched on
-a seed of their own, as many for sft as for grpo, and so is what a step costs. Every training ends with the best of four
-validations. Nothing that is tested was seen in training or chosen on.
+grpo and sft are also trained on few labelled images, seen as often as the budget takes. Learning rate and whether the
+vision tower is trained are searched on a seed of their own, in as many trials for sft as for grpo; what a step costs is
+measured there too. Every training ends with the best of four validations. Nothing that is tested was seen in training or
+chosen on.
 
-    python benchmarks/learning.py search            # learning rates and costs, once
+    python benchmarks/learning.py search            # settings and costs, once
     python benchmarks/learning.py run --jobs 2      # what is not there yet; it can be stopped and goes on
     python benchmarks/learning.py report            # tables and plots of what is there
 
@@ -39,8 +40,8 @@ BUDGET = 240.0
 """CPU-seconds of training steps of a run."""
 KINDS = {"grpo": [], "sft": ["--variant", "sft"]}
 """The two kinds of training steps, with their options; all trainings are made of them."""
-RATES = {"grpo": (1e-5, 2e-5, 4e-5, 8e-5), "sft": (3e-5, 1e-4, 2e-4, 4e-4)}
-"""Learning rates that are tried for each kind; the best by validation is taken."""
+RATES = {"grpo": (3e-5, 6e-5, 1.2e-4), "sft": (5e-5, 1.5e-4, 4e-4)}
+"""Learning rates that are tried for each kind, with the vision tower trained and without."""
 SEARCH_SEED = 1000
 EXTRA = {
     "sequential": ["--data.task.init_args.matching", "sequential"],
@@ -53,6 +54,26 @@ NUM_TESTED = {"grounding": 1200, "counting": 400, "detection": 400, "ocr": 1200}
 """Held-out images of a run: more where an answer is short."""
 
 
+@dataclass(frozen=True, order=True)
+class Choice:
+    """Settings that the search tries; `lr` None where only the cost of a step is asked for."""
+
+    lr: float | None
+    is_vision_frozen: bool
+
+    @property
+    def name(self) -> str:
+        """In a file's name."""
+        words = [f"{self.lr:g}"] if self.lr is not None else []
+        return "-".join([*words, "frozen" if self.is_vision_frozen else "whole"])
+
+    @property
+    def options(self) -> list[str]:
+        """For the command line."""
+        rate = [] if self.lr is None else ["--model.optimizer.lr", f"{self.lr:g}"]
+        return [*rate, "--model.policy.freeze_vision", str(self.is_vision_frozen).lower()]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A run that is wanted; see `learning_run.Run`."""
@@ -61,13 +82,13 @@ class Job:
     training: str
     seed: int
     labels: int = 0
-    lr: float | None = None
+    choice: Choice | None = None
 
     @property
     def name(self) -> str:
         """What its result is called."""
         words = [self.training, *([f"{self.labels}-labels"] if self.labels else [])]
-        return "-".join([*words, f"{self.lr:g}" if self.lr is not None else f"seed-{self.seed}"])
+        return "-".join([*words, f"seed-{self.seed}" if self.choice is None else self.choice.name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +116,9 @@ class Study:
             raise SystemExit(f"{self.path(job)} is not there: run `python benchmarks/learning.py search` first")
         return json.loads(self.path(job).read_text(encoding="utf-8"))
 
-    def best_rate(self, task: str, kind: str) -> float:
-        """The learning rate whose best validation was the highest."""
-        found = {job.lr: self.read(job)["best_validation"] for job in rate_jobs(task, kind)}
+    def best_choice(self, task: str, kind: str) -> Choice:
+        """The settings whose best validation was the highest."""
+        found = {job.choice: self.read(job)["best_validation"] for job in trial_jobs(task, kind) if job.choice}
         return max(found, key=found.__getitem__)
 
     def phases(self, job: Job) -> list[tuple[list[str], int]]:
@@ -105,17 +126,21 @@ class Study:
         if job.training == "base":
             return []
         purpose, _, kind = job.training.partition("-")
-        if purpose == "cost":
-            return [(KINDS[kind], CALIBRATION_STEPS)]
-        if purpose == "rate":
-            return [self._phase(job.task, kind, 1.0, job.lr)]
+        if purpose in ("cost", "trial") and job.choice is not None:
+            is_cost = purpose == "cost"
+            steps = CALIBRATION_STEPS if is_cost else self._steps(job.task, kind, job.choice, BUDGET)
+            return [(KINDS[kind] + job.choice.options, steps)]
         kinds = ["sft", "grpo"] if job.training == "sft-grpo" else ["sft" if job.training == "sft" else "grpo"]
-        found = [self._phase(job.task, kind, 1 / len(kinds), self.best_rate(job.task, kind)) for kind in kinds]
-        return [(options + EXTRA.get(job.training, []), steps) for options, steps in found]
+        chosen = [(kind, self.best_choice(job.task, kind)) for kind in kinds]
+        extra = EXTRA.get(job.training, [])
+        return [
+            (KINDS[kind] + choice.options + extra, self._steps(job.task, kind, choice, BUDGET / len(kinds)))
+            for kind, choice in chosen
+        ]
 
-    def _phase(self, task: str, kind: str, share: float, lr: float | None) -> tuple[list[str], int]:
-        cost = self.read(cost_job(task, kind))["cpu_seconds_per_step"]
-        return [*KINDS[kind], "--model.optimizer.lr", f"{lr:g}"], max(4, round(BUDGET * share / cost))
+    def _steps(self, task: str, kind: str, choice: Choice, seconds: float) -> int:
+        cost = self.read(cost_job(task, kind, choice.is_vision_frozen))["cpu_seconds_per_step"]
+        return max(4, round(seconds / cost))
 
     def do(self, jobs: Sequence[Job], num_jobs: int) -> None:
         """Do what is not done yet, side by side, and say how far it is."""
@@ -129,10 +154,10 @@ class Study:
         folder = self.runs / job.task / job.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        values = {name: value for name, value in asdict(job).items() if name != "lr"}
+        values = {name: value for name, value in asdict(job).items() if name != "choice"}
         num_tested = self.num_tested or NUM_TESTED[job.task]
         values |= {"phases": self.phases(job), "folder": str(folder), "num_tested": num_tested}
-        values["is_measured"] = not job.training.startswith(("cost", "rate"))
+        values["is_measured"] = not job.training.startswith(("cost", "trial"))
         command = [sys.executable, str(ROOT / "benchmarks" / "learning_run.py"), json.dumps(values)]
         paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -159,14 +184,15 @@ def plan(tasks: Sequence[str], trainings: Sequence[str], labels: Sequence[int], 
     return jobs
 
 
-def cost_job(task: str, kind: str) -> Job:
+def cost_job(task: str, kind: str, is_vision_frozen: bool) -> Job:
     """The run that tells what a step costs."""
-    return Job(task=task, training=f"cost-{kind}", seed=SEARCH_SEED)
+    return Job(task=task, training=f"cost-{kind}", seed=SEARCH_SEED, choice=Choice(None, is_vision_frozen))
 
 
-def rate_jobs(task: str, kind: str) -> list[Job]:
-    """The runs that tell which learning rate is best."""
-    return [Job(task=task, training=f"rate-{kind}", seed=SEARCH_SEED, lr=lr) for lr in RATES[kind]]
+def trial_jobs(task: str, kind: str) -> list[Job]:
+    """The runs that tell which settings are best."""
+    choices = [Choice(lr, is_vision_frozen) for is_vision_frozen in (True, False) for lr in RATES[kind]]
+    return [Job(task=task, training=f"trial-{kind}", seed=SEARCH_SEED, choice=choice) for choice in choices]
 
 
 def main() -> int:
@@ -185,8 +211,8 @@ def main() -> int:
     study = Study(results=args.results.resolve(), runs=args.runs.resolve(), num_tested=args.num_tested)
     pairs = [(task, kind) for task in args.tasks for kind in KINDS]
     if args.what == "search":
-        study.do([cost_job(*pair) for pair in pairs], 1)
-        study.do([job for pair in pairs for job in rate_jobs(*pair)], args.jobs)
+        study.do([cost_job(*pair, is_vision_frozen) for pair in pairs for is_vision_frozen in (True, False)], 1)
+        study.do([job for pair in pairs for job in trial_jobs(*pair)], args.jobs)
     elif args.what == "run":
         study.do(plan(args.tasks, args.trainings, args.labels, args.seeds), args.jobs)
     else:

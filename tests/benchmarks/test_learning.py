@@ -37,24 +37,38 @@ def test_every_training_of_a_task_is_planned_once_on_every_seed_after_its_base()
     assert {job.task for job in jobs if job.training == "sequential"} == {"counting", "detection"}
 
 
-def test_trainings_cost_the_same(tmp_path):
+def test_trainings_cost_the_same_with_the_best_settings_of_the_search(tmp_path):
     study = learning.Study(results=tmp_path)
     (tmp_path / "ocr").mkdir()
-    seconds = {"grpo": 2.0, "sft": 0.5}
-    for kind, cost in seconds.items():
-        job = learning.cost_job("ocr", kind)
+    seconds = {("grpo", False): 2.0, ("grpo", True): 1.0, ("sft", False): 0.5, ("sft", True): 0.25}
+    best = {"grpo": learning.Choice(6e-5, True), "sft": learning.Choice(4e-4, False)}
+    for (kind, is_frozen), cost in seconds.items():
+        job = learning.cost_job("ocr", kind, is_frozen)
         assert [steps for _, steps in study.phases(job)] == [learning.CALIBRATION_STEPS]
         study.path(job).write_text(json.dumps({"cpu_seconds_per_step": cost}))
-        for rate in learning.rate_jobs("ocr", kind):
-            study.path(rate).write_text(json.dumps({"best_validation": -abs(rate.lr - 1e-4)}))
-    assert len(learning.RATES["sft"]) == len(learning.RATES["grpo"])
-    assert study.best_rate("ocr", "sft") == 1e-4
+    for kind in learning.KINDS:
+        for job in learning.trial_jobs("ocr", kind):
+            ((options, steps),) = study.phases(job)
+            assert steps * seconds[kind, job.choice.is_vision_frozen] == pytest.approx(learning.BUDGET, rel=0.01)
+            assert options == learning.KINDS[kind] + job.choice.options
+            study.path(job).write_text(json.dumps({"best_validation": float(job.choice == best[kind])}))
+        assert study.best_choice("ocr", kind) == best[kind]
+    assert len({len(learning.trial_jobs("ocr", kind)) for kind in learning.KINDS}) == 1
     for training, kinds in {"grpo": ["grpo"], "sft": ["sft"], "sft-grpo": ["sft", "grpo"], "think": ["grpo"]}.items():
         found = study.phases(learning.Job(task="ocr", training=training, seed=3))
         assert ["sft" if "sft" in options else "grpo" for options, _ in found] == kinds
-        used = sum(steps * seconds[kind] for (_, steps), kind in zip(found, kinds, strict=True))
+        used = sum(
+            steps * seconds[kind, best[kind].is_vision_frozen] for (_, steps), kind in zip(found, kinds, strict=True)
+        )
         assert used == pytest.approx(learning.BUDGET, rel=0.01)
         assert ("think" in found[-1][0]) is (training == "think")
+        assert all(best[kind].options[1] in options for (options, _), kind in zip(found, kinds, strict=True))
+
+
+def test_trials_have_names_of_their_own():
+    jobs = [job for kind in learning.KINDS for job in learning.trial_jobs("ocr", kind)]
+    assert len({job.name for job in jobs}) == len(jobs)
+    assert jobs[0].name == "trial-grpo-3e-05-frozen"
 
 
 def test_a_search_that_was_not_done_is_asked_for(tmp_path):
