@@ -9,9 +9,9 @@ Trainings, each of BUDGET CPU-seconds of training steps on one thread:
     think        GRPO that asks for thoughts before the answer
 
 grpo and sft are also trained on few labelled images, seen as often as the budget takes. Learning rate and whether the
-vision tower is trained are searched on a seed of their own, in as many trials for sft as for grpo; what a step costs is
-measured there too. Every training ends with the best of four validations. Nothing that is tested was seen in training or
-chosen on.
+vision tower is trained are searched on a seed of their own, in as many trials for sft as for grpo; there it is also
+measured what a step costs. Every training ends with the best of four validations. Nothing that is tested was seen in
+training or chosen on.
 
     python benchmarks/learning.py search            # settings and costs, once
     python benchmarks/learning.py run --jobs 2      # what is not there yet; it can be stopped and goes on
