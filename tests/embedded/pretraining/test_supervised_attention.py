@@ -72,9 +72,26 @@ def test_only_objects_not_listed_yet_are_looked_at():
     torch.testing.assert_close(targets[6:], seen(scene, numbers[0]).expand(3, -1))
 
 
-def test_answers_without_boxes_tell_nothing():
-    scene = SCENES[0][0]
-    assert not attention_targets(scene, [], ["<|im_end|>"]).any()
+def test_an_answer_without_objects_tells_nothing():
+    assert not attention_targets(SCENES[0][0], [], ["<|im_end|>"]).any()
+
+
+@pytest.mark.parametrize("is_thinking", [False, True])
+def test_a_page_is_read_character_by_character(is_thinking):
+    pages = (page(index, CODEC) for index in range(200))
+    several = ((scene, asked[0]) for scene, asked in pages if set(scene.values["text"]) & set(" \n"))
+    scene, question = next(found for found in several if ("<think>" in found[1].answer) is is_thinking)
+    text = scene.values["text"]
+    before, after = ("<think></think><answer>", "</answer>") if is_thinking else ("", "")
+    assert question.answer == before + text + after
+    tokens = [char.replace(" ", "\u0120").replace("\n", "\u010a") for char in question.answer] + ["<|im_end|>"]
+    read = [len(text[:index].replace(" ", "").replace("\n", "")) for index in range(len(text))]  # before each character
+    expected = [torch.zeros(len(seen(scene, 0)))] * len(before) + [seen(scene, number) for number in read]
+    expected += [torch.zeros(len(seen(scene, 0)))] * (len(after) + 1)
+    torch.testing.assert_close(attention_targets(scene, question.things, tokens), torch.stack(expected))
+    joined = attention_targets(scene, question.things, [*before, text[:2], "<|im_end|>"])
+    assert text[:2].isalnum()
+    torch.testing.assert_close(joined[len(before)], any_of(scene, [0, 1]))
 
 
 def test_questions_name_the_things_that_their_answers_list():
@@ -114,10 +131,3 @@ def test_loss_is_that_of_the_attention_transformers_reports(start):
                 total, told = total - float(((row * target).sum() + 1e-6).log()), told + 1
     assert float(loss.detach()) == pytest.approx(total, rel=1e-4)
     assert count_terms(batch)["scene/attention"] == told
-
-
-def test_pages_have_no_such_loss(start):
-    policy = Policy.load(PolicyConfig(name=str(start)))
-    head = DenseHead(policy.model.config.get_text_config().hidden_size)
-    batch = make_batch(policy, [page(0, CODEC)])
-    assert set(SumsOfLosses(policy, head)(batch, has_answers=True)) == {"ocr", "page/name", "page/colour", "page/box"}

@@ -57,7 +57,7 @@ class Question:
     """A prompt about an image, with its ideal answer.
 
     Attributes:
-        things: Numbers of the scene's things whose boxes the answer lists, in the order of the answer.
+        things: Numbers of the scene's things that the answer lists, in its order: objects, or characters.
     """
 
     task: str
@@ -87,7 +87,8 @@ def page(index: int, codec: Codec, *, is_mixed: bool = False) -> tuple[Scene, li
     """Page number `index` with its question."""
     rng = random.Random(f"{_SEED} {index}")
     scene = _scenes(PAGES, _skew(rng, is_mixed))[index]
-    return scene, [_question(scene, each, codec) for each in _with_thoughts(rng, [(OCR, scene.values, ())])]
+    asked: list[_Asked] = [(OCR, scene.values, range(len(scene.things)))]
+    return scene, [_question(scene, each, codec) for each in _with_thoughts(rng, asked)]
 
 
 def corpus() -> list[str]:

@@ -1,4 +1,4 @@
-"""Supervised attention: while boxes are written, one head of some layers is taught which object to look at.
+"""Supervised attention: while an answer is written, one head of some layers is taught what to look at.
 
 From the answers alone a network finds out slowly that the digits of a box depend on the few image tokens of one object,
 and which words of the prompt choose it: shapes it learns, colours it may never use. The scene knows the object, so
@@ -7,7 +7,7 @@ attention itself gets a loss, as in translation with known alignments (arXiv 160
 Legend: A answer tokens of a question, F image tokens, D head size, T tokens of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -24,37 +24,60 @@ from perception_r1.policy.vision import QwenVL
 _NAME = "shared_prompt_with_scores"
 _DECISIVE = 3
 """So many tokens of a box, its start, its bracket and its first digit, tell which object is meant."""
+_BLANKS = "\u0120\u010a"
+"""A space and a new line in byte-level tokens."""
+_ANSWER = "<answer>"
 _FLOOR = 1e-6
 """Keeps the loss finite where no attention falls on the object at all."""
 
 
 def attention_targets(scene: Scene, things: Sequence[int], answer: Sequence[str]) -> Tensor:
-    """[A, F] where to look while each token is predicted: 1 at the image token that shows most of an object.
+    """[A, F] where to look while each token is predicted: 1 at the image token that shows most of a thing.
 
-    Until the first digit of a box, any object will do that fits what is written and is not listed yet; then only its
-    own. A row of zeros tells nothing: no box is being written there.
+    A row of zeros tells nothing: the token belongs to no thing.
 
     Args:
         scene: The scene.
-        things: Numbers of the things whose boxes the answer lists, in its order.
-        answer: Its tokens, in Qwen2-VL's form.
+        things: Numbers of the things that the answer lists, in its order: objects with their boxes, or characters.
+        answer: Its tokens, boxes in Qwen2-VL's form.
     """
     at_points = owners(scene)
     seen = np.stack([(at_points == number).sum(1) for number in range(-1, len(scene.things))])
     shares = torch.from_numpy((seen / seen.max(1, keepdims=True).clip(1)).astype(np.float32))[1:]  # [things, F]
     targets = torch.zeros(len(answer), len(at_points))
-    left, entry = list(things), answer.index("<|object_ref_start|>") if things else len(answer)
-    for number in range(entry, len(answer)):  # entry: the first token of what is written about the present object
-        if not left:
-            break
+    names = [scene.things[number].name for number in things]
+    written = _objects(names, answer) if "<|object_ref_start|>" in answer else _characters(len(things), answer)
+    for target, places in zip(targets, written, strict=False):
+        if places:
+            target.copy_(shares[[things[place] for place in places]].amax(0))
+    return targets
+
+
+def _objects(names: Sequence[str], answer: Sequence[str]) -> Iterator[Sequence[int]]:
+    """For each token the objects, by their places in the answer, of which it may tell something.
+
+    Until the first digit of a box, those that fit what is written and are not listed yet; then only its own.
+    """
+    present, entry = 0, answer.index("<|object_ref_start|>")  # the object, and the first token about it
+    for number, token in enumerate(answer):
         written = answer[entry:number]
         box = written[written.index("<|box_start|>") :] if "<|box_start|>" in written else []
         is_named = len(written) > 1 or len(box) > 0
-        fitting = [each for each in left if not is_named or scene.things[each].name == scene.things[left[0]].name]
-        targets[number] = shares[fitting[:1] if len(box) >= _DECISIVE else fitting].amax(0)
-        if answer[number] == "<|box_end|>":
-            left, entry = left[1:], number + 1
-    return targets
+        left = range(present, len(names)) if number >= entry else ()
+        fitting = [place for place in left if not is_named or names[place] == names[present]]
+        yield fitting[:1] if len(box) >= _DECISIVE else fitting
+        if token == "<|box_end|>":
+            present, entry = present + 1, number + 1
+
+
+def _characters(count: int, answer: Sequence[str]) -> Iterator[Sequence[int]]:
+    """For each token the characters that it writes, by their places; before a space or a new line, the next one."""
+    texts = [token.strip(_BLANKS) for token in answer]
+    done = -("".join(texts).find(_ANSWER) + len(_ANSWER)) if _ANSWER in "".join(texts) else 0
+    for text in texts:
+        after = done + len(text)
+        yield [place for place in range(max(done, 0), max(after, done + 1)) if 0 <= place < count and done >= 0]
+        done = after
 
 
 def keep_scores(model: QwenVL) -> None:

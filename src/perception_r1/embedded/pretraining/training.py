@@ -154,8 +154,7 @@ class SumsOfLosses(nn.Module):
         logits = process_logits(logits, suppress_tokens=self.policy.suppress_tokens, temperature=1.0)
         token_losses = nn.functional.cross_entropy(logits, torch.cat(rows)[picked], reduction="none")
         by_answer = token_losses.split(batch.answer_lengths)
-        if batch.kind == "scene":
-            losses["scene/attention"] = self._attention_loss(batch, packing.predictor_indices[picked], image_tokens)
+        losses[f"{batch.kind}/attention"] = self._attention_loss(batch, packing.predictor_indices[picked], image_tokens)
         for task in sorted(set(batch.tasks)):
             own = torch.cat([loss for loss, name in zip(by_answer, batch.tasks, strict=True) if name == task])
             losses[task] = own.sum()
@@ -219,9 +218,7 @@ def count_terms(batch: PretrainingBatch) -> Counter[str]:
     is_thing = batch.targets[..., 0] > 0
     counts = Counter({f"{batch.kind}/name": is_thing.numel()})
     counts.update({f"{batch.kind}/{name}": int(is_thing.sum()) for name in ("colour", "box")})
-    if batch.kind == "scene":
-        told = sum(int((targets.amax(1) > 0).sum()) for targets in batch.attention_targets)
-        counts["scene/attention"] = max(1, told)
+    counts[f"{batch.kind}/attention"] = max(1, sum(int(each.any(1).sum()) for each in batch.attention_targets))
     for task, length in zip(batch.tasks, batch.answer_lengths, strict=True):
         counts[task] += length
     return counts
