@@ -24,6 +24,7 @@ WINDOW = 100
 SHOWN = {
     "seeing: nats": ("scene/name", "scene/colour", "page/name"),
     "seeing: distance of a box": ("scene/box", "page/box"),
+    "looking: nats": ("scene/attention", "page/attention"),
     "answering: nats per token": ("detection", "counting", "grounding", "ocr"),
 }
 
@@ -48,7 +49,7 @@ def plot(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(SHOWN), figsize=(13, 3.6))
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(15, 3.6))
     for axis, (title, names) in zip(axes, SHOWN.items(), strict=True):
         for name in names:
             found = [(row["step"], row[name]) for row in rows if row.get(name)]
