@@ -103,7 +103,7 @@ def attention_loss(layer: nn.Module, looking: Tensor, image_tokens: Tensor, targ
         image_tokens: [F] where the image stands in the row.
         targets: [A, F] of `attention_targets`.
     """
-    is_told = targets.amax(1) > 0
+    is_told = targets.any(1)
     queries, keys = cast(tuple[Tensor, Tensor], layer.first_head)  # [T, D]
     attention = (queries[looking[is_told]] @ keys[image_tokens].mT).softmax(-1)
     on_targets: Tensor = (attention * targets[is_told]).sum(-1)

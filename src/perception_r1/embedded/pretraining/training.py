@@ -3,7 +3,7 @@
     python -m perception_r1.embedded.pretraining --folder FOLDER --processes 2
 
 In the first steps only dense supervision runs (`dense.py`); then the answers of all tasks are learnt besides, each task
-with the same weight. The learning rate is constant after a warm-up and falls to zero over the last steps of a run, so a
+with the same weight, and with them where to look (`supervised_attention.py`). The learning rate is constant after a warm-up and falls to zero over the last steps of a run, so a
 run can be made longer from any checkpoint before that. A run that is stopped goes on from its last checkpoint to the
 same weights; several processes share the images of a step and average their gradients.
 """
