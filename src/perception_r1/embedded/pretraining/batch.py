@@ -29,7 +29,7 @@ class PretrainingBatch:
         answer_lengths: Answer tokens of each continuation, at its end.
         tasks: Task of each continuation.
         targets: What is at the points of the images; see `dense_targets`.
-        attention_targets: Where to look during the answer of each continuation; see `attention_targets`.
+        attention_targets: What to attend to during the answer of each continuation; see `attention_targets`.
     """
 
     prompts: PromptBatch

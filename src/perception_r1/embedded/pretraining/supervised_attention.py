@@ -1,4 +1,4 @@
-"""Supervised attention: while an answer is written, one head of some layers is taught what to look at.
+"""Supervised attention: while an answer is written, one head of some layers is taught what to attend to.
 
 From the answers alone a network finds out slowly that the digits of a box depend on the few image tokens of one object,
 and which words of the prompt choose it: shapes it learns, colours it may never use. The scene knows the object, so
@@ -32,7 +32,7 @@ _FLOOR = 1e-6
 
 
 def attention_targets(scene: Scene, things: Sequence[int], answer: Sequence[str]) -> Tensor:
-    """[A, F] where to look while each token is predicted: 1 at the image token that shows most of a thing.
+    """[A, F] what to attend to while each token is predicted: 1 at the image token that shows most of a thing.
 
     A row of zeros tells nothing: the token belongs to no thing.
 
@@ -47,14 +47,14 @@ def attention_targets(scene: Scene, things: Sequence[int], answer: Sequence[str]
     targets = torch.zeros(len(answer), len(at_points))
     names = [scene.things[number].name for number in things]
     written = _objects(names, answer) if "<|object_ref_start|>" in answer else _characters(len(things), answer)
-    for target, places in zip(targets, written, strict=False):
-        if places:
-            target.copy_(shares[[things[place] for place in places]].amax(0))
+    for target, indices in zip(targets, written, strict=False):
+        if indices:
+            target.copy_(shares[[things[index] for index in indices]].amax(0))
     return targets
 
 
 def _objects(names: Sequence[str], answer: Sequence[str]) -> Iterator[Sequence[int]]:
-    """For each token the objects, by their places in the answer, of which it may tell something.
+    """For each token the objects, by their numbers in the answer, of which it may tell something.
 
     Until the first digit of a box, those that fit what is written and are not listed yet; then only its own.
     """
@@ -64,19 +64,19 @@ def _objects(names: Sequence[str], answer: Sequence[str]) -> Iterator[Sequence[i
         box = written[written.index("<|box_start|>") :] if "<|box_start|>" in written else []
         is_named = len(written) > 1 or len(box) > 0
         left = range(present, len(names)) if number >= entry else ()
-        fitting = [place for place in left if not is_named or names[place] == names[present]]
+        fitting = [index for index in left if not is_named or names[index] == names[present]]
         yield fitting[:1] if len(box) >= _DECISIVE else fitting
         if token == "<|box_end|>":
             present, entry = present + 1, number + 1
 
 
 def _characters(count: int, answer: Sequence[str]) -> Iterator[Sequence[int]]:
-    """For each token the characters that it writes, by their places; before a space or a new line, the next one."""
+    """For each token the characters that it writes, by their numbers; before a space or a new line, the next one."""
     texts = [token.strip(_BLANKS) for token in answer]
     done = -("".join(texts).find(_ANSWER) + len(_ANSWER)) if _ANSWER in "".join(texts) else 0
     for text in texts:
         after = done + len(text)
-        yield [place for place in range(max(done, 0), max(after, done + 1)) if 0 <= place < count and done >= 0]
+        yield [index for index in range(max(done, 0), max(after, done + 1)) if 0 <= index < count and done >= 0]
         done = after
 
 

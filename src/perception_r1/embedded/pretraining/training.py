@@ -3,9 +3,10 @@
     python -m perception_r1.embedded.pretraining --folder FOLDER --processes 2
 
 In the first steps only dense supervision runs (`dense.py`); then the answers of all tasks are learnt besides, each task
-with the same weight, and with them where to look (`supervised_attention.py`). The learning rate is constant after a warm-up and falls to zero over the last steps of a run, so a
-run can be made longer from any checkpoint before that. A run that is stopped goes on from its last checkpoint to the
-same weights; several processes share the images of a step and average their gradients.
+with the same weight, and with them what to attend to (`supervised_attention.py`). The learning rate is constant after a
+warm-up and falls to zero over the last steps of a run, so a run can be made longer from any checkpoint before that.
+A run that is stopped goes on from its last checkpoint to the same weights; several processes share the images of a step
+and average their gradients.
 """
 
 import json
@@ -37,7 +38,7 @@ from perception_r1.policy.policy import Policy
 SEEN_LAYERS = 2
 """Behind this many layers of the language model an image token knows what is seen in it."""
 LOOKING_LAYERS = 2
-"""In the attention of so many layers behind those, an answer is taught where to look."""
+"""In the attention of so many layers behind those, an answer is taught what to attend to."""
 _WORK, _LINE_SECONDS = "pretraining", 60.0
 NUM_PARTS = 3
 """The scenes of a step are computed in this many parts: answers of about the same length need little padding."""
@@ -161,7 +162,7 @@ class SumsOfLosses(nn.Module):
         return losses
 
     def _attention_loss(self, batch: PretrainingBatch, looking: Tensor, image_tokens: Tensor) -> Tensor:
-        """Mean over the layers, sum over the answer tokens that are told where to look."""
+        """Mean over the layers, sum over the answer tokens that are told what to attend to."""
         layers = self.policy.model.model.language_model.layers[SEEN_LAYERS : SEEN_LAYERS + LOOKING_LAYERS]
         num_asked = len(batch.continuations) // len(batch.prompts)
         lengths = [targets.shape[1] for targets in batch.attention_targets[::num_asked]]  # of the images
@@ -214,7 +215,7 @@ def train(folder: Path, start: Path, settings: Settings, *, rank: int, world_siz
 
 
 def count_terms(batch: PretrainingBatch) -> Counter[str]:
-    """Points, points on things, tokens told where to look and those of each task: what the losses are summed over."""
+    """Points, points on things, tokens with a target of attention, answer tokens: what the losses are summed over."""
     is_thing = batch.targets[..., 0] > 0
     counts = Counter({f"{batch.kind}/name": is_thing.numel()})
     counts.update({f"{batch.kind}/{name}": int(is_thing.sum()) for name in ("colour", "box")})
