@@ -7,6 +7,7 @@ MODEL ?= tiny
 DATA ?=
 VARIANT ?=
 RECIPE ?=
+PROTOCOL ?=
 SEED ?= 0
 CKPT ?= best
 RUN ?=
@@ -21,14 +22,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %)
+CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
 .PHONY: help install train sft eval check stats fetch convert predict export pretrain tensorboard test lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder IMAGES='files or folders' ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder IMAGES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 

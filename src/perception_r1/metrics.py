@@ -24,6 +24,9 @@ from perception_r1.records import ImageSize, LabelledBox, Score
 from perception_r1.scoring import ScoredCompletion, score_prediction
 from perception_r1.task import Task
 
+PUBLISHED = "published/"
+"""Before the name of a metric of answers that were read as the public evaluation code reads them."""
+
 _COCO_STATS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
 _COCO_STATS |= {"ar": 8, "ar_small": 9, "ar_medium": 10, "ar_large": 11}
 """Our names of pycocotools' metrics and their indices in `COCOeval.stats`; recalls are those at 100 detections."""
@@ -69,6 +72,13 @@ def update_metrics(metrics: MetricCollection, scored_completions: Sequence[Score
         image_sizes=[scored.image_size for scored in scored_completions],
         ids=[scored.sample.id for scored in scored_completions],
     )
+
+
+def published_values(task: Task[Any, Any], metrics: MetricCollection) -> dict[str, Tensor]:
+    """Those that are published, as published/METRIC, from metrics that were fed what `score_as_published` gives."""
+    values, prefix = metrics.compute(), metrics.prefix or ""
+    names = [name for name in task.published_metric_names if prefix + name in values]
+    return {f"{PUBLISHED}{name}": values[prefix + name] for name in names}
 
 
 class _ExactMetric(Metric):
@@ -173,6 +183,8 @@ class BoxAP(_ExactMetric):
     """
 
     full_state_update = False
+    names = tuple(_COCO_STATS)
+    """Of the metrics, as `compute` gives them."""
     records: list[Tensor]
 
     def __init__(self, categories: Sequence[str]) -> None:

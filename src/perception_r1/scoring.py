@@ -9,7 +9,7 @@ from typing import Any
 
 from perception_r1.codecs import Codec
 from perception_r1.records import ImageSize, Sample, Score
-from perception_r1.task import Task
+from perception_r1.task import MAX_TEXT, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,3 +89,19 @@ def score_completions(
         )
         for parsed in completions
     ]
+
+
+def score_as_published(
+    task: Task[Any, Any], codec: Codec, completions: Sequence[ScoredCompletion]
+) -> list[ScoredCompletion]:
+    """Scored completions of an evaluation as the code behind published metrics scores them."""
+    return [_score_as_published(task, codec, scored) for scored in completions]
+
+
+def _score_as_published(task: Task[Any, Any], codec: Codec, scored: ScoredCompletion) -> ScoredCompletion:
+    text = scored.completion
+    prediction = task.parse_published(text, codec, scored.image_size) if len(text) <= MAX_TEXT else None
+    if prediction == scored.prediction:
+        return scored
+    score = score_prediction(task, prediction, scored.sample.target, is_evaluation=True)
+    return replace(scored, prediction=prediction, score=score)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from torchmetrics import Metric
 
 from perception_r1.codecs import Codec
+from perception_r1.errors import UserError
 from perception_r1.records import ImageSize, Overlay, Sample, Score, TargetT
 from perception_r1.rows import Row
 
@@ -20,6 +21,7 @@ MAX_TEXT = 32_768
 """Longest completion, in characters, that is read; a full page of dense text is about 10,000."""
 
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_SLOT, _ANY_SLOT = re.compile(r"\{query\}|\{labels\}"), re.compile(r"\{\w+\}")
 _ANSWER = re.compile(r"</think>\s*<answer>")
 THINK_REQUEST = (
     " First think about the picture between <think> and </think>, then give the final answer between <answer> and"
@@ -35,9 +37,12 @@ class Task(ABC, Generic[TargetT, PredictionT]):
 
     Attributes:
         think: Ask for `<think>...</think><answer>...</answer>` and read the answer inside the tags.
+        prompt_template: The user's text, without the image. `{query}` stands for the query, `{labels}` for the names
+            that objects may have.
     """
 
     think: bool = False
+    prompt_template: str = "{query}"
 
     name: ClassVar[str]
     """Lower-case name: the folder under logs/, the value of `--task`."""
@@ -47,8 +52,20 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     """Names of `Score.metrics`."""
     primary_metric: ClassVar[str]
     """The metric that ranks checkpoints; higher is better."""
+    published_metric_names: ClassVar[tuple[str, ...]] = ()
+    """Names, as in `make_metrics`, of those that are published; they are computed from `parse_published`."""
     row_keys: ClassVar[tuple[str, ...]]
     """Keys of the task's own data rows besides image, width, height and id, for documentation and messages."""
+
+    def __post_init__(self) -> None:
+        """Check the options that all tasks have.
+
+        Raises:
+            UserError: The template has a slot that nothing fills.
+        """
+        unknown = [slot for slot in _ANY_SLOT.findall(self.prompt_template) if not _SLOT.fullmatch(slot)]
+        if unknown:
+            raise UserError(f"prompt_template may hold {{query}} and {{labels}}, not {unknown[0]}")
 
     @abstractmethod
     def read_row(self, row: Row) -> tuple[str, TargetT]:
@@ -57,10 +74,6 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         Raises:
             RowError: A key is missing, of the wrong type or out of range.
         """
-
-    @abstractmethod
-    def prompt(self, query: str) -> str:
-        """The user's text, without the image."""
 
     @abstractmethod
     def format_target(self, sample: Sample[TargetT], codec: Codec, image_size: ImageSize) -> str:
@@ -73,6 +86,18 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     @abstractmethod
     def score(self, prediction: PredictionT | None, target: TargetT) -> Score:
         """Reward, components and metrics of one prediction."""
+
+    def parse_published(self, text: str, codec: Codec, image_size: ImageSize) -> PredictionT | None:
+        """A prediction as the evaluation code behind published metrics reads it; by default as this task reads it.
+
+        Never raises on any text. Its boxes are as that code takes them, and may lie outside of the image.
+
+        Args:
+            text: The completion, special tokens and end token included, no longer than `MAX_TEXT`.
+            codec: How the model family writes boxes.
+            image_size: The sizes of the image.
+        """
+        return self.parse_completion(text, codec, image_size)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -120,6 +145,11 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         computes to a scalar tensor or a dict of them. Its metrics must not depend on the order of the samples.
         """
         return {}
+
+    def prompt(self, query: str) -> str:
+        """The user's text, without the image."""
+        texts = {"{query}": query, "{labels}": ", ".join(self.labels)}
+        return _SLOT.sub(lambda slot: texts[slot[0]], self.prompt_template)
 
     def messages(self, sample: Sample[TargetT]) -> list[dict[str, Any]]:
         """The chat of one sample: the image, then the prompt."""

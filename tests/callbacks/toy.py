@@ -23,6 +23,7 @@ FRAME = ImageSize(width=64, height=48, resized_width=64, resized_height=48)
 
 @dataclass(frozen=True, kw_only=True)
 class ToyTask(Task[Box, Box]):
+    prompt_template: str = "Where is the {query}?"
     name: ClassVar[str] = "toy"
     component_names: ClassVar[tuple[str, ...]] = ("format",)
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy",)
@@ -31,9 +32,6 @@ class ToyTask(Task[Box, Box]):
 
     def read_row(self, row: Any) -> tuple[str, Box]:
         raise NotImplementedError
-
-    def prompt(self, query: str) -> str:
-        return f"Where is the {query}?"
 
     def format_target(self, sample: Sample[Box], codec: Any, image_size: ImageSize) -> str:
         return json.dumps(sample.target)

@@ -10,6 +10,7 @@ from perception_r1.cli import main
 from perception_r1.commands import compose as module
 from perception_r1.commands.compose import compose
 from perception_r1.errors import UserError
+from perception_r1.evaluation.paper import GENERATION
 from perception_r1.tasks import TASKS
 from tests.evaluation.evaluating import DATA
 
@@ -54,6 +55,19 @@ def test_every_model_goes_with_every_kind_of_training(printed, model):
         assert config == printed(*files(*names, *(f"variant/{name}" for name in variant)))
         assert config["model"]["class_path"].endswith("SFT" if variant else "GRPO")
         assert config["run_name"] == ("grounding-sft" if variant else "grounding")
+
+
+@pytest.mark.parametrize("task", GENERATION)
+def test_the_published_protocol_generates_as_the_published_answers_were(printed, task):
+    parts = "--task", task, "--model", "qwen2_vl_2b"
+    config = printed(*parts, "--variant", "think", "--protocol", "published")
+    settings, published = config["model"]["init_args"], GENERATION[task]
+    assert settings["max_new_tokens"] == published.max_new_tokens
+    assert settings["repetition_penalty"] == published.repetition_penalty
+    assert settings["policy"]["max_pixels"] is None
+    options = config["data"]["init_args"]["task"]["init_args"]
+    assert (options["prompt_template"], options["think"]) == (published.prompt_template, False)
+    assert printed(*parts, "--protocol", "strict") == printed(*parts)
 
 
 def test_all_parts_are_merged_in_their_order_whatever_the_order_on_the_command_line(printed):

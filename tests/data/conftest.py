@@ -14,6 +14,7 @@ from perception_r1.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class NameTask(Task[str, str]):
+    prompt_template: str = "Name it."
     name = "name"
     component_names = ("same",)
     metric_names = ("same",)
@@ -22,9 +23,6 @@ class NameTask(Task[str, str]):
 
     def read_row(self, row):
         return "", row.text("text")
-
-    def prompt(self, query):
-        return "Name it."
 
     def format_target(self, sample, codec, image_size):
         return sample.target

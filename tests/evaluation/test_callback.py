@@ -19,7 +19,9 @@ from perception_r1.cli import main
 from perception_r1.commands import score
 from perception_r1.data.sources import JsonLines
 from perception_r1.evaluation.callback import Evaluation
+from perception_r1.geometry import iou
 from perception_r1.modules.base import PolicyModule
+from perception_r1.published import first_box
 from perception_r1.tasks.grounding import GroundingData
 from tests.callbacks.toy import ToyData, ToyModule, toy_trainer
 from tests.evaluation.evaluating import (
@@ -79,6 +81,11 @@ def test_an_evaluation_answers_every_sample_once_in_the_order_of_the_data(undist
     assert 0 < sum(row["reward"] > 1 for row in rows) < NUM_SAMPLES  # there is something to get wrong
 
 
+def fractions(row) -> tuple[float, ...]:
+    x1, y1, x2, y2 = row["box"]
+    return x1 / row["width"], y1 / row["height"], x2 / row["width"], y2 / row["height"]
+
+
 def test_metrics_are_the_means_of_each_source(undisturbed):
     metrics = json.loads(undisturbed.left["metrics.json"])
     assert list(metrics) == list(SIZES)
@@ -88,7 +95,18 @@ def test_metrics_are_the_means_of_each_source(undisturbed):
         found = [
             {"reward": row["reward"], **more, **row["metrics"]} for row, more in zip(rows, components, strict=True)
         ]
-        assert values == {key: pytest.approx(math.fsum(row[key] for row in found) / len(rows)) for key in found[0]}
+        expected = {key: pytest.approx(math.fsum(row[key] for row in found) / len(rows)) for key in found[0]}
+        boxes = [first_box(row["completion"]) for row in rows]
+        overlaps = [iou([side / 1000 for side in box], fractions(row)) for box, row in zip(boxes, rows, strict=True)]
+        expected |= {
+            f"published/accuracy_{percent}": pytest.approx(
+                sum(overlap >= percent / 100 for overlap in overlaps) / len(rows)
+            )
+            for percent in (50, 75, 95)
+        }
+        expected["published/reward/iou"] = pytest.approx(math.fsum(overlaps) / len(rows))
+        expected["published/center_accuracy"] = values["published/center_accuracy"]
+        assert values == expected
 
 
 def wait_for_rows(process: subprocess.Popen, part: Path, count: int) -> None:

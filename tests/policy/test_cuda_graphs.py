@@ -93,6 +93,15 @@ def test_a_recorded_step_that_is_run_again_and_again_writes_the_same(policy, gro
 
 
 @ONE_FAMILY
+def test_a_repetition_penalty_begins_anew_with_every_rollout(policy, captures):
+    generator, options = GraphGenerator(Decoder(policy.model), captures), {"is_greedy": True, "group_size": 1}
+    for indices, penalty in (((0, 1, 2), 1.6), ((2, 0, 1), 1.6), ((2, 0, 1), 1.0)):
+        one, other = rollouts(policy, generator, indices, repetition_penalty=penalty, **options)
+        assert_same(one, other)
+    assert captures.num_steps == 2
+
+
+@ONE_FAMILY
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3])
 def test_the_warm_up_stays_within_the_buffers_of_short_completions(policy, captures, max_new_tokens):
     generator = GraphGenerator(Decoder(policy.model), captures)

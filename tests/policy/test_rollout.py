@@ -40,7 +40,8 @@ def until_end(row, ends):
     return next((row[: index + 1] for index, token in enumerate(row) if token in ends), row)
 
 
-def test_greedy_answers_equal_those_of_transformers(policy, plain):
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.05, 1.6, 0.8])
+def test_greedy_answers_equal_those_of_transformers(policy, plain, repetition_penalty):
     expected = []
     for index in range(3):
         prompt = oracle.encode(policy.processor, [index])
@@ -49,9 +50,15 @@ def test_greedy_answers_equal_those_of_transformers(policy, plain):
             do_sample=False,
             max_new_tokens=12,
             suppress_tokens=policy.suppress_tokens.tolist(),
+            repetition_penalty=repetition_penalty,
         )
         expected.append(until_end(generated[0, prompt.lengths[0] :].tolist(), ENDS.tolist()))
-    assert rows(greedy(policy, [0, 1, 2], max_new_tokens=12)) == expected
+    assert rows(greedy(policy, [0, 1, 2], max_new_tokens=12, repetition_penalty=repetition_penalty)) == expected
+
+
+def test_a_penalty_changes_what_is_written(policy):
+    answers = [rows(greedy(policy, [0, 1, 2], max_new_tokens=12, repetition_penalty=value)) for value in (1.0, 1.6)]
+    assert answers[0] != answers[1]
 
 
 def sampled(policy, **options):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_r1.codecs import CODECS
+from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics
 from perception_r1.records import ImageSize, LabelledBox, Sample, Score
 from perception_r1.task import MAX_TEXT, Task
@@ -135,3 +136,15 @@ def test_names_are_all_different_and_the_primary_metric_is_one_of_them(name):
     assert set(own) <= set(values)
     assert task.primary_metric in values
     assert all(value.ndim == 0 for value in values.values())
+
+
+@tasks
+def test_prompt_template_is_an_option_with_slots(name):
+    task = TASKS[name](prompt_template="Of {labels}: find {query}, in JSON: {}")
+    assert task.prompt("a {labels} cup") == f"Of {', '.join(task.labels)}: find a {{labels}} cup, in JSON: {{}}"
+
+
+@tasks
+def test_slot_that_nothing_fills_is_refused(name):
+    with pytest.raises(UserError, match=r"prompt_template may hold \{query\} and \{labels\}, not \{question\}"):
+        TASKS[name](prompt_template="Find the {question}.")

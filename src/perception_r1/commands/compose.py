@@ -4,7 +4,8 @@
 
 stands for default.yaml, task/counting.yaml, model/tiny.yaml, tiny/counting.yaml (what this model needs for this task,
 where there is such a file), data/coco.yaml, recipes/detection.yaml and variant/lora.yaml. `--model` may also be a hub
-id or a folder, `--data` a file of JSON lines to train on. A file of ./configs comes before that of the checkout.
+id or a folder, `--data` a file of JSON lines to train on. `--protocol published` adds protocol/published.yaml and
+protocol/published/counting.yaml. A file of ./configs comes before that of the checkout.
 """
 
 import re
@@ -25,6 +26,7 @@ PARTS = {
     "data": "a name in configs/data or a file of JSON lines (default: synthetic scenes)",
     "recipe": "the settings of a published training, a name in configs/recipes",
     "variant": "a deviation, a name in configs/variant; may be given several times",
+    "protocol": "how an evaluation asks, strict or published, a name in configs/protocol (default: strict)",
 }
 """The options that name parts, with their help."""
 
@@ -80,6 +82,10 @@ def _layers(parts: Mapping[str, Sequence[str]]) -> Iterator[_Config]:
         yield _read(f"recipes/{recipe}", "--recipe")
     for variant in parts.get("variant", []):
         yield _read(f"variant/{variant}", "--variant")
+    for protocol in parts.get("protocol", [])[-1:]:
+        yield _read(f"protocol/{protocol}", "--protocol")
+        if _find(f"protocol/{protocol}/{task}") is not None:
+            yield _read(f"protocol/{protocol}/{task}")
 
 
 def _read(name: str, option: str = "", others: str = "") -> _Config:

@@ -20,10 +20,10 @@ from perception_r1.commands.options import known, make_task, new_parser, option_
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.data.sources import SourceRow, open_source
 from perception_r1.errors import UserError
-from perception_r1.metrics import make_metrics, update_metrics
+from perception_r1.metrics import make_metrics, published_values, update_metrics
 from perception_r1.records import ImageSize, Sample, UnloadedSample
 from perception_r1.rows import Row, RowError, object_labels
-from perception_r1.scoring import ScoredCompletion, parse_completions, score_completions
+from perception_r1.scoring import ScoredCompletion, parse_completions, score_as_published, score_completions
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
 
@@ -55,12 +55,17 @@ def _score(argv: Sequence[str]) -> int:
     samples, image_sizes, completions = zip(*(_read_row(row, task, codec, options) for row in rows), strict=True)
     parsed = parse_completions(task, codec, samples=samples, image_sizes=image_sizes, completions=completions)
     scored_completions = score_completions(task, parsed, is_evaluation=True)
-    for row, scored in zip(rows, scored_completions, strict=True):
+    published = score_as_published(task, codec, scored_completions)
+    for row, scored, other in zip(rows, scored_completions, published, strict=True):
         told = {"id": row.values["id"]} if "id" in row.values else {}
         prediction = task.serialize_prediction(scored.prediction, scored.image_size)
         told |= asdict(scored.score) | {"prediction": prediction}
+        if task.published_metric_names:
+            told["published"] = {
+                name: value for name, value in other.score.metrics.items() if name in task.published_metric_names
+            }
         sys.stdout.write(json.dumps(told, allow_nan=False) + "\n")
-    sys.stderr.write(_summary(task, scored_completions))
+    sys.stderr.write(_summary(task, scored_completions, published))
     return 0
 
 
@@ -151,14 +156,17 @@ def _image_size(row: SourceRow, task: Task[Any, Any], codec: Codec, options: jso
     return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
 
 
-def _summary(task: Task[Any, Any], scored_completions: Sequence[ScoredCompletion]) -> str:
+def _summary(
+    task: Task[Any, Any], scored_completions: Sequence[ScoredCompletion], published: Sequence[ScoredCompletion]
+) -> str:
     """Means and metrics of each source of the file, one a line."""
     counts = Counter(scored.sample.source for scored in scored_completions)
     text = ""
     for source, count in counts.items():
-        metrics = make_metrics(task)
+        metrics, as_published = make_metrics(task), make_metrics(task)
         update_metrics(metrics, [scored for scored in scored_completions if scored.sample.source == source])
-        values = metrics.compute()
+        update_metrics(as_published, [scored for scored in published if scored.sample.source == source])
+        values = metrics.compute() | published_values(task, as_published)
         width = max(len(name) for name in values)
         rows = "".join(f"  {name:<{width}}  {float(value):.6g}\n" for name, value in values.items())
         text += f"{task.name}{f' of {source}' if source else ''}: {count} completions\n{rows}"

@@ -8,18 +8,21 @@ Only a folder that has the name of its evaluation is known to hold the answers t
 where `trainer.limit_test_batches` leaves samples out, an evaluation begins anew.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torchmetrics import MetricCollection
 
 from perception_r1.callbacks.files import run_folder, write_json
 from perception_r1.data.module import TaskDataModule
 from perception_r1.evaluation.key import EVALUATION
+from perception_r1.evaluation.paper import compare
 from perception_r1.evaluation.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.evaluation.report import write_report
-from perception_r1.metrics import update_metrics
+from perception_r1.metrics import make_metrics, published_values, update_metrics
+from perception_r1.scoring import ScoredCompletion, score_as_published
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule
@@ -39,6 +42,7 @@ class Evaluation(Callback):
         self.num_samples = num_samples
         self._folder: Path | None = None
         self._part: TextIO | None = None
+        self._published: list[MetricCollection] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Collect what an earlier try has answered; the data module is set up, its loaders are not yet made."""
@@ -68,22 +72,40 @@ class Evaluation(Callback):
         if self._folder is None:
             return
         module, datamodule = cast("EvaluationModule", pl_module), _data(trainer)
+        fresh = make_metrics(module.task).to(module.device)
+        self._published = [fresh.clone() for _ in datamodule.tested_sources if module.task.published_metric_names]
         if trainer.is_global_zero:
             rows = {row_key(row): row for row in read_rows(self._answers)}
             for sample in datamodule.samples(datamodule.eval_split) if rows else ():
                 if (row := rows.get((sample.source, sample.id))) is not None:
                     scored = rescore(module.task, module.codec, sample, row)
-                    update_metrics(module.test_metrics[datamodule.tested_sources.index(sample.source)], [scored])
+                    index = datamodule.tested_sources.index(sample.source)
+                    update_metrics(module.test_metrics[index], [scored])
+                    self._update_published(module, index, [scored])
         self._part = (self._folder / f"answers.rank{trainer.global_rank}.jsonl").open("w", encoding="utf-8")
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        """Write the completions of one batch to the disk."""
+        """Write the completions of one batch to the disk, and score them as published."""
         if self._part is not None:
-            task = cast("EvaluationModule", pl_module).task
-            self._part.writelines(row_line(prediction_row(task, scored)) for scored in outputs)
+            module = cast("EvaluationModule", pl_module)
+            self._part.writelines(row_line(prediction_row(module.task, scored)) for scored in outputs)
             self._part.flush()
+            self._update_published(module, dataloader_idx, outputs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the published metrics; all devices compute them together."""
+        module = cast("EvaluationModule", pl_module)
+        for tested, published in zip(module.test_metrics, self._published, strict=False):
+            values = published_values(module.task, published)
+            module.log_dict({f"{tested.prefix}{name}": value for name, value in values.items()}, batch_size=1)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the parts; write metrics and report."""
@@ -98,13 +120,13 @@ class Evaluation(Callback):
         rows = list(answered.values())
         indices = [index for index, sample in enumerate(samples) if (sample.source, sample.id) in answered]
         write_rows(self._folder / "predictions.jsonl", rows)
-        metrics = {
-            source or "test": {
-                tag.removeprefix(str(tested.prefix)): float(f"{float(value):.{_DIGITS}g}")
-                for tag, value in tested.compute().items()
-            }
-            for source, tested in zip(datamodule.tested_sources, module.test_metrics, strict=True)
-        }
+        metrics = {}
+        for index, source in enumerate(datamodule.tested_sources):
+            tested = module.test_metrics[index]
+            values = {tag.removeprefix(str(tested.prefix)): value for tag, value in tested.compute().items()}
+            if self._published:
+                values |= published_values(module.task, self._published[index])
+            metrics[source or "test"] = {name: float(f"{float(value):.{_DIGITS}g}") for name, value in values.items()}
         write_json(self._folder / "metrics.json", metrics)
         write_report(
             self._folder,
@@ -115,6 +137,12 @@ class Evaluation(Callback):
             rewards=[row["reward"] for row in rows],
             num_samples=self.num_samples,
             checkpoint=str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            comparison=compare(
+                module.task,
+                max_new_tokens=module.max_new_tokens,
+                repetition_penalty=module.repetition_penalty,
+                rows=rows,
+            ),
         )
         for part in [self._answers, *self._parts()]:
             part.unlink(missing_ok=True)
@@ -122,6 +150,11 @@ class Evaluation(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the parts as they are."""
         self._close(trainer)
+
+    def _update_published(self, module: "EvaluationModule", index: int, scored: Sequence[ScoredCompletion]) -> None:
+        """Add what was just scored strictly to the published metrics of a source."""
+        if self._published:
+            update_metrics(self._published[index], score_as_published(module.task, module.codec, scored))
 
     @property
     def _answers(self) -> Path:

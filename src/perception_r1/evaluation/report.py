@@ -1,4 +1,4 @@
-"""The report of an evaluation: its metrics beside published ones, and the worst and best pictures."""
+"""The report of an evaluation: metrics, beside the paper's where both were computed alike, worst and best pictures."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +11,15 @@ from rich.text import Text
 
 from perception_r1.callbacks.log_samples import sample_card
 from perception_r1.drawing import contact_sheet
-from perception_r1.evaluation.published import PUBLISHED
+from perception_r1.evaluation.paper import PAPER_METRICS, Comparison
+from perception_r1.metrics import PUBLISHED
 from perception_r1.records import Split
 from perception_r1.scoring import ScoredCompletion
 from perception_r1.task import Task
 
 Metrics = Mapping[str, Mapping[str, float]]
 """Source -> metric -> value."""
-_HEADINGS = ("data", "metric", "here", "paper: before", "paper: Perception-R1")
+_HEADINGS = ("data", "metric", "strict", "as published", "paper: before", "paper: Perception-R1")
 
 
 def write_report(
@@ -31,6 +32,7 @@ def write_report(
     rewards: Sequence[float],
     num_samples: int,
     checkpoint: str | None,
+    comparison: Comparison,
 ) -> None:
     """Write `report.md` with its pictures, and show the table.
 
@@ -43,12 +45,14 @@ def write_report(
         rewards: Of every sample.
         num_samples: How many of the worst and of the best are drawn.
         checkpoint: What was evaluated; None: the model before training.
+        comparison: What of it may stand beside the paper's metrics.
     """
     ranked = sorted(range(len(rewards)), key=rewards.__getitem__)
     lines = [f"# Evaluation of {task.name}", "", f"Checkpoint: {checkpoint or 'none, the model as it is'}. "]
     lines += [f"{len(rewards)} samples of the {split} split, greedy decoding.", ""]
-    rows = _rows(metrics, task.primary_metric)
+    rows = _rows(metrics, task.primary_metric, comparison)
     lines += [f"| {' | '.join(cells)} |" for cells in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)] + [""]
+    lines += [line for sentence in sentences(metrics, task, comparison) for line in (sentence, "")]
     for title, chosen in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
         if chosen:
             cards = [sample_card(task, scored_completion(index), step=None) for index in chosen]
@@ -60,23 +64,55 @@ def write_report(
     console.print(Text.assemble(("report       ", "bold"), str(folder / "report.md")), soft_wrap=True)
 
 
-def _rows(metrics: Metrics, primary_metric: str) -> list[list[str]]:
+def sentences(metrics: Metrics, task: Task[Any, Any], comparison: Comparison) -> list[str]:
+    """What the table shows, in words: how answers were read, and what keeps the paper's metrics out."""
+    if not task.published_metric_names:
+        return []
+    found = [
+        "Both columns read the same answers: strictly, where a wrong format counts as wrong, or as the public "
+        "evaluation code of Perception-R1 does."
+    ]
+    name = task.primary_metric if task.primary_metric in task.published_metric_names else task.published_metric_names[0]
+    for source, values in metrics.items():
+        strict, published = values.get(name, math.nan), values.get(PUBLISHED + name, math.nan)
+        if not math.isnan(published - strict):
+            told = f"{_shown(published)} instead of {_shown(strict)} ({published - strict:+.4f})"
+            found.append(f"Read as published, {name} of {source} is {told if published != strict else 'the same'}.")
+    reported = [source for source in metrics if source in PAPER_METRICS]
+    if reported and comparison.deviations:
+        clauses = "; ".join(comparison.deviations)
+        found.append(
+            f"No metric of the paper stands beside these, since its answers were generated in another way: {clauses}. "
+            "`--protocol published` generates them alike."
+        )
+    for source in reported:
+        if source in comparison.incomplete:
+            here, there = comparison.incomplete[source]
+            found.append(f"The paper's metrics of {source} are of {there} samples, and these of {here}.")
+    return found
+
+
+def _rows(metrics: Metrics, primary_metric: str, comparison: Comparison) -> list[list[str]]:
     """The cells of the table: the primary metric of each source first, then what the paper has."""
     rows = []
     for source, values in metrics.items():
-        paper = PUBLISHED.get(source, {})
-        for name in sorted(values, key=lambda name: (name != primary_metric, name not in paper)):
-            published = map(_shown, paper[name]) if name in paper else ("", "")
-            rows.append([source, name, _shown(values[name]), *published])
+        reported = PAPER_METRICS[source].values if source in PAPER_METRICS else {}
+        names = [name for name in values if not name.startswith(PUBLISHED)]
+        for name in sorted(names, key=lambda name: (name != primary_metric, name not in reported)):
+            published = _shown(values[PUBLISHED + name]) if PUBLISHED + name in values else ""
+            paper = comparison.paper_metrics(source, name)
+            cells = map(_shown, paper) if paper else ("", "")
+            rows.append([source, name, _shown(values[name]), published, *cells])
     return rows
 
 
 def _table(rows: Sequence[Sequence[str]], primary_metric: str) -> Table:
     table = Table(title="Greedy answers", title_justify="left")
-    for index, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if index < 2 else "right")
+    filled = [index for index in range(len(_HEADINGS)) if any(cells[index] for cells in rows)]
+    for index in filled:
+        table.add_column(_HEADINGS[index], justify="left" if index < 2 else "right")
     for cells in rows:
-        table.add_row(*map(Text, cells), style="bold" if cells[1] == primary_metric else "")
+        table.add_row(*(Text(cells[index]) for index in filled), style="bold" if cells[1] == primary_metric else "")
     return table
 
 

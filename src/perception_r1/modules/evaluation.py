@@ -37,6 +37,8 @@ class EvaluationModule(LightningModule):
         task: The task of the data module; the command line hands it over.
         policy: Which model is trained, and what of it.
         max_new_tokens: Longest completion, end token included.
+        repetition_penalty: Of greedy answers: makes tokens that are in the prompt or the answer less probable; 1 does
+            not. Sampling has none, so that its log-probabilities are the model's.
         eval_batch_tokens: Tokens of prompts and completions, padding included, that an evaluation holds at once; null:
             the whole batch of the data module.
 
@@ -53,16 +55,20 @@ class EvaluationModule(LightningModule):
         *,
         policy: PolicyConfig,
         max_new_tokens: int = 768,
+        repetition_penalty: float = 1.0,
         eval_batch_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+        if repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty is {repetition_penalty}; it must be above 0, and 1 for none.")
         if eval_batch_tokens is not None and eval_batch_tokens < 1:
             raise UserError(f"eval_batch_tokens is {eval_batch_tokens}; it must be 1 or more, or null.")
         self.task = task
         self.policy_config = policy
         self.max_new_tokens = max_new_tokens
+        self.repetition_penalty = repetition_penalty
         self.eval_batch_tokens = eval_batch_tokens
         self.val_metrics = make_metrics(task).clone(prefix="val/")
         self.test_metrics: list[MetricCollection] = []
@@ -134,6 +140,7 @@ class EvaluationModule(LightningModule):
                     max_new_tokens=self.max_new_tokens,
                     seeds=[0] * len(indices),
                     is_greedy=True,
+                    repetition_penalty=self.repetition_penalty,
                 )
                 parsed = self.parse([samples[index] for index in indices], eval_batch, rollout)
                 found |= zip(indices, parsed, strict=True)

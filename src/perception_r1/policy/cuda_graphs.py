@@ -70,7 +70,7 @@ class GraphGenerator:
         room = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
         shape = (num_prompts, group_size, room, params.max_new_tokens)
         ids = id(params.eos_token_ids), id(params.suppress_tokens)  # a captured step reads, and holds, these tensors
-        key = (shape, ids, params.temperature, params.is_greedy, self.decoder.adapters)
+        key = (shape, ids, params.temperature, params.is_greedy, params.repetition_penalty, self.decoder.adapters)
         captured = self._captured.pop(key, None)
         if captured is None:
             while len(self._captured) >= _MAX_GRAPHS:  # the one that has not been used for the longest time
@@ -107,7 +107,7 @@ class _CapturedStep:
         )
         self._uniforms = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=decoder.device)
         self._logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)  # [N, V]
-        self.buffer = GenerationBuffer.empty(num_rows, num_tokens, decoder)
+        self.buffer = GenerationBuffer.empty(num_rows, params, self._logits)
         self.ended = torch.zeros(num_rows, dtype=torch.bool, device=decoder.device)
         self._cache.load(prompts, decoder.position_embeddings(prompts, num_tokens))
         self.replay = capture(self._step)
@@ -116,13 +116,17 @@ class _CapturedStep:
         """Begin anew."""
         self._cache.load(prompts, self._decoder.position_embeddings(prompts, self._params.max_new_tokens))
         self._uniforms.copy_(uniforms)
+        self.buffer.load(prompts, self._group_size)
         self._logits.copy_(self._decoder.first_logits(prompts).repeat_interleave(self._group_size, 0))
         self.ended.zero_()
 
     def _step(self) -> None:
         step = self._cache.step
         uniforms = self._uniforms.index_select(1, step)[:, 0]
-        tokens, logprobs, entropies = sample_token(self._logits, uniforms, self._params)
+        is_repeated = self.buffer.is_repeated
+        tokens, logprobs, entropies = sample_token(self._logits, uniforms, self._params, is_repeated)
+        if is_repeated is not None:
+            is_repeated.scatter_(1, tokens[:, None], True)
         self.buffer.tokens.index_copy_(1, step, tokens[:, None])
         self.buffer.logprobs.index_copy_(1, step, logprobs[:, None])
         self.buffer.entropies.index_copy_(1, step, entropies[:, None])

@@ -117,6 +117,7 @@ class Policy(nn.Module):
         seeds: Sequence[int],
         temperature: float = 1.0,
         is_greedy: bool = False,
+        repetition_penalty: float = 1.0,
     ) -> Rollout:
         """`group_size` completions of each prompt; see `policy/rollout.py`, and on CUDA `policy/cuda_graphs.py`."""
         params = SamplingParams(
@@ -125,6 +126,7 @@ class Policy(nn.Module):
             suppress_tokens=self.suppress_tokens,
             temperature=1.0 if is_greedy else temperature,
             is_greedy=is_greedy,
+            repetition_penalty=repetition_penalty,
         )
         if self.device.type != "cuda":
             return generate(Decoder(self.model), prompts, group_size=group_size, params=params, seeds=seeds)

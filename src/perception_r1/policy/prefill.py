@@ -24,6 +24,7 @@ class PromptCache:
         keys: Of each layer [B, K, P, D], filled on the right.
         values: Of each layer [B, K, P, D], filled on the right.
         lengths: Tokens of each prompt, B entries.
+        input_ids: Ids of each prompt, on the CPU, B entries.
         hidden: [B, H] last hidden state of the last token, which predicts the first completion token.
         next_positions: Position of the first completion token of each prompt, B entries.
     """
@@ -31,6 +32,7 @@ class PromptCache:
     keys: list[Tensor]
     values: list[Tensor]
     lengths: tuple[int, ...]
+    input_ids: tuple[Tensor, ...]
     hidden: Tensor
     next_positions: tuple[int, ...]
 
@@ -63,6 +65,7 @@ def prefill(model: QwenVL, prompts: PromptBatch) -> PromptCache:
         keys=keys,
         values=values,
         lengths=tuple(prompts.lengths),
+        input_ids=prompts.input_ids,
         hidden=hidden.index_select(0, last_indices),
         next_positions=prompts.next_positions,
     )

@@ -37,6 +37,8 @@ class SamplingParams:
         suppress_tokens: Ids of tokens that are never written.
         temperature: Above 0; log-probabilities and entropy are those at this temperature.
         is_greedy: Take the most probable token each time.
+        repetition_penalty: Logits of tokens that are in the prompt or in what is written are divided by it where they
+            are positive, and multiplied by it elsewhere (CTRL, arXiv 1909.05858); 1 leaves them as they are.
     """
 
     max_new_tokens: int
@@ -44,6 +46,7 @@ class SamplingParams:
     suppress_tokens: Tensor
     temperature: float = 1.0
     is_greedy: bool = False
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,18 +74,31 @@ class GenerationBuffer:
         tokens: [N, T] ids.
         logprobs: [N, T].
         entropies: [N, T] of the distributions, in nats.
+        is_repeated: [N, V] True for tokens that are in the prompt or in what is written; None where it does not matter.
     """
 
     tokens: Tensor
     logprobs: Tensor
     entropies: Tensor
+    is_repeated: Tensor | None
 
     @classmethod
-    def empty(cls, num_rows: int, num_tokens: int, decoder: Decoder) -> "GenerationBuffer":
-        """Nothing written yet."""
-        tokens = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=decoder.device)
-        values = torch.zeros(tokens.shape, dtype=at_least_fp32(decoder.dtype), device=tokens.device)
-        return cls(tokens=tokens, logprobs=values, entropies=values.clone())
+    def empty(cls, num_rows: int, params: SamplingParams, logits: Tensor) -> "GenerationBuffer":
+        """Nothing written yet; `logits` are any of the model's, [rows, V]."""
+        tokens = torch.zeros(num_rows, params.max_new_tokens, dtype=torch.long, device=logits.device)
+        values = torch.zeros(tokens.shape, dtype=at_least_fp32(logits.dtype), device=tokens.device)
+        is_repeated = None
+        if params.repetition_penalty != 1.0:
+            is_repeated = torch.zeros(num_rows, logits.shape[1], dtype=torch.bool, device=logits.device)
+        return cls(tokens=tokens, logprobs=values, entropies=values.clone(), is_repeated=is_repeated)
+
+    def load(self, prompts: PromptCache, group_size: int) -> None:
+        """Note the tokens of the prompts, and no others, where they matter."""
+        if self.is_repeated is None:
+            return
+        self.is_repeated.zero_()
+        for rows, input_ids in zip(self.is_repeated.split(group_size), prompts.input_ids, strict=True):
+            rows.index_fill_(1, to_device(input_ids, rows.device), True)
 
 
 @torch.no_grad()
@@ -99,15 +115,19 @@ def generate(
     else:
         cache = SharedPromptCache(prompts, position_embeddings, num_rows=group_size, dtype=decoder.dtype)
     logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)
-    buffer = GenerationBuffer.empty(len(uniforms), num_tokens, decoder)
+    buffer = GenerationBuffer.empty(len(uniforms), params, logits)
+    buffer.load(prompts, group_size)
     indices = torch.arange(len(uniforms), device=decoder.device).view(-1, group_size)  # completion of each row
     ended = torch.zeros(indices.shape, dtype=torch.bool, device=decoder.device)
     for step in range(num_tokens):
         flat = indices.flatten()
-        tokens, logprobs, entropies = sample_token(logits, uniforms[flat, step], params)
+        is_repeated = None if buffer.is_repeated is None else buffer.is_repeated[flat]
+        tokens, logprobs, entropies = sample_token(logits, uniforms[flat, step], params, is_repeated)
         buffer.tokens[flat, step] = tokens
         buffer.logprobs[flat, step] = logprobs
         buffer.entropies[flat, step] = entropies
+        if buffer.is_repeated is not None:
+            buffer.is_repeated[flat, tokens] = True
         ended |= is_any_of(tokens, params.eos_token_ids).view(ended.shape)
         if step + 1 == num_tokens or bool(ended.all()):
             break
@@ -160,17 +180,24 @@ def is_any_of(tokens: Tensor, ids: Tensor) -> Tensor:
     return (tokens[..., None] == ids).any(-1)
 
 
-def sample_token(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+def sample_token(
+    logits: Tensor, uniforms: Tensor, params: SamplingParams, is_repeated: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The next token of each row.
 
     Args:
         logits: [R, V] of the vocabulary head.
         uniforms: [R] numbers in [0, 1); unused when greedy.
-        params: Temperature, suppressed tokens.
+        params: Temperature, suppressed tokens, penalty.
+        is_repeated: [R, V] True for tokens that the penalty makes less probable; None without penalty.
 
     Returns:
         Ids, their log-probabilities, and the entropies of the distributions, [R] each.
     """
+    if is_repeated is not None:
+        logits = logits.to(at_least_fp32(logits.dtype))
+        penalized = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits = torch.where(is_repeated, penalized, logits)
     logprobs = process_logits(
         logits, suppress_tokens=params.suppress_tokens, temperature=params.temperature
     ).log_softmax(-1)

@@ -10,6 +10,7 @@ from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.objects import CountingWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, center, match, point_distances, to_pixels
+from perception_r1.published import count_boxes
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Point, Sample, Score
 from perception_r1.rows import Row, RowError
 from perception_r1.task import Task
@@ -87,15 +88,18 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             the k-th point.
     """
 
+    prompt_template: str = "Output all the bounding boxes of the {query}"
     matching: Matching = "bipartite"
 
     name = "counting"
     component_names = ("format", "ratio", "closeness")
     metric_names = ("count_accuracy", "absolute_error", "count", "false_positives", "false_negatives")
     primary_metric = "count_accuracy"
+    published_metric_names = ("count_accuracy",)
     row_keys = ("label", "points", "count", "boxes")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_matching(self.matching)
 
     def read_row(self, row: Row) -> tuple[str, CountingTarget]:
@@ -117,10 +121,6 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         if boxes is not None:
             points = tuple(center(box) for box in boxes)
         return label, CountingTarget(count=next(iter(known.values())), points=points, boxes=boxes)
-
-    def prompt(self, query: str) -> str:
-        """The user's text, without the image."""
-        return f"Output all the bounding boxes of the {query}"
 
     def format_target(self, sample: Sample[CountingTarget], codec: Codec, image_size: ImageSize) -> str:
         """The boxes, or small squares centered on the points, each labelled with the kind.
@@ -145,6 +145,11 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         has_one_label = label is not None and all(item.label == label for item in parsed.items)
         is_well_formed = parsed.is_exact and len(boxes) == count and has_one_label
         return CountingPrediction(count=count, boxes=boxes, label=label or "", is_well_formed=is_well_formed)
+
+    def parse_published(self, text: str, codec: Codec, image_size: ImageSize) -> CountingPrediction | None:
+        """The number of boxes between box tokens, in any form and whatever is around them; None without any."""
+        count = count_boxes(text)
+        return CountingPrediction(count=count, boxes=(), label="", is_well_formed=True) if count else None
 
     def score(self, prediction: CountingPrediction | None, target: CountingTarget) -> Score:
         """Format, ratio and closeness; a count is right only in a well-formed answer."""

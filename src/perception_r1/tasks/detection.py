@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torchmetrics import Metric
 
@@ -13,7 +13,8 @@ from perception_r1.data.synthetic.objects import DetectionWorld
 from perception_r1.errors import UserError
 from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
 from perception_r1.metrics import BoxAP
-from perception_r1.records import ImageSize, LabelledBox, Overlay, Sample, Score
+from perception_r1.published import json_boxes
+from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Sample, Score
 from perception_r1.rows import Row, RowError
 from perception_r1.task import Task
 from perception_r1.tasks._options import check_matching, check_weights
@@ -22,6 +23,9 @@ _PAIR_IOU = 0.5
 """A matched pair stands when its IoU is greater than this."""
 _SIZE_COST, _LABEL_COST, _OVERLAP_COST = 5.0, 1.0, 2.0
 """Weights of L1 distance, equal labels and GIoU in the cost of a match (DETR's, which the paper takes over)."""
+
+_TINY = 1e-9
+"""Side of a box that has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +99,11 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         class_weight: Weight of the share of pairs with the right label.
         iou_weight: Weight of the pairs' mean IoU.
         missing_weight: Penalty for the share of targets that have no pair; 0 turns it off.
+        published_boxes: What the published scorer takes the numbers of an answer for: "unmapped" for pixels of the
+            original image, as the public code does, or "resized" for those of the image that the model saw.
     """
 
+    prompt_template: str = "Please output bbox coordinates and names of {labels}."
     categories: tuple[str, ...] | None = None
     matching: Matching = "bipartite"
     format_weight: float = 0.25
@@ -104,14 +111,17 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
     class_weight: float = 1.0
     iou_weight: float = 1.0
     missing_weight: float = 0.5
+    published_boxes: Literal["unmapped", "resized"] = "unmapped"
 
     name = "detection"
     component_names = ("format", "f1", "class", "iou", "missing")
     metric_names = ("precision", "recall", "num_boxes", "false_positives", "false_negatives")
     primary_metric = "ap50"
+    published_metric_names = BoxAP.names
     row_keys = ("objects",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise UserError("categories must hold at least one name, and none twice")
         check_matching(self.matching)
@@ -145,10 +155,6 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             crowds=tuple(found.item for found in annotations if found.is_crowd),
         )
 
-    def prompt(self, query: str) -> str:
-        """The user's text, without the image."""
-        return f"Please output bbox coordinates and names of {', '.join(self.labels)}."
-
     def format_target(self, sample: Sample[DetectionTarget], codec: Codec, image_size: ImageSize) -> str:
         """All objects in the order of the data."""
         return codec.format_boxes(sample.target.objects, image_size)
@@ -164,6 +170,18 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             if item.label is not None and item.label in self.labels and item.box is not None
         )
         return DetectionPrediction(objects=objects, num_listed=len(parsed.items), is_exact=parsed.is_exact)
+
+    def parse_published(self, text: str, codec: Codec, image_size: ImageSize) -> DetectionPrediction | None:
+        """The known objects of a JSON list, in the pixels that `published_boxes` says."""
+        width, height = image_size.width, image_size.height
+        if self.published_boxes == "resized":
+            width, height = image_size.resized_width, image_size.resized_height
+        read = [
+            (label, _for_average_precision(x1 / width, y1 / height, x2 / width, y2 / height))
+            for label, (x1, y1, x2, y2) in json_boxes(text, self.labels)
+        ]
+        objects = tuple(LabelledBox(label=label, box=box) for label, box in read if box is not None)
+        return DetectionPrediction(objects=objects, num_listed=len(objects), is_exact=True)
 
     def score(self, prediction: DetectionPrediction | None, target: DetectionTarget) -> Score:
         """The five components; precision and recall are those of F1, whatever the labels."""
@@ -233,6 +251,25 @@ def _format(prediction: DetectionPrediction | None) -> float:
     if prediction is None or not prediction.is_exact:
         return 0.0
     return len(prediction.objects) / prediction.num_listed if prediction.num_listed else 1.0
+
+
+def _for_average_precision(x1: float, y1: float, x2: float, y2: float) -> Box | None:
+    """A box with which average precision is what pycocotools finds for any four numbers.
+
+    It takes a box by its corner and its sides. Where only one side is negative so is the area, and the box counts for
+    nothing. Otherwise a box that is inverted or empty counts as a detection, and overlaps with nothing: it goes outside
+    of the image.
+
+    >>> _for_average_precision(0.5, 0.1, 0.2, 0.3)
+    >>> _for_average_precision(0.75, 0.5, 0.25, 0.25)
+    (-1.5, -1.25, -1.0, -1.0)
+    """
+    width, height = x2 - x1, y2 - y1
+    if width > 0 and height > 0:
+        return x1, y1, x2, y2
+    if width * height < 0:
+        return None
+    return -1 - max(abs(width), _TINY), -1 - max(abs(height), _TINY), -1.0, -1.0
 
 
 class DetectionData(TaskDataModule):

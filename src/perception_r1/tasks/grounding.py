@@ -8,6 +8,7 @@ from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.objects import GroundingWorld
 from perception_r1.geometry import center, iou, to_pixels
+from perception_r1.published import first_box
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Sample, Score
 from perception_r1.rows import Row
 from perception_r1.task import Task
@@ -17,6 +18,9 @@ _THRESHOLDS = {"accuracy_50": 0.50, "accuracy_75": 0.75, "accuracy_95": 0.95}
 """IoU from which on a box counts as right."""
 _ROUNDING = 1e-9
 """What rounding in fractions of the image may take from a metric that lies exactly on a threshold in pixels."""
+
+_TINY = 1e-9
+"""Half the side of a box that stands for a point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +66,7 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         iou_weight: Weight of the squared IoU.
     """
 
+    prompt_template: str = "Output the bounding box of the {query} in the image."
     format_weight: float = 1.0
     iou_weight: float = 1.0
 
@@ -69,18 +74,16 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
     component_names = ("format", "iou")
     metric_names = (*_THRESHOLDS, "accuracy_mean", "center_accuracy", "false_positives", "false_negatives")
     primary_metric = "accuracy_50"
+    published_metric_names = ("reward/iou", *_THRESHOLDS, "center_accuracy")
     row_keys = ("question", "box")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_weights(format_weight=self.format_weight, iou_weight=self.iou_weight)
 
     def read_row(self, row: Row) -> tuple[str, GroundingTarget]:
         """The phrase of "question" and the box of "box"."""
         return row.text("question"), GroundingTarget(box=row.box("box"))
-
-    def prompt(self, query: str) -> str:
-        """The user's text, without the image."""
-        return f"Output the bounding box of the {query} in the image."
 
     def format_target(self, sample: Sample[GroundingTarget], codec: Codec, image_size: ImageSize) -> str:
         """The right box, labelled with the phrase."""
@@ -97,6 +100,14 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
             label=named[0][0] or "" if named else "",
             is_well_formed=parsed.is_exact and len(parsed.items) == len(named) == 1 and named[0][0] is not None,
         )
+
+    def parse_published(self, text: str, codec: Codec, image_size: ImageSize) -> GroundingPrediction | None:
+        """The first four numbers in brackets, whatever is around them; a point at the origin without any."""
+        x1, y1, x2, y2 = (number / 1000 for number in first_box(text))
+        if x1 >= x2 or y1 >= y2:  # it overlaps with nothing, and still has a center
+            x, y = center((x1, y1, x2, y2))
+            x1, y1, x2, y2 = x - _TINY, y - _TINY, x + _TINY, y + _TINY
+        return GroundingPrediction(boxes=((x1, y1, x2, y2),), label="", is_well_formed=False)
 
     def score(self, prediction: GroundingPrediction | None, target: GroundingTarget) -> Score:
         """Format and IoU; an accuracy is the share of boxes with at least that IoU, `accuracy_mean` that of the three.

@@ -8,6 +8,7 @@ from rapidfuzz.distance import Levenshtein
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.pages import TextWorld
+from perception_r1.published import without_special_tokens
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.rows import Row
 from perception_r1.task import Task
@@ -45,15 +46,18 @@ class Ocr(Task[OcrTarget, str]):
             which METEOR takes synonyms from "wordnet", as published, or knows only "stems". Needs `perception-r1[ocr]`.
     """
 
+    prompt_template: str = "OCR this image."
     word_metrics: Equals | None = None
 
     name = "ocr"
     component_names = ("similarity",)
     metric_names = ("edit_distance", "exact_match")
     primary_metric = "reward/similarity"
+    published_metric_names = ("edit_distance", *NAMES)
     row_keys = ("text",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.word_metrics is not None:
             check_available(self.word_metrics)
 
@@ -72,10 +76,6 @@ class Ocr(Task[OcrTarget, str]):
         """No query, and the text of "text"."""
         return "", OcrTarget(text=row.text("text", may_be_empty=True))
 
-    def prompt(self, query: str) -> str:
-        """The user's text, without the image."""
-        return "OCR this image."
-
     def format_target(self, sample: Sample[OcrTarget], codec: Codec, image_size: ImageSize) -> str:
         """The page's text."""
         return sample.target.text
@@ -83,6 +83,10 @@ class Ocr(Task[OcrTarget, str]):
     def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> str | None:
         """The text as it is."""
         return text
+
+    def parse_published(self, text: str, codec: Codec, image_size: ImageSize) -> str | None:
+        """The text without any special token, wherever it stands."""
+        return without_special_tokens(text)
 
     def score(self, prediction: str | None, target: OcrTarget) -> Score:
         """Similarity, and the edit distance (0..1) that it is one less."""
