@@ -270,6 +270,23 @@ def test_stats_have_a_table_for_each_source(run, tmp_path):
     assert (table_of(first)["samples"], table_of(second)["samples"]) == ("1", "2")
 
 
+def test_stats_count_the_images_that_are_trained_and_tested_on(run, tmp_path):
+    images = {"a": "01", "b": "2", "c": "1312", "d": "3"}
+    files = {
+        name: write_rows(tmp_path, [{**GOOD, "image": f"{number}.png"} for number in numbers], f"{name}.jsonl", 4)
+        for name, numbers in images.items()
+    }
+    sources = {name: {"class_path": "JsonLines", "init_args": {"file": str(file)}} for name, file in files.items()}
+    config = {split: {name: sources[name] for name in names} for split, names in (("train", "ab"), ("test", "cd"))}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": {"init_args": config}}))
+    status, text, _ = run("stats", "-c", "data.yaml")
+    assert status == 0
+    assert [line for line in text.splitlines() if line.endswith(" too")] == [
+        "1 of the 3 images of c (test) are in a (train) too",
+        "1 of the 3 images of c (test) are in b (train) too",
+    ]
+
+
 SIZES = [(640, 480), (333, 1000), (5000, 200), (28, 28)]
 
 

@@ -149,6 +149,8 @@ def _stats(cli: DataCLI) -> int:
     for name, samples in groups.items():
         found = statistics.collect_statistics(samples, data.task, codec, processor)
         get_console().print(_table(cli, name or cli.config.split, found))
+    for sentence in statistics.shared_images(data.sources):
+        sys.stdout.write(f"{sentence}\n")
     return 0
 
 

@@ -1,7 +1,8 @@
 """What a data set is to a model: sizes, tokens, objects, and in how many ways its objects can be matched."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -10,9 +11,10 @@ from PIL import Image
 from scipy.special import gammaln, logsumexp
 
 from perception_r1.codecs import Codec
+from perception_r1.data.sources import Source
 from perception_r1.errors import UserError
 from perception_r1.policy.processor import Processor
-from perception_r1.records import Sample
+from perception_r1.records import Sample, Split
 from perception_r1.task import Task
 
 
@@ -63,6 +65,28 @@ def collect_statistics(
         except UserError:
             found.num_without_answer += 1
     return found
+
+
+def shared_images(sources: Mapping[Split, Mapping[str, Source]]) -> list[str]:
+    """Sentences about images that are trained and also validated or tested on; an image is known by its file.
+
+    Args:
+        sources: Of each split, by name.
+    """
+    trained = {name: _files(source) for name, source in sources.get("train", {}).items()}
+    others = [(split, *item) for split, named in sources.items() if split != "train" for item in named.items()]
+    sentences = []
+    for split, name, source in others:
+        images = _files(source)
+        for trained_name, known in trained.items():
+            if shared := len(images & known):
+                of = f"{shared} of the {len(images)} images of {name or 'the file'} ({split})"
+                sentences.append(f"{of} are in {trained_name or 'the file'} (train) too")
+    return sentences
+
+
+def _files(source: Source) -> set[Path]:
+    return {row.image for row in source if isinstance(row.image, Path)}
 
 
 def spread(values: Sequence[int]) -> str:
