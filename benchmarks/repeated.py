@@ -43,7 +43,9 @@ class RepeatedPolicy(Policy):
         max_new_tokens: int,
         seeds: Sequence[int],
         temperature: float = 1.0,
+        top_p: float = 1.0,
         is_greedy: bool = False,
+        repetition_penalty: float = 1.0,
     ) -> Rollout:
         """`generate` on repeated prompts; it samples from torch's global random state, seeded with the first seed."""
         rows = _repeat(prompts, group_size)
@@ -54,7 +56,8 @@ class RepeatedPolicy(Policy):
             do_sample=not is_greedy,
             temperature=temperature,
             top_k=0,
-            top_p=1.0,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
             max_new_tokens=max_new_tokens,
             suppress_tokens=self.suppress_tokens.tolist(),
             eos_token_id=self.eos_token_ids.tolist(),
@@ -71,7 +74,9 @@ class RepeatedPolicy(Policy):
             entropy=float("nan"),
         )
 
-    def forward(self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    def forward(
+        self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0, top_p: float = 1.0
+    ) -> Tensor:
         """[N, T] log-probabilities from one padded pass over prompt and completion of every row."""
         rows = _repeat(prompts, len(completions) // len(prompts))
         written = pad_sequence(list(completions), batch_first=True).to(self.device)  # [N, T]
@@ -87,7 +92,13 @@ class RepeatedPolicy(Policy):
             logits_to_keep=written.shape[1] + 1,
             use_cache=False,
         ).logits[:, :-1]
-        logits = process_logits(logits, suppress_tokens=self.suppress_tokens, temperature=temperature)
+        logits = process_logits(
+            logits.flatten(0, 1),
+            suppress_tokens=self.suppress_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            written=written.flatten(),
+        ).view(logits.shape)
         return (logits.gather(-1, written[..., None])[..., 0] - logits.logsumexp(-1)) * is_written
 
     def _inputs(self, prompts: PromptBatch) -> dict[str, Tensor]:

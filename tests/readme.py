@@ -55,7 +55,7 @@ def choices(line: str) -> set[str]:
     made = {" ".join(words[:2])}
     for word, value in pairwise([*words, ""]):
         name, is_assigned, values = word.partition("=")
-        if word in ("--task", "--model", "--data", "--recipe", "--variant"):
+        if word in ("--task", "--model", "--data", "--recipe", "--variant", "--protocol"):
             made.add(f"{name[2:].upper()}={Path(value).suffix or value}")
         elif word.startswith("-"):
             made.add(word)

@@ -34,7 +34,7 @@ REPEATED = repeated(COMMANDS)
 """Trainings that choose nothing new: their configuration is composed, and that is all."""
 SMALL = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --trainer.val_check_interval 2"
-    " --data.train_take all --data.batch_size 2 --data.eval_batch_size 2 --data.num_workers 0"
+    " --data.train_take all --data.batch_size 2 --data.global_batch_size null --data.eval_batch_size 2 --data.num_workers 0"
     " --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4"
 )
 """What makes a training of any task a matter of a second."""
@@ -148,7 +148,7 @@ def expanded(command: str) -> list[list[str]]:
     if arguments[0] != "make":
         return [arguments]
     outside = ("TASK", "MODEL", "DATA", "SEED", "CKPT", "ARGS", "PYTHON", "TORCH", "MAKE", "MFLAGS")
-    outside += ("RUN", "TO", "IMAGES", "RECIPE", "VARIANT")
+    outside += ("RUN", "TO", "IMAGES", "RECIPE", "VARIANT", "PROTOCOL")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     done = subprocess.run(
         ["make", "-n", *arguments[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -311,7 +311,9 @@ RULES: dict[str, Callable[[list[str]], None]] = {
 
 
 def policy_name(arguments: Sequence[str]) -> str:
-    """The model of a command line: that of its file in configs/model, or the hub id or folder itself."""
+    """The model of a command line: one that is named, that of its file in configs/model, or the hub id or folder."""
+    if named := option(arguments, "--model.policy.name"):
+        return named
     model = option(arguments, "--model") or "tiny"
     path = ROOT / "configs" / "model" / f"{model}.yaml"
     return model_name(path) if path.exists() else model

@@ -30,7 +30,7 @@ PUBLISHED = {
 }
 SMALL = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.precision 32-true --trainer.max_steps 2"
-    " --trainer.limit_val_batches 1 --data.num_workers 0 --data.batch_size 1 --data.eval_batch_size 2"
+    " --trainer.limit_val_batches 1 --data.num_workers 0 --data.global_batch_size 1 --data.eval_batch_size 2"
     " --data.train_take all --model.max_new_tokens 4 --before_after.enabled false --log_samples.num_samples 0"
 )
 
@@ -82,7 +82,7 @@ def test_a_recipe_prints_the_settings_of_the_paper(task, monkeypatch, capsys):
     assert model["policy"]["max_pixels"] == 1_000_000
     assert model["policy"]["lora"] is None
     assert not model["policy"]["freeze_vision"]
-    assert (data["batch_size"], data["train_take"]) == (2, expected["take"])
+    assert (data["global_batch_size"], data["train_take"]) == (14, expected["take"])
     trainer = config["trainer"]
     assert (trainer["precision"], trainer["max_epochs"], trainer["max_steps"]) == ("bf16-mixed", 1, -1)
     assert (model["final_group_size"] or 8) > 8 if task == "detection" else model["final_group_size"] is None

@@ -372,3 +372,30 @@ def test_each_source_has_a_test_loader_of_its_own_also_for_what_is_left_to_answe
     single = data(task, test={"one": sources["one"]})
     single.setup("test")
     assert not isinstance(single.test_dataloader(), list)
+
+
+def first_global_batch(world_size, **sizes):
+    """Ids in the first step of all devices, and how many each of them has."""
+    ids, counts = [], []
+    for rank in range(world_size):
+        module = TaskDataModule(NameTask(), WORLD, num_train=30, **sizes)
+        module.setup("fit")
+        module._ranks = lambda rank=rank: (rank, world_size)
+        batch = next(iter(module.train_dataloader()))
+        ids += [sample.id for sample in batch.samples]
+        counts.append(len(batch.samples))
+    return ids, counts
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_a_global_batch_is_shared_by_the_devices(world_size):
+    ids, counts = first_global_batch(world_size, global_batch_size=14, batch_size=3)
+    assert counts == [14 // world_size] * world_size
+    assert ids == first_global_batch(1, batch_size=14)[0]
+
+
+def test_a_global_batch_that_the_devices_cannot_share_is_refused():
+    with pytest.raises(UserError, match="global_batch_size 14 cannot be shared evenly by 4 devices; 12 can"):
+        first_global_batch(4, global_batch_size=14)
+    with pytest.raises(UserError, match="global_batch_size must be at least 1"):
+        first_global_batch(1, global_batch_size=0)

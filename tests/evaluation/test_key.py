@@ -68,6 +68,7 @@ def test_what_changes_no_answer_changes_no_name(name_of):
         (),
         ("--data.num_workers=1",),
         ("--data.batch_size=3",),
+        ("--data.global_batch_size=3",),
         ("--data.eval_batch_size=3",),
         ("--model.eval_batch_tokens=300",),
         ("--model.optimizer.lr=0.5", "--model.lr_scheduler.warmup_steps=3"),

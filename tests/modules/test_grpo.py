@@ -259,7 +259,10 @@ def test_memory_does_not_grow_from_step_to_step(folder, tmp_path):
     ("options", "message"),
     [
         ({"gradient_clip_val": 1.0}, r"trainer\.gradient_clip_val has no effect here; set model\.max_grad_norm"),
-        ({"accumulate_grad_batches": 2}, r"trainer\.accumulate_grad_batches has no effect here; set data\.batch_size"),
+        (
+            {"accumulate_grad_batches": 2},
+            r"trainer\.accumulate_grad_batches has no effect here; set data\.global_batch_size",
+        ),
         ({"precision": "16-true"}, "16-true is not supported"),
         ({"max_steps": -1}, r"Set trainer\.max_steps or .*max_epochs"),
     ],
@@ -318,6 +321,9 @@ def test_an_optimiser_that_refuses_the_weights_of_the_model_is_one_sentence(fold
     [
         ({"group_size": 1}, "group_size is 1"),
         ({"temperature": 0.0}, r"temperature is 0\.0"),
+        ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"top_p": 1.1}, r"top_p is 1\.1"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0"),
         ({"num_iterations": 0}, "num_iterations"),
@@ -462,3 +468,14 @@ def test_mixed_precision_points_every_gradient_where_full_precision_does(folder,
     for name, gradient in full.items():
         alike = torch.cosine_similarity(gradient.flatten(), mixed[name].flatten(), dim=0)
         assert float(alike) > 0.9, name
+
+
+def test_a_step_samples_learns_and_compares_in_the_same_nucleus(folder, tmp_path):
+    log = Log()
+    fit(folder, tmp_path, make_module(folder, top_p=0.7), [log], max_steps=1)
+    assert log.steps[1]["train/logprob_mismatch"] < 1e-5
+    assert log.steps[1]["train/kl"] == pytest.approx(0, abs=1e-9)
+    assert log.steps[1]["train/grad_norm"] > 0
+    wide = Log()
+    fit(folder, tmp_path, make_module(folder), [wide], max_steps=1)
+    assert log.steps[1]["train/entropy"] < wide.steps[1]["train/entropy"]

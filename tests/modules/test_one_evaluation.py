@@ -116,12 +116,12 @@ def test_rewards_are_compared_in_full_precision_also_by_a_trainer_in_pure_bf16(f
 def test_buffers_that_decoding_keeps_serve_evaluation_and_training_in_any_order(folder, tmp_path, monkeypatch):
     """On a GPU a policy keeps them for captured steps; here the steps run as they are, in the same buffers."""
 
-    def generate(self, prompts, *, max_new_tokens, temperature=1.0, is_greedy=False, **options):
+    def generate(self, prompts, *, group_size, seeds, is_greedy=False, **sampling):
         if self._graphs is None:
             self._graphs = GraphGenerator(Decoder(self.model), capture=lambda step: step)
         ids = {"eos_token_ids": self.eos_token_ids, "suppress_tokens": self.suppress_tokens}
-        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, is_greedy=is_greedy, **ids)
-        return self._graphs.generate(prompts, params=params, **options)
+        params = SamplingParams(is_greedy=is_greedy, **sampling, **ids)
+        return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
 
     monkeypatch.setattr(Policy, "generate", generate)
     module, data = make_module(folder), make_data()

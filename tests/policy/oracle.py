@@ -10,6 +10,7 @@ from peft import get_peft_model
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.processor import Processor
@@ -77,19 +78,33 @@ def adapt(plain: Any, network: Any) -> Any:
 
 
 def distributions(
-    model: Any, prompt: PromptBatch, completion: Tensor, suppress_tokens: Tensor, temperature: float
+    model: Any,
+    prompt: PromptBatch,
+    completion: Tensor,
+    suppress_tokens: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
 ) -> Tensor:
     """[T, V] log-probabilities of every possible token at each step of a completion of a single prompt."""
     logits = model(**inputs(model, prompt, completion)).logits[0, prompt.lengths[0] - 1 : -1]
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype)).index_fill(-1, suppress_tokens, float("-inf"))
-    return (logits / temperature).log_softmax(-1)
+    logits = logits / temperature
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    return logits.log_softmax(-1)
 
 
 def logprobs(
-    model: Any, prompt: PromptBatch, completion: Tensor, suppress_tokens: Tensor, temperature: float
+    model: Any,
+    prompt: PromptBatch,
+    completion: Tensor,
+    suppress_tokens: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
 ) -> Tensor:
     """[T] log-probabilities of a completion of a single prompt."""
-    return distributions(model, prompt, completion, suppress_tokens, temperature).gather(-1, completion[:, None])[:, 0]
+    logprobs = distributions(model, prompt, completion, suppress_tokens, temperature, top_p)
+    return logprobs.gather(-1, completion[:, None])[:, 0]
 
 
 def random_completions(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:

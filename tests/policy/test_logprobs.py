@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from perception_r1.policy import attention
+from perception_r1.policy import logprobs as logprobs_module
 from perception_r1.policy.forward import lay_out_row
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.packing import pack, plan_micro_batches
@@ -16,13 +17,13 @@ LENGTHS = [3, 7, 1, 5, 4, 2, 6, 6, 1]
 """Three completions of each of three prompts, some of a single token."""
 
 
-def naive_logprobs(plain, policy, completions, temperature, indices=(0, 1, 2)):
+def naive_logprobs(plain, policy, completions, temperature, indices=(0, 1, 2), top_p=1.0):
     """A plain forward of each row alone."""
     group_size = len(completions) // len(indices)
     rows = []
     for index, completion in enumerate(completions):
         prompt = oracle.encode(policy.processor, [indices[index // group_size]])
-        rows.append(oracle.logprobs(plain, prompt, completion, policy.suppress_tokens, temperature))
+        rows.append(oracle.logprobs(plain, prompt, completion, policy.suppress_tokens, temperature, top_p))
     return rows
 
 
@@ -65,6 +66,34 @@ def count_calls(module):
     calls = []
     module.register_forward_hook(lambda *call: calls.append(call))
     return calls
+
+
+@pytest.mark.parametrize("head_rows", [3, 1000])
+def test_in_a_nucleus_they_are_those_of_the_sampler_and_so_are_their_gradients(
+    policy, plain, exact_layers, monkeypatch, head_rows
+):
+    monkeypatch.setattr(logprobs_module, "_HEAD_ROWS", head_rows)
+    temperature, top_p = 0.9, 0.6
+    prompts = oracle.encode(policy.processor)
+    rollout = policy.generate(
+        policy.prefill(prompts), group_size=3, max_new_tokens=6, seeds=[1, 2, 3], temperature=temperature, top_p=top_p
+    )
+    rows = without_padding(policy(prompts, rollout.completions, temperature, top_p), rollout.completions)
+    assert_same_rows([row.detach() for row in rows], rollout.logprobs)
+    full = naive_logprobs(plain, policy, rollout.completions, temperature)
+    assert max(float((row - other).detach().max()) for row, other in zip(rows, full, strict=True)) > 0.1
+    weighted_sum(rows).backward()
+    weighted_sum(naive_logprobs(plain, policy, rollout.completions, temperature, top_p=top_p)).backward()
+    assert_same_gradients(policy.model, plain)
+
+
+def test_what_was_written_stays_in_the_nucleus(policy, exact_layers):
+    completions = oracle.random_completions(LENGTHS)
+    with torch.no_grad():
+        logprobs = policy(oracle.encode(policy.processor), completions, 1.0, 1e-9)
+    rows = without_padding(logprobs, completions)
+    assert all(bool(row.isfinite().all()) for row in rows)
+    assert float(min(row.min() for row in rows)) < -0.7  # beside the most probable token alone
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

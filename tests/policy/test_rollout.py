@@ -83,10 +83,10 @@ def test_an_end_token_at_the_limit_is_no_truncation(policy):
     assert sampled(policy, eos_token_ids=[287]).is_truncated == [True] * 3
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_every_token_is_drawn_from_the_exact_softmax_of_the_plain_model(policy, plain, temperature):
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.9), (0.7, 0.4), (1.0, 1e-9)])
+def test_every_token_is_drawn_from_the_exact_softmax_of_the_plain_model(policy, plain, temperature, top_p):
     seeds, group_size, length = [11, 22, 33], 3, 6
-    params = sampling_of(policy, max_new_tokens=length, temperature=temperature)
+    params = sampling_of(policy, max_new_tokens=length, temperature=temperature, top_p=top_p)
     prompts = oracle.encode(policy.processor)
     rollout = rollout_of(policy.model, prompts, group_size=group_size, params=params, seeds=seeds)
     entropies = []
@@ -96,7 +96,7 @@ def test_every_token_is_drawn_from_the_exact_softmax_of_the_plain_model(policy, 
         uniforms = torch.rand(group_size, length, dtype=torch.float64, generator=generator)[member]
         single = oracle.encode(policy.processor, [prompt])
         with torch.no_grad():
-            probs = oracle.distributions(plain, single, completion, policy.suppress_tokens, temperature).exp()
+            probs = oracle.distributions(plain, single, completion, policy.suppress_tokens, temperature, top_p).exp()
         for token, row, uniform in zip(completion.tolist(), probs, uniforms.tolist(), strict=False):
             before = float(row[:token].sum())
             assert before - 1e-9 <= uniform < before + float(row[token]) + 1e-9

@@ -63,6 +63,8 @@ class TaskDataModule(LightningDataModule):
         image_check: "decode" decodes every image once before training, "header" only reads its size: then an image
             that was cut off stops the run when its turn comes.
         batch_size: Prompts per training step and device.
+        global_batch_size: Prompts per training step on all devices together, in place of `batch_size`; the number of
+            devices must divide it.
         eval_batch_size: Most samples in an evaluation batch.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the synthetic scenes and of the training order.
@@ -94,6 +96,7 @@ class TaskDataModule(LightningDataModule):
         on_bad_row: OnBadRow = "error",
         image_check: ImageCheck = "decode",
         batch_size: int = 8,
+        global_batch_size: int | None = None,
         eval_batch_size: int = 100,
         num_workers: int = 0,
         seed: int = 0,
@@ -110,6 +113,7 @@ class TaskDataModule(LightningDataModule):
         self.train_take, self.held_out_share = train_take, held_out_share
         self.on_bad_row, self.image_check = on_bad_row, image_check
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.global_batch_size = global_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.shuffle = shuffle and curriculum is None
         self.eval_split = eval_split
@@ -119,6 +123,7 @@ class TaskDataModule(LightningDataModule):
         self._samples: dict[Split, Samples] = {}
         self._answered: Set[tuple[str, str]] = frozenset()
         positive = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        positive |= {} if global_batch_size is None else {"global_batch_size": global_batch_size}
         positive |= {f"num_{split}": size for split, size in self.num_scenes.items()}
         for settings, least in ((positive, 1), ({"num_workers": num_workers, "seed": seed}, 0)):
             for name, value in settings.items():
@@ -167,11 +172,21 @@ class TaskDataModule(LightningDataModule):
         self._answered = answered
 
     def train_dataloader(self) -> ResumableLoader:
-        """Full training batches for this device, resumable."""
+        """Full training batches for this device, resumable.
+
+        Raises:
+            UserError: `global_batch_size` does not go with the number of devices, or there are too few samples.
+        """
         samples = self.samples("train")
         order = None if self.curriculum is None else easy_to_hard(samples, self.curriculum)
         rank, world_size = self._ranks()
-        settings = {"batch_size": self.batch_size, "seed": self.seed, "rank": rank, "world_size": world_size}
+        batch_size = self.batch_size if self.global_batch_size is None else self.global_batch_size // world_size
+        if self.global_batch_size is not None and self.global_batch_size % world_size:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} cannot be shared evenly by {world_size} devices; "
+                f"{batch_size * world_size or world_size} can"
+            )
+        settings = {"batch_size": batch_size, "seed": self.seed, "rank": rank, "world_size": world_size}
         batches = TrainBatchSampler(len(samples), shuffle=self.shuffle, order=order, **settings)
         return ResumableLoader(BatchDataset(samples), batches, self.num_workers, self._num_done)
 

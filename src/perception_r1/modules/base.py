@@ -112,8 +112,8 @@ class PolicyModule(EvaluationModule):
             raise UserError("trainer.gradient_clip_val has no effect here; set model.max_grad_norm instead.")
         if trainer.accumulate_grad_batches != 1:
             raise UserError(
-                "trainer.accumulate_grad_batches has no effect here; set data.batch_size to the prompts of one step "
-                "and model.micro_batch_tokens to what is computed at once."
+                "trainer.accumulate_grad_batches has no effect here; set data.global_batch_size to the prompts of one "
+                "step and model.micro_batch_tokens to what is computed at once."
             )
         if trainer.precision in ("16-mixed", "16-true"):
             raise UserError(f"trainer.precision {trainer.precision} is not supported; use bf16-mixed or 32-true.")

@@ -62,6 +62,8 @@ class GRPO(PolicyModule):
         group_size: Completions of each prompt (G), compared with each other.
         final_group_size: The group grows (or shrinks) evenly to this size over the run; null keeps it as it is.
         temperature: Of sampling; log-probabilities use the same.
+        top_p: Sample only from the most probable tokens that together reach this probability; log-probabilities, also
+            those of the reference, are of the distribution that is left. 1 samples from all tokens.
         kl_coef: Weight of the KL penalty towards the policy before training (beta); 0: no reference is loaded or run.
         clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low.
         clip_eps_high: The probability ratio is clipped above at 1 + clip_eps_high.
@@ -79,6 +81,7 @@ class GRPO(PolicyModule):
         group_size: int = 8,
         final_group_size: int | None = None,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         kl_coef: float = 0.04,
         clip_eps_low: float = 0.2,
         clip_eps_high: float = 0.2,
@@ -93,6 +96,8 @@ class GRPO(PolicyModule):
                 raise UserError(f"{name} is {size}; a completion is compared with its group, so use 2 or more.")
         if temperature <= 0:
             raise UserError(f"temperature is {temperature}; sampling needs a value above 0 (validation is greedy).")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1.")
         if num_iterations < 1:
             raise UserError(f"num_iterations is {num_iterations}; it must be 1 or more.")
         if kl_coef < 0 or not 0 <= clip_eps_low < 1 or clip_eps_high < 0:
@@ -100,6 +105,7 @@ class GRPO(PolicyModule):
         self.group_size = group_size
         self.final_group_size = group_size if final_group_size is None else final_group_size
         self.temperature = temperature
+        self.top_p = top_p
         self.kl_coef = kl_coef
         self.clip_eps_low = clip_eps_low
         self.clip_eps_high = clip_eps_high
@@ -169,6 +175,7 @@ class GRPO(PolicyModule):
                     max_new_tokens=self.max_new_tokens,
                     seeds=seeds,
                     temperature=self.temperature,
+                    top_p=self.top_p,
                 )
 
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
@@ -202,7 +209,8 @@ class GRPO(PolicyModule):
         context = self.policy.without_adapter() if self.reference is None else nullcontext(self.reference)
         with self.phase("reference"), context as reference:
             return [
-                reference(*experience.select(micro_batch), self.temperature) for micro_batch in experience.micro_batches
+                reference(*experience.select(micro_batch), self.temperature, self.top_p)
+                for micro_batch in experience.micro_batches
             ]
 
     def update(
@@ -224,7 +232,7 @@ class GRPO(PolicyModule):
             with self.accumulation(is_last=index + 1 == len(experience.micro_batches)):
                 prompts, completions = experience.select(micro_batch)
                 with self.phase("policy_forward"):
-                    logprobs = self.policy(prompts, completions, self.temperature)  # [n, T]
+                    logprobs = self.policy(prompts, completions, self.temperature, self.top_p)  # [n, T]
                 all_logprobs.append(logprobs.detach())
                 tokens = torch.tensor([len(completion) for completion in completions])
                 rows, lengths = (to_device(part, self.device) for part in (torch.tensor(micro_batch.rows), tokens))

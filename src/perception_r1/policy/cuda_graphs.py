@@ -70,7 +70,8 @@ class GraphGenerator:
         room = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
         shape = (num_prompts, group_size, room, params.max_new_tokens)
         ids = id(params.eos_token_ids), id(params.suppress_tokens)  # a captured step reads, and holds, these tensors
-        key = (shape, ids, params.temperature, params.is_greedy, params.repetition_penalty, self.decoder.adapters)
+        sampling = params.temperature, params.top_p, params.is_greedy, params.repetition_penalty
+        key = (shape, ids, sampling, self.decoder.adapters)
         captured = self._captured.pop(key, None)
         if captured is None:
             while len(self._captured) >= _MAX_GRAPHS:  # the one that has not been used for the longest time

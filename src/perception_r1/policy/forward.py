@@ -14,6 +14,9 @@ from perception_r1.policy.batch import PromptBatch, move_together
 from perception_r1.policy.packing import Packing
 from perception_r1.policy.vision import QwenVL, encode_images
 
+_SORTED_ROWS = 256
+"""Rows of logits that are sorted at once: a sorted copy takes three times as much memory."""
+
 
 def packed_forward(
     model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing, *, cache: Any = None
@@ -73,17 +76,40 @@ def lay_out_row(
     return tokens, torch.cat([*prompts.position_ids, *steps], 1), is_image.nonzero()[:, 0]
 
 
-def process_logits(logits: Tensor, *, suppress_tokens: Tensor, temperature: float) -> Tensor:
-    """Logits [..., V] over the tokens that may be written, in at least fp32 and divided by the temperature.
+def process_logits(
+    logits: Tensor, *, suppress_tokens: Tensor, temperature: float, top_p: float = 1.0, written: Tensor | None = None
+) -> Tensor:
+    """Logits [R, V] over the tokens that may be written, in at least fp32 and divided by the temperature.
 
     Args:
-        logits: [..., V] of the vocabulary head; they are used up, for a copy of them may take a gigabyte.
+        logits: [R, V] of the vocabulary head; they are used up, for a copy of them may take a gigabyte.
         suppress_tokens: Ids of tokens that are never written (vision tokens): their logit becomes -inf.
         temperature: Sampling temperature, above 0.
+        top_p: Below 1, only the most probable tokens that together reach this probability may be written (nucleus
+            sampling, arXiv 1904.09751), and those that are as probable as the last of them.
+        written: [R] tokens that were written, which stay whatever their probability is by now.
     """
     logits = logits.to(at_least_fp32(logits.dtype))
     logits = logits.index_fill_(-1, suppress_tokens, float("-inf"))
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    logits = logits if temperature == 1.0 else logits.div_(temperature)
+    if top_p == 1.0:
+        return logits
+    is_left_out = logits < nucleus_thresholds(logits.detach(), top_p)
+    if written is not None:
+        is_left_out.scatter_(1, written[:, None], False)
+    return logits.masked_fill_(is_left_out, float("-inf"))
+
+
+@torch.no_grad()
+def nucleus_thresholds(logits: Tensor, top_p: float) -> Tensor:
+    """[R, 1] the least logit among the most probable tokens of each row of [R, V] that together reach top_p."""
+    thresholds = []
+    for rows in logits.split(_SORTED_ROWS):
+        ordered = rows.sort(-1, descending=True).values
+        probs = ordered.softmax(-1)
+        num_kept = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True)
+        thresholds.append(ordered.gather(-1, num_kept - 1))
+    return torch.cat(thresholds)
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

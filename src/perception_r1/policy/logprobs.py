@@ -22,7 +22,13 @@ _HEAD_ROWS = 2048
 
 
 def completion_logprobs(
-    model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], *, suppress_tokens: Tensor, temperature: float
+    model: QwenVL,
+    prompts: PromptBatch,
+    completions: Sequence[Tensor],
+    *,
+    suppress_tokens: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
 ) -> Tensor:
     """Log-probability of every completion token, as the sampler would have drawn it.
 
@@ -32,6 +38,7 @@ def completion_logprobs(
         completions: N token id tensors on the CPU, the G completions of a prompt after one another, none empty.
         suppress_tokens: Ids of tokens that are never written.
         temperature: The sampling temperature.
+        top_p: Of nucleus sampling. What was written stays in the nucleus, so that its log-probability is finite.
 
     Returns:
         [N, T], zero behind the end of a completion.
@@ -49,20 +56,21 @@ def completion_logprobs(
     packing = pack(prompts.lengths, lengths, suppress_tokens.device)
     hidden = packed_forward(model, prompts, completions, packing)  # [tokens of the row, H]
     targets = to_device(torch.cat(completions), hidden.device)
-    picked = _target_logprobs(
-        model, hidden.index_select(0, packing.predictor_indices), targets, suppress_tokens, temperature
-    )
+    predictors = hidden.index_select(0, packing.predictor_indices)
+    picked = _target_logprobs(model, predictors, targets, suppress_tokens, temperature, top_p)
     found = dict(zip(rows, picked.split(lengths), strict=True))
     return pad_sequence([found[row] for row in range(len(rows))], batch_first=True)
 
 
 def _target_logprobs(
-    model: QwenVL, hidden: Tensor, targets: Tensor, suppress_tokens: Tensor, temperature: float
+    model: QwenVL, hidden: Tensor, targets: Tensor, suppress_tokens: Tensor, temperature: float, top_p: float
 ) -> Tensor:
     """[targets] log-probabilities from [targets, H] hidden states; long ones in chunks recomputed in backward."""
 
     def chunk_logprobs(rows: Tensor, chosen: Tensor) -> Tensor:
-        logits = process_logits(model.lm_head(rows), suppress_tokens=suppress_tokens, temperature=temperature)
+        logits = process_logits(
+            model.lm_head(rows), suppress_tokens=suppress_tokens, temperature=temperature, top_p=top_p, written=chosen
+        )
         return logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
 
     if len(targets) <= _HEAD_ROWS:

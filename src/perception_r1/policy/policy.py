@@ -116,6 +116,7 @@ class Policy(nn.Module):
         max_new_tokens: int,
         seeds: Sequence[int],
         temperature: float = 1.0,
+        top_p: float = 1.0,
         is_greedy: bool = False,
         repetition_penalty: float = 1.0,
     ) -> Rollout:
@@ -125,6 +126,7 @@ class Policy(nn.Module):
             eos_token_ids=self.eos_token_ids,
             suppress_tokens=self.suppress_tokens,
             temperature=1.0 if is_greedy else temperature,
+            top_p=1.0 if is_greedy else top_p,
             is_greedy=is_greedy,
             repetition_penalty=repetition_penalty,
         )
@@ -134,10 +136,17 @@ class Policy(nn.Module):
             self._graphs = GraphGenerator(Decoder(self.model))
         return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
 
-    def forward(self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    def forward(
+        self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0, top_p: float = 1.0
+    ) -> Tensor:
         """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`."""
         return completion_logprobs(
-            self.model, prompts, completions, suppress_tokens=self.suppress_tokens, temperature=temperature
+            self.model,
+            prompts,
+            completions,
+            suppress_tokens=self.suppress_tokens,
+            temperature=temperature,
+            top_p=top_p,
         )
 
     @contextmanager

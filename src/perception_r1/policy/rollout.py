@@ -1,7 +1,7 @@
 """Writing completions: token by token, from the keys and values that all rows of a prompt share.
 
-Exact sampling from the full softmax by inverse transform: token = first index whose cumulative probability exceeds a
-uniform number. The numbers of a row depend on its prompt's seed alone, so a completion does not depend on its
+Exact sampling from the softmax, full or nucleus, by inverse transform: token = first index whose cumulative probability
+exceeds a uniform number. The numbers of a row depend on its prompt's seed alone, so a completion does not depend on its
 neighbours.
 
 On CUDA a step is a captured graph (`policy/cuda_graphs.py`); elsewhere it runs eagerly and finished rows
@@ -36,6 +36,7 @@ class SamplingParams:
         eos_token_ids: Any of these ends a completion.
         suppress_tokens: Ids of tokens that are never written.
         temperature: Above 0; log-probabilities and entropy are those at this temperature.
+        top_p: Above 0 and at most 1; log-probabilities and entropy are those in this nucleus, see `process_logits`.
         is_greedy: Take the most probable token each time.
         repetition_penalty: Logits of tokens that are in the prompt or in what is written are divided by it where they
             are positive, and multiplied by it elsewhere (CTRL, arXiv 1909.05858); 1 leaves them as they are.
@@ -45,6 +46,7 @@ class SamplingParams:
     eos_token_ids: Tensor
     suppress_tokens: Tensor
     temperature: float = 1.0
+    top_p: float = 1.0
     is_greedy: bool = False
     repetition_penalty: float = 1.0
 
@@ -188,7 +190,7 @@ def sample_token(
     Args:
         logits: [R, V] of the vocabulary head.
         uniforms: [R] numbers in [0, 1); unused when greedy.
-        params: Temperature, suppressed tokens, penalty.
+        params: Temperature, nucleus, suppressed tokens, penalty.
         is_repeated: [R, V] True for tokens that the penalty makes less probable; None without penalty.
 
     Returns:
@@ -199,7 +201,7 @@ def sample_token(
         penalized = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
         logits = torch.where(is_repeated, penalized, logits)
     logprobs = process_logits(
-        logits, suppress_tokens=params.suppress_tokens, temperature=params.temperature
+        logits, suppress_tokens=params.suppress_tokens, temperature=params.temperature, top_p=params.top_p
     ).log_softmax(-1)
     probs = logprobs.exp()
     entropies = -(probs * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
