@@ -34,8 +34,8 @@ REPEATED = repeated(COMMANDS)
 """Trainings that choose nothing new: their configuration is composed, and that is all."""
 SMALL = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --trainer.val_check_interval 2"
-    " --data.train_take all --data.batch_size 2 --data.global_batch_size null --data.eval_batch_size 2 --data.num_workers 0"
-    " --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4"
+    " --data.train_take all --data.batch_size 2 --data.global_batch_size null --data.eval_batch_size 2"
+    " --data.num_workers 0 --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4"
 )
 """What makes a training of any task a matter of a second."""
 BARE = ["--log_samples.num_samples", "0", "--before_after.enabled", "false"]
