@@ -193,12 +193,19 @@ def test_a_bad_file_is_one_sentence_and_nothing_is_scored(tmp_path, capsys, rows
         (["--task", "ocr", "--codec", "qwen2_vl", "x", "--missing_weight", "0"], ["--missing_weight"]),
         (["--task", "counting", "--codec", "qwen2_vl", "x", "--matching", "greedy"], ["--matching", "bipartite"]),
         (["--task", "grounding", "--codec", "qwen2_vl", "x", "--iou_weight", "much"], ["--iou_weight", "much"]),
-        (["--task", "ocr", "--codec", "qwen2_vl", "x", "--min_pixels", "9", "--max_pixels", "3"], ["--min_pixels"]),
     ],
 )
 def test_a_bad_command_line_is_one_sentence(capsys, args, words):
     sentence = fail(capsys, *args)
     assert all(word in sentence for word in words)
+
+
+def test_bounds_of_pixels_that_contradict_each_other_are_one_sentence(tmp_path, capsys):
+    bounds = "--min_pixels", "9", "--max_pixels", "3"
+    sentence = fail(
+        capsys, "--task", "grounding", "--codec", "qwen2_vl", write(tmp_path / "rows", [GROUNDING]), *bounds
+    )
+    assert "min_pixels must be from 1 to max_pixels, not 9 with 3" in sentence
 
 
 def test_options_that_the_task_refuses(tmp_path, capsys):

@@ -15,22 +15,18 @@ from typing import Any
 
 import jsonargparse
 
-from perception_r1.codecs import CODECS, Codec
+from perception_r1.codecs import CODECS
 from perception_r1.commands.options import known, make_task, new_parser, option_value, parse, run_command, task_values
-from perception_r1.data.images import ImageError, check_image
+from perception_r1.data.images import ImageError
 from perception_r1.data.sources import SourceRow, open_source
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics, published_values, update_metrics
-from perception_r1.records import ImageSize, Sample, UnloadedSample
-from perception_r1.rows import Row, RowError, object_labels
-from perception_r1.scoring import ScoredCompletion, parse_completions, score_as_published, score_completions
+from perception_r1.records import ImageSize, UnloadedSample
+from perception_r1.rewards import MAX_PIXELS, MIN_PIXELS, RowScorer
+from perception_r1.rows import RowError, object_labels
+from perception_r1.scoring import ScoredCompletion, score_as_published
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS
-
-_MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280
-"""Least and most pixels after smart-resize, as the models' own processors have them."""
-_TEXT_ONLY = {"text"}
-"""Keys of rows that hold no coordinates; a task with no others can do without the size of the image."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,9 +48,9 @@ def _score(argv: Sequence[str]) -> int:
     task = make_task(task_class, task_values(task_class, options))
     # besides the labels that it knows it accepts those of the file
     task = task.with_labels([*task.labels, *object_labels(row.values for row in rows)])
-    samples, image_sizes, completions = zip(*(_read_row(row, task, codec, options) for row in rows), strict=True)
-    parsed = parse_completions(task, codec, samples=samples, image_sizes=image_sizes, completions=completions)
-    scored_completions = score_completions(task, parsed, is_evaluation=True)
+    scorer = RowScorer(task, codec, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+    samples, completions = zip(*(_read_row(scorer, row) for row in rows), strict=True)
+    scored_completions = scorer.score(samples, completions)
     published = score_as_published(task, codec, scored_completions)
     for row, scored, other in zip(rows, scored_completions, published, strict=True):
         told = {"id": row.values["id"]} if "id" in row.values else {}
@@ -83,24 +79,18 @@ def _parse(argv: Sequence[str]) -> jsonargparse.Namespace:
     parser.add_argument("file", type=Path, help='JSON lines of the data format, each with a "completion".')
     parser.add_argument("--task", required=True, help=f"One of {', '.join(TASKS)}.")
     parser.add_argument("--codec", required=True, help=f"The form of the completions, one of {', '.join(CODECS)}.")
-    parser.add_argument("--min_pixels", type=int, default=_MIN_PIXELS, help="Least pixels of a resized image.")
-    parser.add_argument("--max_pixels", type=int, default=_MAX_PIXELS, help="Most pixels of a resized image.")
+    parser.add_argument("--min_pixels", type=int, default=MIN_PIXELS, help="Least pixels of a resized image.")
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="Most pixels of a resized image.")
     task_name = option_value(argv, "--task")
     if task_name is not None:
         parser.add_class_arguments(known("--task", task_name, TASKS), as_group=True)
     options = parse(parser, argv)
     known("--codec", options.codec, CODECS)
-    if not 0 < options.min_pixels <= options.max_pixels:
-        raise UserError(
-            f"--min_pixels must be from 1 to --max_pixels, not {options.min_pixels} with {options.max_pixels}"
-        )
     return options
 
 
-def _read_row(
-    row: SourceRow, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace
-) -> tuple[UnloadedSample[Any], ImageSize, str]:
-    """Sample, image size and completion of one row.
+def _read_row(scorer: RowScorer, row: SourceRow) -> tuple[tuple[UnloadedSample[Any], ImageSize], str]:
+    """What a row is to be scored against, and its completion.
 
     Raises:
         UserError: A key is missing or wrong; names file, line and key.
@@ -112,48 +102,9 @@ def _read_row(
         if not isinstance(completion, str):  # it may be any text
             fault = "is missing, the row needs the text to score" if completion is None else "must be a text"
             raise RowError(f"completion: {fault}")
-        image_size = _image_size(row, task, codec, options)
-        query, target = task.read_row(Row(row.values, width=image_size.width, height=image_size.height))
+        return scorer.read(row.values, image=row.image, name=str(row.number)), completion
     except (RowError, ImageError) as error:
         raise UserError(f"{row.location}: {error}") from error
-    sample = Sample(
-        id=str(row.values.get("id", row.number)),
-        image=row.image or Path(),  # never opened: the size is known
-        width=image_size.width,
-        height=image_size.height,
-        query=query,
-        target=target,
-        source=str(row.values.get("source") or ""),
-    )
-    return sample, image_size, completion
-
-
-def _image_size(row: SourceRow, task: Task[Any, Any], codec: Codec, options: jsonargparse.Namespace) -> ImageSize:
-    """Sizes of the image: from "width" and "height", else from the file of "image"."""
-    has_coordinates = not set(task.row_keys) <= _TEXT_ONLY
-    values = Row(row.values, width=1, height=1)
-    if "width" in values or "height" in values:
-        width, height = values.integer("width", minimum=1), values.integer("height", minimum=1)
-    elif not has_coordinates:
-        width = height = 1
-    elif row.image is not None:
-        width, height = check_image(row.image)
-    else:
-        raise RowError("width: is missing, the row needs width and height, or an image to take them from")
-    resized_width, resized_height = width, height
-    if "resized_width" in values or "resized_height" in values:  # written by an evaluation, which knows
-        resized_width = values.integer("resized_width", minimum=1)
-        resized_height = values.integer("resized_height", minimum=1)
-    elif codec.uses_resized_size and has_coordinates:
-        # imported here, as it takes seconds that the other codecs need not wait
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        bounds = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
-        try:
-            resized_height, resized_width = smart_resize(height, width, **bounds)
-        except ValueError as error:
-            raise RowError(f"width: does not go with this height ({error})") from error
-    return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
 
 
 def _summary(
