@@ -1,5 +1,6 @@
 """Small data sets in the forms of the public ones, for tests: files that `configs/data` can read."""
 
+import base64
 import hashlib
 import json
 import pickle
@@ -193,6 +194,76 @@ def make_pageocr(root: Path) -> None:
         picture(root / "pageocr" / "images" / f"en_{number}.png", number)
 
 
+def make_perception_r1(root: Path) -> None:
+    """The files of Perception-R1 for counting and detection: six pictures each."""
+    names = [f"{number}.png" for number in range(6)]
+    folder = root / "perception-r1-counting"
+    clicks = [{"image": f"images/{name}", "problem": "dogs", "clicks": [[100, 200], [300, 400]]} for name in names]
+    write_json(folder / "json" / "pr1_counting_10k.json", clicks)
+    objects = {"target_id": [18], "target_box": [[10, 10, 60, 60]]}
+    detected = [{"image": name, "problem": "detect", "solution": objects} for name in names]
+    write_json(root / "perception-r1-detection" / "pr1_dataset_detection.json", detected)
+    for number, name in enumerate(names):
+        picture(folder / "images" / name, number)
+        picture(root / "perception-r1-detection" / "images" / name, number)
+
+
+def make_vlm_r1(root: Path) -> None:
+    """Four referring expressions of each of VLM-R1's files."""
+    for number in range(4):
+        picture(root / "coco" / "train2014" / f"{number}.png", number)
+    request = "Please provide the bounding box coordinate of the region this sentence describes: the dog."
+    rows = [
+        {"image": f"train2014/{number}.png", "problem": request, "solution": [10.5, 10, 60, 60]} for number in range(4)
+    ]
+    for name in ("refcoco", "refcocop", "refcocog"):
+        write_json(root / "vlm-r1" / "rec_jsons_processed" / f"{name}_train.json", rows)
+
+
+def picture_bytes(root: Path, number: int) -> dict[str, Any]:
+    """A picture as a cell of a table."""
+    return {"bytes": picture(root / "draft.png", number).read_bytes(), "path": None}
+
+
+def make_v_triune(root: Path) -> None:
+    """Six rows of V-Triune's detection."""
+    answer = "[{'bbox_2d': [100, 100, 350, 500], 'label': 'shiba dog'}]"
+    rows = [
+        {
+            "images": [picture_bytes(root, number)],
+            "prompt": [{"content": "<image>\nLocate all objects of the class: shiba dog", "role": "user"}],
+            "ability": "cv_detection",
+            "reward_model": {"answer": answer, "ground_truth": f"<answer>{answer}</answer>", "verifier": "detection"},
+        }
+        for number in range(6)
+    ]
+    path = root / "orsta" / "train" / "train_detection_v3det_4000.parquet"
+    path.parent.mkdir(parents=True)
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+def make_rex_omni(root: Path) -> None:
+    """Six pictures as Rex-Omni has them."""
+    images, annotations = b"", b""
+    for number in range(6):
+        annotation = {"boxes": [{"bbox": [10, 10, 60, 60], "phrase": "dog"}, {"bbox": None, "phrase": "cow"}]}
+        annotations += f"{len(images)}\t{json.dumps(annotation)}\n".encode()
+        images += b"%d\t%s\n" % (number, base64.b64encode(picture_bytes(root, number)["bytes"]))
+    folder = root / "rex-omni"
+    folder.mkdir(parents=True)
+    (folder / "detection.images.tsv").write_bytes(images)
+    (folder / "detection.annotations.tsv").write_bytes(annotations)
+
+
+def hub_solutions(root: Path, solution: str) -> datasets.Dataset:
+    """Six problems whose solutions are texts."""
+    rows = [
+        {"id": str(number), "image": picture_bytes(root, number), "problem": "the dog", "solution": solution}
+        for number in range(6)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
 def from_the_hub(root: Path) -> Callable[..., datasets.Dataset]:
     """In place of `load_dataset`: a small data set for those that the configurations name."""
     splits = {
@@ -200,10 +271,20 @@ def from_the_hub(root: Path) -> Callable[..., datasets.Dataset]:
         "lmms-lab/RefCOCOplus": ("val", "testA", "testB"),
         "lmms-lab/RefCOCOg": ("val", "test"),
         "allenai/pixmo-count": ("train", "validation", "test"),
+        "linkangheng/refcoco_320k": ("train",),
+        "Ricky06662/VisionReasoner_multi_object_7k_840": ("train",),
     }
+    solutions = {"linkangheng/refcoco_320k": "[100, 100, 350, 500]"}
+    solutions["Ricky06662/VisionReasoner_multi_object_7k_840"] = '[{"bbox_2d": [10, 10, 60, 60], "point_2d": [30, 30]}]'
+    load_files = datasets.load_dataset
 
-    def load_dataset(path: str, name: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
+    def load_dataset(path: str, name: str | None = None, **options: Any) -> datasets.Dataset:
+        if path == "parquet":
+            return load_files(path, **options)
+        split = options["split"]
         assert split in splits[path]
+        if path in solutions:
+            return hub_solutions(root, solutions[path])
         if path == "allenai/pixmo-count":
             return hub_pixmo(root / "pixmo-count", has_points=split == "train", size=6)
         return hub_refcoco(root)

@@ -11,7 +11,17 @@ from jsonargparse import ArgumentParser
 
 from perception_r1.cli import main
 from perception_r1.data.module import TaskDataModule
-from tests.public_data import from_the_hub, make_coco, make_fox, make_pageocr, make_refcoco
+from tests.public_data import (
+    from_the_hub,
+    make_coco,
+    make_fox,
+    make_pageocr,
+    make_perception_r1,
+    make_refcoco,
+    make_rex_omni,
+    make_v_triune,
+    make_vlm_r1,
+)
 from tests.readme import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
@@ -19,6 +29,13 @@ NAMES = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
 
 REFCOCO = [f"{name}_{split}" for name in ("refcoco", "refcocoplus") for split in ("val", "testA", "testB")]
 REFCOCO += ["refcocog_val", "refcocog_test"]
+
+
+def held_out(source: str) -> dict[str, dict[str, int]]:
+    """Six samples of a source, of which one is validated and one tested."""
+    return {"train": {source: 4}, "val": {source: 1}, "test": {source: 1}}
+
+
 KNOWN: dict[str, tuple[str, Callable[[Path], None], dict[str, dict[str, int]]]] = {
     "coco": ("detection", make_coco, {"train": {"coco": 6}, "val": {"coco": 1}, "test": {"coco_val2017": 3}}),
     "refcoco": (
@@ -38,6 +55,13 @@ KNOWN: dict[str, tuple[str, Callable[[Path], None], dict[str, dict[str, int]]]] 
     ),
     "pageocr": ("ocr", make_pageocr, {"train": {"pageocr": 4}, "val": {"pageocr": 1}, "test": {"pageocr": 1}}),
     "fox": ("ocr", make_fox, {"test": {"fox_en": 2, "fox_cn": 2}}),
+    "perception_r1_grounding": ("grounding", lambda root: None, held_out("perception_r1")),
+    "perception_r1_counting": ("counting", make_perception_r1, held_out("perception_r1")),
+    "perception_r1_detection": ("detection", make_perception_r1, held_out("perception_r1")),
+    "vlm_r1": ("grounding", make_vlm_r1, {"train": dict.fromkeys(("refcoco", "refcocoplus", "refcocog"), 2)}),
+    "vision_reasoner": ("counting", lambda root: None, held_out("vision_reasoner")),
+    "v_triune": ("detection", make_v_triune, held_out("v3det")),
+    "rex_omni": ("detection", make_rex_omni, held_out("detection")),
 }
 """Task, what makes the data, and how many samples of each source are in each split."""
 
@@ -84,4 +108,6 @@ def test_names_of_sources_make_plain_tags_and_folders_are_those_of_the_repositor
         for key, source in (settings[split] or {}).items():
             assert key.replace("_", "").isalnum()
             paths = [value for value in source["init_args"].values() if isinstance(value, str) and "/" in value]
-            assert all(path.startswith(("data/", "lmms-lab/", "allenai/")) for path in paths)
+            assert all(
+                path.startswith(("data/", "lmms-lab/", "allenai/", "linkangheng/", "Ricky06662/")) for path in paths
+            )

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perception_r1.data.samples import load
-from perception_r1.data.sources import Conversations, DataError, JsonLines, PerceptionR1
+from perception_r1.data.sources import Conversations, DataError, JsonLines, MsSwift, PerceptionR1, VlmR1
 from perception_r1.records import LabelledBox
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.counting import Counting
@@ -310,7 +310,8 @@ def test_a_hostile_solution_is_only_a_text(write, start):
     assert read_one(write([{"problem": "x", "solution": text}]), Ocr())[1].text == text
 
 
-SOLUTIONS = ["problem", "solution", "normalized_solution", "clicks", "conversations", "id", "image", "target_id",
+SOLUTIONS = ["problem", "messages", "objects", "ref", "bbox", "bbox_2d", "role", "content", "images",
+             "solution", "normalized_solution", "clicks", "conversations", "id", "image", "target_id",
              "target_box", "x", "from", "value", "text", "box", "unit", "tolerance", "objects", "points"]  # fmt: skip
 values = st.recursive(
     st.none()
@@ -327,7 +328,7 @@ values = st.recursive(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(SOLUTIONS), values) | values, max_size=4),
-    kind=st.sampled_from([JsonLines, Conversations, PerceptionR1]),
+    kind=st.sampled_from([JsonLines, Conversations, PerceptionR1, VlmR1, MsSwift]),
     name=st.sampled_from(["rows.json", "rows.jsonl"]),
     task=st.sampled_from(sorted(TASKS)),
 )
@@ -341,7 +342,7 @@ def test_no_json_value_raises_anything_but_a_data_error(write, rows, kind, name,
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
 @given(data=st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")))
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-@pytest.mark.parametrize("kind", [JsonLines, Conversations, PerceptionR1])
+@pytest.mark.parametrize("kind", [JsonLines, Conversations, PerceptionR1, VlmR1, MsSwift])
 def test_no_bytes_raise_anything_but_a_data_error(tmp_path, kind, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError) as caught:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow
-from perception_r1.data.sources.json_files import Unit, point_pairs
+from perception_r1.data.sources.solutions import TOLERANCE, Unit, point_pairs, problem_text, solution_keys
 from perception_r1.errors import UserError
 from perception_r1.records import ImageBytes, ImageSource
 from perception_r1.rows import RowError, is_number
@@ -18,10 +18,10 @@ from perception_r1.rows import RowError, is_number
 _TEXTS = ("question", "label", "text")
 """Keys whose column may hold a list: one row for each text."""
 _KEYS = ("image", "id", "question", "label", "text", "count", "box", "boxes", "points", "objects.box", "objects.label")
+_OTHERS = ("problem", "solution")
+"""Keys of other trainers."""
 _TABLES = frozenset((".parquet", ".arrow", ".json", ".jsonl", ".csv"))
 """Files of a folder that hold rows; all others are images or notes."""
-_TOLERANCE = 1.0
-"""Pixels by which boxes may lie outside their image: many public sets have COCO's rounded boxes."""
 
 
 class Hub(Source):
@@ -32,7 +32,7 @@ class Hub(Source):
         columns: Key of the project's own form -> column that holds it: image, id, question, label, text, count, box,
             boxes, points, objects.box, objects.label. A dot leads into a nested column. Numbers of categories become
             their names where the data set knows them; a column of several questions, labels or texts makes a row of
-            each.
+            each. Data sets of other trainers have problem and solution instead, see `data/sources/solutions.py`.
         split: Split of the data set; a single file has none.
         name: Its configuration, where it has several.
         revision: Commit or tag on the hub; the newest unless given.
@@ -61,10 +61,10 @@ class Hub(Source):
         seed: int = 0,
     ) -> None:
         super().__init__(take=take, seed=seed)
-        unknown = [key for key in columns if key not in _KEYS]
+        unknown = [key for key in columns if key not in (*_KEYS, *_OTHERS)]
         if unknown or "image" not in columns:
             problem = f"has the unknown key {unknown[0]!r}" if unknown else "does not say which column holds the image"
-            raise UserError(f"columns: {problem}; its keys are {', '.join(_KEYS)}")
+            raise UserError(f"columns: {problem}; its keys are {', '.join((*_KEYS, *_OTHERS))}")
         if ("objects.box" in columns) != ("objects.label" in columns):
             raise UserError("columns: objects.box and objects.label belong together, but only one of them is there")
         self.path, self.split, self.name, self.revision = str(path), split, name, revision
@@ -80,8 +80,10 @@ class Hub(Source):
         if missing or image not in self.table.column_names:
             known = ", ".join(self.table.column_names)
             raise DataError(f"{self.path}: has no column {(missing or [image])[0]!r}, only {known}")
-        # the column holds paths or images, as bytes or in the library's own form: an object with bytes or a path
+        # the column holds paths or images, as bytes or in the library's own form: an object with bytes or a path; or
+        # lists of such
         feature = self._feature(image)
+        feature = getattr(feature, "feature", feature)
         is_own = isinstance(feature, _datasets().Image) or (isinstance(feature, Mapping) and "bytes" in feature)
         dtype = getattr(feature, "dtype", None)
         self._has_images = is_own or dtype in ("binary", "large_binary")
@@ -155,6 +157,8 @@ class Hub(Source):
         for column, feature in table.features.items():
             if isinstance(feature, datasets.Image):
                 table = table.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
         return table
 
     def values(self, entry: Mapping[str, Any]) -> dict[str, object]:
@@ -167,10 +171,12 @@ class Hub(Source):
             key: self._named(column, _follow(entry, column)) for key, column in self.columns.items() if key != "image"
         }
         row: dict[str, object] = {key: value for key, value in found.items() if not key.startswith("objects.")}
+        if "solution" in row:
+            row |= solution_keys(problem_text(row.pop("problem", None)), row.pop("solution"))
         if "box" in row:
             row["box"] = self._box(row["box"])
-        if isinstance(row.get("boxes"), list):
-            row["boxes"] = [self._box(box) for box in found["boxes"]]
+        if isinstance(boxes := row.get("boxes"), list):
+            row["boxes"] = [self._box(box) for box in boxes]
         if "points" in row:
             row["points"] = point_pairs(row["points"])
         if "objects.box" in found:
@@ -179,7 +185,7 @@ class Hub(Source):
                 raise RowError("objects: must be lists of as many boxes as labels")
             pairs = zip(boxes, labels, strict=True)
             row["objects"] = [{"box": self._box(box), "label": label} for box, label in pairs]
-        return row | {"unit": self.unit, "tolerance": _TOLERANCE}
+        return row | {"unit": self.unit, "tolerance": TOLERANCE}
 
     def _image(self, number: int) -> ImageSource:
         """Where the image of an entry is.
@@ -189,7 +195,7 @@ class Hub(Source):
         """
         if self._has_images:
             return ImageBytes(f"{self.path}:{number + 1}", partial(self._bytes, number))
-        name = self._images[number][self.columns["image"]]
+        name = _only(self._images[number][self.columns["image"]])
         if not isinstance(name, str):
             raise RowError("image: is missing, the row needs a path here")
         return (self.images or Path()) / name
@@ -200,7 +206,7 @@ class Hub(Source):
         return {key: cell if isinstance(cell, list) else [] for key, cell in cells.items()}
 
     def _bytes(self, number: int) -> bytes:
-        cell: Any = self._images[number][self.columns["image"]]
+        cell: Any = _only(self._images[number][self.columns["image"]])
         if isinstance(cell, Mapping):
             path, cell = cell.get("path"), cell["bytes"]
             if cell is None and path is not None:
@@ -271,6 +277,19 @@ def _follow(entry: Any, column: str) -> Any:
         else:
             entry = entry.get(part) if isinstance(entry, Mapping) else None
     return entry
+
+
+def _only(cell: Any) -> Any:
+    """The image of a cell that may hold a list of one.
+
+    Raises:
+        RowError: It holds another number of images.
+    """
+    if isinstance(cell, list):
+        if len(cell) != 1:
+            raise RowError(f"image: must be one, got {len(cell)}")
+        return cell[0]
+    return cell
 
 
 def _datasets() -> Any:

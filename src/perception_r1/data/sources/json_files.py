@@ -1,4 +1,4 @@
-"""Sources in JSON: the project's own lines, pages of text as conversations, and the public files of Perception-R1.
+"""Sources in JSON: the project's own lines, and pages of text as conversations.
 
 A file is a list of objects (`.json`) or has one object a line (any other name). Lines are read when they are asked for;
 only where each begins is in memory.
@@ -10,18 +10,10 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from perception_r1.data.categories import COCO_NAME_OF
 from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow
-from perception_r1.rows import Row, RowError, short_repr
-
-Unit = Literal["pixels", "thousandths", "percent", "fractions"]
-
-_TOLERANCE = 1.0
-"""Pixels by which the boxes of the public files may lie outside their image: those of detection are COCO's."""
-_AS_JSON = str.maketrans("()'", '[]"')
-"""Turns what Python writes, with tuples and single quotes, into JSON."""
+from perception_r1.rows import Row, RowError
 
 
 class JsonSource(Source):
@@ -133,91 +125,3 @@ class Conversations(JsonSource):
         if not texts:
             raise RowError('conversations: must have a turn from "gpt" with the text of the page')
         return {"image": values.get("image"), "id": values.get("id"), "text": texts[-1]}
-
-
-class PerceptionR1(JsonSource):
-    """The public files of Perception-R1 and VLM-R1: problem and solution.
-
-    A solution is a box (grounding), points or clicks (counting), a number (counting), a text (ocr), or
-    `{"target_id": [COCO's numbers], "target_box": [...]}` (detection). Where there is a `normalized_solution` it is
-    preferred: it is in thousandths, whatever the unit of the solution. A text that spells out a list is read as one.
-
-    Args:
-        file: The file.
-        images: Folder to which the paths of images are relative; that of the file unless given.
-        unit: Unit of boxes, points and clicks. Unless given it is that of the public files: thousandths for grounding
-            and counting, whose solutions the public code compares with what Qwen2-VL writes, and pixels for detection.
-        take: See `Source`.
-        seed: See `Source`.
-    """
-
-    def __init__(
-        self, file: Path, *, images: Path | None = None, unit: Unit | None = None, take: str = "all", seed: int = 0
-    ) -> None:
-        super().__init__(file, images=images, take=take, seed=seed)
-        self.unit = unit
-
-    def contents(self) -> Iterable[Path | str]:
-        """See `Source`."""
-        return [self.file, str(self.unit)]
-
-    def convert(self, values: dict[str, Any]) -> Mapping[str, object]:
-        """Tell by the form of the solution what it is."""
-        row = {"image": values.get("image"), "id": values.get("id"), "tolerance": _TOLERANCE}
-        row["unit"] = self.unit or "thousandths"
-        problem = values.get("problem")
-        if values.get("clicks") is not None:
-            clicks = point_pairs(_spelled(values["clicks"]))
-            if not isinstance(clicks, list):
-                raise RowError("clicks: must be a list of points")
-            return row | {"label": problem, "points": clicks}
-        if values.get("normalized_solution") is not None:
-            return row | {"question": problem, "box": _spelled(values["normalized_solution"]), "unit": "thousandths"}
-        solution = _spelled(values.get("solution"))
-        if isinstance(solution, dict):
-            return row | {"objects": _objects(solution), "unit": self.unit or "pixels"}
-        if isinstance(solution, int | float):
-            return row | {"label": problem, "count": solution}
-        if isinstance(solution, str):
-            return row | {"text": solution}
-        if not isinstance(solution, list):
-            raise RowError("solution: must be a box, a list of points, a number, a text, or target_id with target_box")
-        if len(solution) == 4 and all(isinstance(number, int | float) for number in solution):
-            return row | {"question": problem, "box": solution}
-        return row | {"label": problem, "points": point_pairs(solution)}
-
-
-def _spelled(value: object) -> object:
-    """The list or object that a text spells out ("[1, 2, 3, 4]"), never evaluated; any other text stays a text."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "(", "{")):
-        return value
-    try:
-        return json.loads(value.translate(_AS_JSON))
-    except (ValueError, RecursionError):
-        return value
-
-
-def point_pairs(value: Any) -> object:
-    """Points as pairs, from pairs, from `{"x": ..., "y": ...}` each, or from all x and all y.
-
-    What is none of these is left for the check of the row.
-    """
-    if isinstance(value, Mapping):
-        xs, ys = value.get("x"), value.get("y")
-        if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
-            return None if xs is ys is None else value
-        return [list(pair) for pair in zip(xs, ys, strict=True)]
-    if isinstance(value, list):
-        return [[item.get("x"), item.get("y")] if isinstance(item, Mapping) else item for item in value]
-    return value
-
-
-def _objects(solution: dict[str, Any]) -> list[dict[str, object]]:
-    """Objects from the parallel lists of a detection solution."""
-    numbers, boxes = solution.get("target_id"), solution.get("target_box")
-    if not isinstance(numbers, list) or not isinstance(boxes, list) or len(numbers) != len(boxes):
-        raise RowError("solution: target_id and target_box must be lists of the same length")
-    unknown = [number for number in numbers if type(number) is not int or number not in COCO_NAME_OF]
-    if unknown:
-        raise RowError(f"solution: target_id must hold COCO's category numbers, got {short_repr(unknown[0])}")
-    return [{"box": box, "label": COCO_NAME_OF[number]} for number, box in zip(numbers, boxes, strict=True)]
