@@ -48,6 +48,7 @@ class Evaluation(Callback):
         """Collect what an earlier try has answered; the data module is set up, its loaders are not yet made."""
         if stage != "test":
             return
+        self._published = []
         folder, datamodule = run_folder(trainer), getattr(trainer, "datamodule", None)
         if folder is None or not isinstance(datamodule, TaskDataModule):
             self._folder = None
