@@ -1,5 +1,6 @@
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_advantages_agree_with_worked_values(row):
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 5, 7, 8, 16])
-@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_equal_rewards_give_zero_advantage_whatever_the_rounding(group_size, scale):
     rewards = torch.rand(200, generator=torch.Generator().manual_seed(0)).repeat_interleave(group_size)
     assert torch.equal(group_advantages(rewards, group_size, scale=scale), torch.zeros(len(rewards)))
@@ -82,7 +83,7 @@ def test_a_group_with_one_other_reward_is_no_equal_group():
 
 
 def test_unscaled_advantages_are_differences_from_the_mean():
-    advantages = group_advantages(torch.tensor([1.0, 0.0, 5.0, 3.0]), 2, scale=False)
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 5.0, 3.0]), 2, scale="none")
     assert advantages.tolist() == [0.5, -0.5, 1.0, -1.0]
 
 
@@ -186,3 +187,94 @@ def test_the_kl_estimate_is_never_negative_and_unbiased():
     assert (estimates >= 0).all()
     exact = (policy.exp() * (policy - reference)).sum()
     assert float((policy.exp() * estimates).sum()) == pytest.approx(float(exact))
+
+
+# --------------------------------------------------------------------------------- other advantages and objectives
+
+
+def test_rloo_compares_with_the_mean_of_the_others():
+    rewards = torch.tensor([1.0, 0.25, 0.5, 2.0, 2.0, -1.0], dtype=torch.float64)
+    found = group_advantages(rewards, 3, estimator="rloo", scale="none")
+    for index, reward in enumerate(rewards.tolist()):
+        group = rewards[index // 3 * 3 : index // 3 * 3 + 3].tolist()
+        others = [other for k, other in enumerate(group) if k != index % 3]
+        assert float(found[index]) == pytest.approx(reward - sum(others) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+def test_a_batch_has_one_scale(estimator):
+    rewards = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain = group_advantages(rewards, 4, estimator=estimator, scale="none")
+    deviation = statistics.stdev(rewards.tolist())
+    scaled = group_advantages(rewards, 4, estimator=estimator, scale="batch")
+    torch.testing.assert_close(scaled, plain / (deviation + 1e-4))
+    told = group_advantages(rewards, 4, estimator=estimator, scale="batch", batch_std=torch.tensor(3.0))
+    torch.testing.assert_close(told, plain / (3 + 1e-4))
+
+
+def naive_objective(objective, ratio, logp, advantage, low, high):
+    """Value and slope in the log-probability of one token whose ratio is its own."""
+    bounded = min(max(ratio, 1 - low), 1 + high)
+    if objective == "clip":
+        is_free = ratio * advantage <= bounded * advantage
+        return min(ratio * advantage, bounded * advantage), ratio * advantage * is_free
+    if objective == "cispo":
+        return bounded * advantage * logp, bounded * advantage
+    temperature = 1.0 if advantage > 0 else 1.05
+    gate = 1 / (1 + math.exp(-temperature * (ratio - 1)))
+    return 4 / temperature * gate * advantage, 4 * gate * (1 - gate) * ratio * advantage
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["clip", "cispo", "sapo"])
+def test_objectives_and_their_gradients_equal_a_loop_over_tokens(objective, level):
+    policy, old, _, advantages = make_batch(seed=1)  # some completions are beyond the clip, and some are not
+    weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
+    low, high = (CLIP_LOW, CLIP_HIGH) if level == "token" else (0.02, 0.03)  # a mean ratio is closer to 1
+    leaf = policy.clone().requires_grad_()
+    output = grpo_loss(
+        leaf,
+        old,
+        None,
+        advantages=advantages,
+        weights=weights,
+        is_token=is_token(),
+        clip_eps_low=low,
+        clip_eps_high=high,
+        kl_coef=0.0,
+        objective=objective,
+        level=level,
+    )
+    output.loss.backward()
+    loss, slopes = 0.0, torch.zeros_like(policy)
+    for row, length in enumerate(LENGTHS):
+        gaps = [float(policy[row, k] - old[row, k]) for k in range(length)]
+        for k in range(length):
+            ratio = math.exp(gaps[k] if level == "token" else sum(gaps) / length)
+            value, slope = naive_objective(objective, ratio, float(policy[row, k]), float(advantages[row]), low, high)
+            loss -= float(weights[row]) * value
+            if level == "token" or objective == "cispo":
+                slopes[row, k] -= weights[row] * slope
+            else:  # a ratio of all tokens: each has its share of the slope of every one
+                slopes[row, :length] -= weights[row] * slope / length
+    assert output.loss.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(leaf.grad, slopes, rtol=1e-10, atol=1e-12)
+    assert (int(output.num_clipped) > 0) == (objective != "sapo")
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["clip", "cispo", "sapo"])
+def test_all_objectives_pull_alike_on_the_first_update(objective, level):
+    policy, _, _, advantages = make_batch()
+    weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
+    leaf = policy.clone().requires_grad_()
+    options = {
+        "clip_eps_low": CLIP_LOW,
+        "clip_eps_high": CLIP_HIGH,
+        "kl_coef": 0.0,
+        "objective": objective,
+        "level": level,
+    }
+    mask = is_token()
+    grpo_loss(leaf, policy, None, advantages=advantages, weights=weights, is_token=mask, **options).loss.backward()
+    torch.testing.assert_close(leaf.grad, (-advantages * weights)[:, None].expand_as(policy).masked_fill(~mask, 0.0))

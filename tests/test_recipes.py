@@ -76,7 +76,7 @@ def test_a_recipe_prints_the_settings_of_the_paper(task, monkeypatch, capsys):
     assert model["optimizer"]["class_path"] == "torch.optim.AdamW"
     assert model["optimizer"]["init_args"]["lr"] == 1e-6
     assert (model["group_size"], model["kl_coef"], model["temperature"]) == (8, 0.04, 1.0)
-    assert (model["num_iterations"], model["loss_type"], model["scale_rewards"]) == (1, "grpo", True)
+    assert (model["num_iterations"], model["loss_type"], model["scale_rewards"]) == (1, "grpo", "group")
     assert model["max_new_tokens"] == expected["length"]
     assert model["policy"]["name"] == expected["model"]
     assert model["policy"]["max_pixels"] == 1_000_000

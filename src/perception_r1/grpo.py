@@ -8,6 +8,9 @@
 The loss is the negative objective, summed with the token weights of `token_weights`. Deviation from DeepSeekMath's
 GRPO (arXiv 2402.03300): none for the loss "grpo"; "dapo" and "dr_grpo" follow arXiv 2503.14476 and 2503.20783.
 
+Besides it there are other advantages (`group_advantages`: RLOO, batch-wise scale), other objectives and ratios of whole
+completions (`grpo_loss`: CISPO, SAPO, GSPO).
+
 Legend: B prompts, G completions per prompt, N = B*G completions, T completion tokens (longest).
 """
 
@@ -18,17 +21,32 @@ import torch
 from torch import Tensor
 
 LossType = Literal["grpo", "dapo", "dr_grpo"]
+AdvantageEstimator = Literal["grpo", "rloo"]
+ScaleRewards = Literal["group", "batch", "none"]
+Objective = Literal["clip", "cispo", "sapo"]
+ImportanceSamplingLevel = Literal["token", "sequence"]
 
 _STD_FLOOR = 1e-4
 
 
-def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    *,
+    estimator: AdvantageEstimator = "grpo",
+    scale: ScaleRewards = "group",
+    batch_std: Tensor | None = None,
+) -> Tensor:
     """How much better each completion is than its group.
 
     Args:
         rewards: [N] rewards, the G completions of a prompt after one another.
         group_size: G, at least 2.
-        scale: Divide by the group's standard deviation.
+        estimator: What a reward is compared with: the mean of its group (grpo), or that of the others in its group,
+            which makes it G / (G - 1) times as large (rloo, arXiv 2402.14740).
+        scale: Divide by the standard deviation of the group, of all rewards of the batch (arXiv 2508.08221), or not at
+            all (arXiv 2503.20783).
+        batch_std: That of the rewards of all devices; of `rewards` unless given.
 
     Returns:
         [N] advantages; zero throughout a group of equal rewards.
@@ -45,8 +63,12 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) ->
         raise ValueError(f"{tuple(rewards.shape)} rewards cannot be grouped by {group_size}.")
     groups = rewards.view(-1, group_size)  # [B, G]
     centred = groups - groups.mean(1, keepdim=True)
-    if scale:
+    if estimator == "rloo":
+        centred = centred * (group_size / (group_size - 1))
+    if scale == "group":
         centred = centred / (groups.std(1, keepdim=True) + _STD_FLOOR)
+    elif scale == "batch":
+        centred = centred / ((rewards.std() if batch_std is None else batch_std) + _STD_FLOOR)
     return centred.masked_fill(has_zero_std(rewards, group_size)[:, None], 0.0).flatten()
 
 
@@ -90,7 +112,7 @@ class LossOutput:
     Attributes:
         loss: Scalar with gradient.
         kl_sum: Sum of the k3 estimates over all tokens.
-        num_clipped: Number of tokens whose ratio was clipped.
+        num_clipped: Number of tokens whose ratio was clipped; with SAPO, which has no clip, none.
     """
 
     loss: Tensor
@@ -109,8 +131,15 @@ def grpo_loss(
     clip_eps_low: float,
     clip_eps_high: float,
     kl_coef: float,
+    objective: Objective = "clip",
+    level: ImportanceSamplingLevel = "token",
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
 ) -> LossOutput:
-    """The clipped objective with its KL penalty, as a loss.
+    """The objective with its KL penalty, as a loss.
+
+    clip    min(ratio * A, clip(ratio) * A)
+    cispo   stop_gradient(clip(ratio)) * A * logp                   arXiv 2506.13585: every token keeps its gradient
+    sapo    4 / tau * sigmoid(tau * (ratio - 1)) * A                arXiv 2511.20347: a gate in place of the clip
 
     Args:
         logprobs: [N, T] of the policy, with gradient.
@@ -122,19 +151,33 @@ def grpo_loss(
         clip_eps_low: eps_low.
         clip_eps_high: eps_high.
         kl_coef: beta.
+        objective: One of the above.
+        level: Ratios are those of tokens, or their geometric mean over the completion for all of its tokens: with the
+            clip that is GSPO (arXiv 2507.18071), whose eps are some ten thousandths.
+        sapo_temperatures: tau where the advantage is positive, and where it is not.
     """
-    ratio = (logprobs - old_logprobs).exp()  # [N, T]
-    gain = advantages[:, None]
+    log_ratio = logprobs - old_logprobs  # [N, T]
+    if level == "sequence":
+        log_ratio = log_ratio.masked_fill(~is_token, 0.0).sum(1, keepdim=True) / is_token.sum(1, keepdim=True)  # [N, 1]
+    ratio, gain = log_ratio.exp(), advantages[:, None]
     clipped_ratio = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
-    objective = torch.minimum(ratio * gain, clipped_ratio * gain)
+    if objective == "clip":
+        value = torch.minimum(ratio * gain, clipped_ratio * gain)
+        is_clipped = ratio * gain > clipped_ratio * gain
+    elif objective == "cispo":
+        value = clipped_ratio.detach() * gain * logprobs
+        is_clipped = ratio != clipped_ratio
+    else:
+        positive, other = sapo_temperatures
+        temperature = other + (positive - other) * (gain > 0).to(gain.dtype)
+        value = 4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * gain
+        is_clipped = torch.zeros_like(ratio, dtype=torch.bool)
     kl = k3_kl(logprobs, reference_logprobs) if reference_logprobs is not None else torch.zeros_like(logprobs)
-    per_token = kl_coef * kl - objective
-    with torch.no_grad():
-        is_clipped = (ratio * gain > clipped_ratio * gain) & is_token
+    per_token = kl_coef * kl - value
     return LossOutput(
         loss=(per_token * weights[:, None]).masked_fill(~is_token, 0.0).sum(),
         kl_sum=kl.detach().masked_fill(~is_token, 0.0).sum(),
-        num_clipped=is_clipped.sum(),
+        num_clipped=(is_clipped & is_token).sum(),
     )
 
 

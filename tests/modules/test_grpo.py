@@ -322,6 +322,7 @@ def test_an_optimiser_that_refuses_the_weights_of_the_model_is_one_sentence(fold
         ({"group_size": 1}, "group_size is 1"),
         ({"temperature": 0.0}, r"temperature is 0\.0"),
         ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"sapo_temperature_neg": 0.0}, "sapo_temperature_pos and sapo_temperature_neg must be above 0"),
         ({"top_p": 1.1}, r"top_p is 1\.1"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -16,7 +16,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from perception_r1.errors import UserError
-from perception_r1.grpo import LossType, group_advantages, grpo_loss, has_zero_std, token_weights
+from perception_r1.grpo import (
+    AdvantageEstimator,
+    ImportanceSamplingLevel,
+    LossType,
+    Objective,
+    ScaleRewards,
+    group_advantages,
+    grpo_loss,
+    has_zero_std,
+    token_weights,
+)
 from perception_r1.metrics import update_metrics
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_prompts
@@ -68,9 +78,16 @@ class GRPO(PolicyModule):
         clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low.
         clip_eps_high: The probability ratio is clipped above at 1 + clip_eps_high.
         num_iterations: Optimiser steps on each batch of completions (mu).
+        objective: What ratio and advantage make of a token: clip (GRPO, PPO), cispo, or sapo; see `grpo_loss`.
+        importance_sampling_level: Ratios of tokens, or one for each completion (sequence: GSPO, with clip_eps_low and
+            clip_eps_high of some ten thousandths). It matters from the second update on a batch on.
+        sapo_temperature_pos: Of the gate of sapo where the advantage is positive.
+        sapo_temperature_neg: Of the gate of sapo elsewhere.
         loss_type: How token losses are averaged: per completion and then over completions (grpo), over all tokens
             (dapo), or summed over a constant length (dr_grpo).
-        scale_rewards: Divide advantages by the standard deviation of their group.
+        advantage_estimator: Compare a reward with the mean of its group (grpo), or of the others in it (rloo).
+        scale_rewards: Divide advantages by the standard deviation of their group, by that of the whole batch on all
+            devices, or by nothing (none, as Dr. GRPO).
         **kwargs: Those of `PolicyModule`.
     """
 
@@ -86,8 +103,13 @@ class GRPO(PolicyModule):
         clip_eps_low: float = 0.2,
         clip_eps_high: float = 0.2,
         num_iterations: int = 1,
+        objective: Objective = "clip",
+        importance_sampling_level: ImportanceSamplingLevel = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
         loss_type: LossType = "grpo",
-        scale_rewards: bool = True,
+        advantage_estimator: AdvantageEstimator = "grpo",
+        scale_rewards: ScaleRewards = "group",
         **kwargs: Any,
     ) -> None:
         super().__init__(task, **kwargs)
@@ -110,8 +132,14 @@ class GRPO(PolicyModule):
         self.clip_eps_low = clip_eps_low
         self.clip_eps_high = clip_eps_high
         self.num_iterations = num_iterations
+        if not (sapo_temperature_pos > 0 and sapo_temperature_neg > 0):
+            raise UserError("sapo_temperature_pos and sapo_temperature_neg must be above 0.")
+        self.objective: Objective = objective
+        self.importance_sampling_level: ImportanceSamplingLevel = importance_sampling_level
+        self.sapo_temperatures = sapo_temperature_pos, sapo_temperature_neg
         self.loss_type: LossType = loss_type
-        self.scale_rewards = scale_rewards
+        self.advantage_estimator: AdvantageEstimator = advantage_estimator
+        self.scale_rewards: ScaleRewards = scale_rewards
         self.reference: Policy | None = None
 
     @property
@@ -140,7 +168,13 @@ class GRPO(PolicyModule):
             scored_completions = score_completions(self.task, self.parse(batch, prompts, rollout))
         dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
         rewards = torch.tensor([scored.score.reward for scored in scored_completions], dtype=dtype)
-        advantages = group_advantages(rewards, group_size, scale=self.scale_rewards)
+        advantages = group_advantages(
+            rewards,
+            group_size,
+            estimator=self.advantage_estimator,
+            scale=self.scale_rewards,
+            batch_std=self.std_over_devices(rewards) if self.scale_rewards == "batch" else None,
+        )
         experience = self.make_experience(prompts, rollout, advantages)
         reference_logprobs = self.reference_logprobs(experience)
         metrics, old_logprobs = self.update(experience, reference_logprobs)
@@ -246,6 +280,9 @@ class GRPO(PolicyModule):
                     clip_eps_low=self.clip_eps_low,
                     clip_eps_high=self.clip_eps_high,
                     kl_coef=self.kl_coef,
+                    objective=self.objective,
+                    level=self.importance_sampling_level,
+                    sapo_temperatures=self.sapo_temperatures,
                 )
                 with self.phase("backward"):
                     self.manual_backward(output.loss)
