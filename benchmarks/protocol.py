@@ -154,14 +154,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=tuple(METRICS), choices=METRICS)
     parser.add_argument("--num_images", type=int, default=400)
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--results", type=Path, default=RESULT, help="File of the results.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = {name: measure(name, args.num_images) for name in args.tasks}
     told = {"torch": torch.__version__, "num_images": args.num_images, "tasks": results}
-    args.result.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    args.results.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(table(results))
-    if args.result == RESULT:
+    if args.results == RESULT:
         PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
     return 0
 

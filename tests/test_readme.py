@@ -273,6 +273,9 @@ def run_benchmark(arguments: list[str]) -> None:
     if name == "learning":
         run_learning(arguments)
         return
+    if name == "protocol":
+        run_protocol(arguments)
+        return
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
         path = Path(place) / "results.json"
         monkeypatch.setattr(sys, "argv", [*arguments[1:], *SMALLER[name], "--results", str(path)])
@@ -283,6 +286,19 @@ def run_benchmark(arguments: list[str]) -> None:
         results = json.loads(path.read_text(encoding="utf-8"))
         assert len(results.get("cells") or results.get("runs") or results["rows"]) == 1
         assert "| P | " in printed.getvalue()
+
+
+def run_protocol(arguments: list[str]) -> None:
+    """With few images of one task, away from the committed results."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "results.json"
+        small = ["--tasks", "ocr", "--num_images", "4", "--results", str(path)]
+        done = subprocess.run(
+            [sys.executable, *arguments[1:], *small], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].startswith("| ocr | edit distance | 0.0")
+        assert set(json.loads(path.read_text(encoding="utf-8"))["tasks"]["ocr"]) >= {"strict", "reading", "published"}
 
 
 def run_learning(arguments: list[str]) -> None:

@@ -1,8 +1,10 @@
 """The effects of differences between strict and published evaluation."""
 
+import json
+
 from perception_r1.records import ImageSize
 from perception_r1.tasks.detection import Detection, DetectionTarget
-from tests.benchmarks.programs import program
+from tests.benchmarks.programs import BENCHMARKS, program
 from tests.tasks.test_published import score
 
 program("learning_worlds")
@@ -24,6 +26,14 @@ def test_a_table_has_a_column_for_each_difference():
     assert protocol.fill(page, RESULTS).split("\n")[2] == ""
     assert protocol.fill(protocol.fill(page, RESULTS), RESULTS) == protocol.fill(page, RESULTS)
     assert protocol.table(RESULTS) in protocol.fill(page, RESULTS)
+
+
+def test_the_page_shows_the_committed_results():
+    results = json.loads((BENCHMARKS / "results" / "protocol.json").read_text(encoding="utf-8"))
+    page = protocol.PAGE.read_text(encoding="utf-8")
+    assert protocol.fill(page, results["tasks"]) == page
+    assert set(results["tasks"]) == set(protocol.METRICS)
+    assert results["num_images"] == 400
 
 
 def test_answers_in_another_form_of_boxes_say_the_same():
