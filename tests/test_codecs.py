@@ -204,3 +204,28 @@ def test_a_codec_says_whether_it_counts_in_pixels_of_the_resized_image(codec):
     objects = [LabelledBox(label="cup", box=(0.1, 0.2, 0.5, 1.0))]
     small, large = (ImageSize(width=640, height=480, resized_width=k * 320, resized_height=k * 240) for k in (1, 2))
     assert (codec.format_boxes(objects, small) != codec.format_boxes(objects, large)) == codec.uses_resized_size
+
+
+@pytest.mark.parametrize("wrap", ["{}", " {}  ", "```json\n{}\n```"])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_an_answer_that_is_cut_behind_a_box_says_what_stands_before(codec, wrap):
+    objects = [
+        LabelledBox(label=label, box=(0.1, 0.2, 0.3, side)) for label, side in (("a], [b", 0.4), ("c", 0.5), ("c", 0.9))
+    ]
+    text = wrap.format(codec.format_boxes(objects, FRAME))
+    ends, items = codec.box_ends(text), codec.parse_boxes(text, FRAME).items
+    assert len(ends) == len(items) == 3
+    for count, end in enumerate(ends, 1):
+        head = text[:end] if codec.name == "qwen2_vl" else text[:end].removeprefix("```json") + "]"
+        assert codec.parse_boxes(head, FRAME).items == items[:count]
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize(
+    "text", ["", "[]", "nothing", "[1, {}, [2]]", "[" * 40_000, "<|box_start|>(9,9),(1,1)<|box_end|>", "9" * 5000]
+)
+def test_there_are_as_many_ends_as_boxes(codec, text):
+    ends = codec.box_ends(text)
+    assert len(ends) == len(codec.parse_boxes(text, FRAME).items)
+    assert ends == sorted(set(ends))
+    assert all(0 < end <= len(text) for end in ends)

@@ -1,12 +1,20 @@
 import json
 import math
+import random
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-from perception_r1.grpo import group_advantages, grpo_loss, has_zero_std, k3_kl, token_weights
+from perception_r1.grpo import (
+    group_advantages,
+    grpo_loss,
+    has_zero_std,
+    k3_kl,
+    reward_to_go_advantages,
+    token_weights,
+)
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden/advantages.jsonl").read_text().splitlines()]
 LENGTHS = [3, 1, 4, 2]
@@ -278,3 +286,96 @@ def test_all_objectives_pull_alike_on_the_first_update(objective, level):
     mask = is_token()
     grpo_loss(leaf, policy, None, advantages=advantages, weights=weights, is_token=mask, **options).loss.backward()
     torch.testing.assert_close(leaf.grad, (-advantages * weights)[:, None].expand_as(policy).masked_fill(~mask, 0.0))
+
+
+# ------------------------------------------------------------------------------------------------ rewards to go
+
+
+def naive_to_go(rewards, group_size, scale):
+    """Part by part, in plain Python."""
+    left = [[row[-1] - row[part] for part in range(len(row) - 1)] for row in rewards]
+    found = []
+    for index, row in enumerate(left):
+        group = left[index // group_size * group_size :][:group_size]
+        found.append(
+            [value - statistics.mean(other[k] for other in group if len(other) > k) for k, value in enumerate(row)]
+        )
+    scaled = []
+    for index, row in enumerate(found):
+        group = found[index // group_size * group_size :][:group_size] if scale == "group" else found
+        values = [value for other in group for value in other]
+        size = 1 if scale == "none" else math.sqrt(statistics.mean(value**2 for value in values)) + 1e-4
+        scaled.append([value / size for value in row])
+    return scaled
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_rewards_to_go_equal_a_loop_over_parts(scale):
+    draw = random.Random(0)
+    rewards = [[draw.random() for _ in range(draw.randrange(2, 7))] for _ in range(12)]
+    found = reward_to_go_advantages(rewards, 4, scale=scale)
+    for row, expected in zip(found, naive_to_go(rewards, 4, scale), strict=True):
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_in_which_nothing_differs_has_no_advantage(scale):
+    assert reward_to_go_advantages([[0.1, 0.3, 0.7, 0.6]] * 3, 3, scale=scale) == [[0.0] * 3] * 3
+
+
+def test_without_boxes_they_are_differences_of_rewards():
+    rewards = [0.25, 1.0, 0.5, 2.0]
+    found = reward_to_go_advantages([[0.125, reward] for reward in rewards], 4, scale="none")
+    assert [row[0] for row in found] == group_advantages(torch.tensor(rewards), 4, scale="none").tolist()
+
+
+def test_their_gradient_is_that_of_the_expected_reward():
+    """Over all groups of two completions of two boxes, each of one of two kinds, weighted by how probable they are."""
+    logits = torch.randn(
+        3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )  # first; second given it
+    after = {(): 0.25, (0,): 0.5, (1,): -0.25, (0, 0): 1.0, (0, 1): 0.75, (1, 0): 2.0, (1, 1): -1.0}
+    pairs = [(first, second) for first in (0, 1) for second in (0, 1)]
+
+    def logprobs(leaf, pair):
+        return torch.stack([leaf[0].log_softmax(0)[pair[0]], leaf[1 + pair[0]].log_softmax(0)[pair[1]]])
+
+    exact = logits.clone().requires_grad_()
+    sum(logprobs(exact, pair).sum().exp() * after[pair] for pair in pairs).backward()
+    expected = torch.zeros_like(logits)
+    for one in pairs:
+        for other in pairs:
+            rewards = [[after[()], after[pair[:1]], after[pair], after[pair]] for pair in (one, other)]
+            advantages = reward_to_go_advantages(rewards, 2, scale="none")
+            leaf = logits.clone().requires_grad_()
+            rows = torch.stack([logprobs(leaf, one), logprobs(leaf, other)])
+            probability = rows.sum().exp().detach()
+            gain = torch.tensor([row[:2] for row in advantages], dtype=torch.float64)
+            output = grpo_loss(
+                rows,
+                rows.detach(),
+                None,
+                advantages=gain,
+                weights=torch.full((2,), 0.5, dtype=torch.float64),
+                is_token=torch.ones(2, 2, dtype=torch.bool),
+                clip_eps_low=0.2,
+                clip_eps_high=0.2,
+                kl_coef=0.0,
+            )
+            output.loss.backward()
+            expected -= probability * leaf.grad
+    # a completion is half of its own baseline, which takes half of what is common to the group: as in GRPO
+    torch.testing.assert_close(expected, exact.grad / 2, rtol=1e-12, atol=1e-12)
+
+
+def test_advantages_of_tokens_equal_a_loop_over_tokens():
+    policy, old, _, _ = make_batch()
+    gains = torch.randn(4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
+    leaf = policy.clone().requires_grad_()
+    loss_of(leaf, old, None, gains, weights, is_token(), kl_coef=0.0).loss.backward()
+    for row, length in enumerate(LENGTHS):
+        for k in range(max(LENGTHS)):
+            ratio = math.exp(float(policy[row, k] - old[row, k]))
+            slope = naive_objective("clip", ratio, 0.0, float(gains[row, k]), CLIP_LOW, CLIP_HIGH)[1]
+            assert float(leaf.grad[row, k]) == pytest.approx(-float(weights[row]) * slope * (k < length), rel=1e-9)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import isfinite
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from perception_r1.errors import UserError
 from perception_r1.records import Box, ImageSize, LabelledBox
@@ -30,6 +30,8 @@ _QWEN2_TOKEN = re.compile(
     r"<\|box_end\|>"
 )
 _FENCE_START, _FENCE_END = "```json", "```"
+_DECODER = json.JSONDecoder(parse_int=float)
+"""int() refuses thousands of digits by an error and is slow on fewer; float() gives infinity."""
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 r"""Half a character, which JSON can spell (`"\ud800"`) and no file or terminal can take."""
 
@@ -72,6 +74,10 @@ class Codec(ABC):
     @abstractmethod
     def parse_boxes(self, text: str, image_size: ImageSize) -> ParsedBoxes:
         """Objects found in any text whatever; never raises."""
+
+    @abstractmethod
+    def box_ends(self, text: str) -> list[int]:
+        """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
 
 
 class Qwen2VLCodec(Codec):
@@ -132,6 +138,11 @@ class Qwen2VLCodec(Codec):
             awaits_box = False
         return ParsedBoxes(items=tuple(items), is_exact=is_exact and end == len(text) and not awaits_box)
 
+    def box_ends(self, text: str) -> list[int]:
+        """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
+        ends = [token.end() for token in _QWEN2_TOKEN.finditer(text) if token["label"] is None]
+        return ends if len(ends) <= MAX_OBJECTS else []
+
 
 class _JsonCodec(Codec):
     """A JSON list of `{"bbox_2d": [x1, y1, x2, y2], "label": "..."}`; a subclass says in which units."""
@@ -150,18 +161,22 @@ class _JsonCodec(Codec):
 
         Either the whole text, a ```json fence aside, is a JSON list, or nothing is read.
         """
-        text = text.strip()
-        if text.startswith(_FENCE_START) and text.endswith(_FENCE_END):
-            text = text[len(_FENCE_START) : -len(_FENCE_END)]
-        try:
-            # parse_int: int() refuses thousands of digits by an error and is slow on fewer; float() gives infinity
-            entries = json.loads(text, parse_int=float)
-        except (ValueError, RecursionError):
-            return _NOTHING
-        if not isinstance(entries, list) or len(entries) > MAX_OBJECTS:
+        entries = _json_list(_without_fence(text))
+        if entries is None:
             return _NOTHING
         units = self.units(image_size)
         return ParsedBoxes(items=tuple(_json_item(entry, units) for entry in entries), is_exact=True)
+
+    def box_ends(self, text: str) -> list[int]:
+        """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
+        inside = _without_fence(text)
+        count = len(_json_list(inside) or [])
+        start = text.find(inside)
+        ends, end = [], inside.find("[") + 1
+        for _ in range(count):  # each behind blanks, and a comma but for the first
+            _, end = _DECODER.raw_decode(inside, len(inside) - len(inside[end:].lstrip(" \t\n\r,")))
+            ends.append(start + end)
+        return ends
 
 
 class Qwen25VLCodec(_JsonCodec):
@@ -208,6 +223,22 @@ class Qwen3VLCodec(_JsonCodec):
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Qwen2VLCodec(), Qwen25VLCodec(), Qwen3VLCodec())}
 """Every codec by name."""
+
+
+def _without_fence(text: str) -> str:
+    text = text.strip()
+    if text.startswith(_FENCE_START) and text.endswith(_FENCE_END):
+        text = text[len(_FENCE_START) : -len(_FENCE_END)]
+    return text
+
+
+def _json_list(text: str) -> list[Any] | None:
+    """A list of bounded length, or None."""
+    try:
+        entries = _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return entries if isinstance(entries, list) and len(entries) <= MAX_OBJECTS else None
 
 
 def _to_units(box: Box, width: int, height: int) -> tuple[int, int, int, int]:

@@ -14,6 +14,8 @@ completions (`grpo_loss`: CISPO, SAPO, GSPO).
 Legend: B prompts, G completions per prompt, N = B*G completions, T completion tokens (longest).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +27,7 @@ AdvantageEstimator = Literal["grpo", "rloo"]
 ScaleRewards = Literal["group", "batch", "none"]
 Objective = Literal["clip", "cispo", "sapo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
+CreditAssignment = Literal["completion", "box"]
 
 _STD_FLOOR = 1e-4
 
@@ -70,6 +73,47 @@ def group_advantages(
     elif scale == "batch":
         centred = centred / ((rewards.std() if batch_std is None else batch_std) + _STD_FLOOR)
     return centred.masked_fill(has_zero_std(rewards, group_size)[:, None], 0.0).flatten()
+
+
+def reward_to_go_advantages(
+    rewards: Sequence[Sequence[float]], group_size: int, *, scale: ScaleRewards = "group"
+) -> list[list[float]]:
+    """Advantages of the parts of completions: what the reward still gained from a part on, compared with its group.
+
+    The reward of a completion is the sum of what its parts added to it, so a part has no influence on what was added
+    before it, and the gradient of the expected reward needs only what was added from there on: the policy gradient with
+    rewards to go, of which `baseline` takes the mean over the completions of the group that have a part of this number.
+    It depends on the completion itself by one part in the number of these, as GRPO's does by one in G.
+
+    Args:
+        rewards: Of each of N completions, n + 2 numbers: the reward after none, one, ..., n boxes, and that of the
+            whole. The last of its n + 1 parts is what stands behind the boxes.
+        group_size: G, the completions of a prompt after one another.
+        scale: Divide by the root mean square of what is left in a group or in all, or not at all.
+
+    Returns:
+        Advantages of each completion's n + 1 parts.
+
+    >>> reward_to_go_advantages([[0.0, 1.0, 1.0], [0.0, 0.5, 0.25]], 2, scale="none")
+    [[0.375, 0.125], [-0.375, -0.125]]
+    """
+    groups = [rewards[start : start + group_size] for start in range(0, len(rewards), group_size)]
+    centred: list[list[list[float]]] = []
+    for group in groups:
+        to_go = [[row[-1] - before for before in row[:-1]] for row in group]
+        longest = max(map(len, to_go))
+        parts = [[row[number] for row in to_go if number < len(row)] for number in range(longest)]
+        baseline = [sum(values) / len(values) if min(values) < max(values) else values[0] for values in parts]
+        centred.append([[value - baseline[number] for number, value in enumerate(row)] for row in to_go])
+    if scale == "none":
+        return [row for group in centred for row in group]
+    batch = [value for group in centred for row in group for value in row]
+    scaled = []
+    for group in centred:
+        values = batch if scale == "batch" else [value for row in group for value in row]
+        size = math.sqrt(sum(value * value for value in values) / len(values)) + _STD_FLOOR
+        scaled += [[value / size for value in row] for row in group]
+    return scaled
 
 
 def has_zero_std(rewards: Tensor, group_size: int) -> Tensor:
@@ -145,7 +189,7 @@ def grpo_loss(
         logprobs: [N, T] of the policy, with gradient.
         old_logprobs: [N, T] of the policy that wrote the completions.
         reference_logprobs: [N, T] of the frozen reference; None when `kl_coef` is 0.
-        advantages: [N].
+        advantages: [N], or [N, T or more] where tokens have advantages of their own.
         weights: [N] weight of each token of a completion.
         is_token: [N, T] True up to and including a completion's first end token.
         clip_eps_low: eps_low.
@@ -159,7 +203,7 @@ def grpo_loss(
     log_ratio = logprobs - old_logprobs  # [N, T]
     if level == "sequence":
         log_ratio = log_ratio.masked_fill(~is_token, 0.0).sum(1, keepdim=True) / is_token.sum(1, keepdim=True)  # [N, 1]
-    ratio, gain = log_ratio.exp(), advantages[:, None]
+    ratio, gain = log_ratio.exp(), advantages[:, : logprobs.shape[1]] if advantages.ndim == 2 else advantages[:, None]
     clipped_ratio = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
     if objective == "clip":
         value = torch.minimum(ratio * gain, clipped_ratio * gain)

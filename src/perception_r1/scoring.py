@@ -91,6 +91,15 @@ def score_completions(
     ]
 
 
+def prefix_rewards(task: Task[Any, Any], codec: Codec, completion: ParsedCompletion) -> list[tuple[int, float]]:
+    """Rewards of what a completion has said so far, with where in its text: before its first box and behind each.
+
+    Their differences are what each box has added.
+    """
+    prefixes = task.parse_prefixes(completion.completion, codec, completion.image_size)
+    return [(end, task.score(prediction, completion.sample.target).reward) for end, prediction in prefixes]
+
+
 def score_as_published(
     task: Task[Any, Any], codec: Codec, completions: Sequence[ScoredCompletion]
 ) -> list[ScoredCompletion]:

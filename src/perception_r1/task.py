@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torchmetrics import Metric
 
-from perception_r1.codecs import Codec
+from perception_r1.codecs import Codec, ParsedBoxes
 from perception_r1.errors import UserError
 from perception_r1.records import ImageSize, Overlay, Sample, Score, TargetT
 from perception_r1.rows import Row
@@ -86,6 +86,24 @@ class Task(ABC, Generic[TargetT, PredictionT]):
     @abstractmethod
     def score(self, prediction: PredictionT | None, target: TargetT) -> Score:
         """Reward, components and metrics of one prediction."""
+
+    def read_boxes(self, parsed: ParsedBoxes) -> PredictionT | None:
+        """A prediction from the boxes of an answer; tasks whose answers are no boxes have none."""
+        return None
+
+    def parse_prefixes(self, text: str, codec: Codec, image_size: ImageSize) -> list[tuple[int, PredictionT | None]]:
+        """What a completion has said so far: before its first box, and behind each of them.
+
+        Returns:
+            Where each box ends in the text, in characters, and the prediction if the answer ended there in good form;
+            the first is that of no box, at 0. It is the only one of answers that are no list of boxes.
+        """
+        text = _without_end_tokens(text) if len(text) <= MAX_TEXT else ""
+        ends = [0, *codec.box_ends(text)]
+        items = codec.parse_boxes(text, image_size).items
+        return [
+            (end, self.read_boxes(ParsedBoxes(items=items[:count], is_exact=True))) for count, end in enumerate(ends)
+        ]
 
     def parse_published(self, text: str, codec: Codec, image_size: ImageSize) -> PredictionT | None:
         """A prediction as the evaluation code behind published metrics reads it; by default as this task reads it.

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import is_dataclass
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics
 from perception_r1.records import ImageSize, LabelledBox, Sample, Score
+from perception_r1.scoring import parse_completions, prefix_rewards
 from perception_r1.task import MAX_TEXT, Task
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.counting import CountingTarget
@@ -148,3 +150,37 @@ def test_prompt_template_is_an_option_with_slots(name):
 def test_slot_that_nothing_fills_is_refused(name):
     with pytest.raises(UserError, match=r"prompt_template may hold \{query\} and \{labels\}, not \{question\}"):
         TASKS[name](prompt_template="Find the {question}.")
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>"])
+@codecs
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_prefixes_of_the_ideal_answer_gain_up_to_its_reward(case, codec, end):
+    name, query, target = case
+    task = TASKS[name]()
+    text = task.target_text(make(name, query, target), codec, FRAME) + end
+    (parsed,) = parse_completions(
+        task, codec, samples=[make(name, query, target)], image_sizes=[FRAME], completions=[text]
+    )
+    found = prefix_rewards(task, codec, parsed)
+    ends, rewards = [end for end, _ in found], [reward for _, reward in found]
+    assert ends[0] == 0
+    assert ends == sorted(set(ends))
+    if name == "ocr":
+        assert found == [(0, 0.0)]
+    else:
+        assert len(found) == 1 + max(
+            1, len(getattr(target, "objects", getattr(target, "points", None) or (0,)))
+        ) * bool(task.num_objects(target))
+        assert rewards == sorted(rewards)
+        assert rewards[-1] == pytest.approx(TARGETS[name][0])
+
+
+@given(text=texts)
+@tasks
+def test_prefixes_of_any_text_are_read(name, text):
+    task = TASKS[name]()
+    for codec in CODECS.values():
+        prefixes = task.parse_prefixes(text, codec, FRAME)
+        assert prefixes[0][0] == 0
+        assert all(before < behind for (before, _), (behind, _) in pairwise(prefixes))

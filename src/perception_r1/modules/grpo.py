@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from perception_r1.errors import UserError
 from perception_r1.grpo import (
     AdvantageEstimator,
+    CreditAssignment,
     ImportanceSamplingLevel,
     LossType,
     Objective,
@@ -25,6 +27,7 @@ from perception_r1.grpo import (
     group_advantages,
     grpo_loss,
     has_zero_std,
+    reward_to_go_advantages,
     token_weights,
 )
 from perception_r1.metrics import update_metrics
@@ -37,7 +40,7 @@ from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import LoadedSample
-from perception_r1.scoring import ScoredCompletion, score_completions
+from perception_r1.scoring import ScoredCompletion, prefix_rewards, score_completions
 from perception_r1.task import Task
 
 
@@ -48,7 +51,7 @@ class Experience:
     Attributes:
         prompts: B prompts.
         completions: N token id tensors, the G completions of a prompt after one another.
-        advantages: [N].
+        advantages: [N], or [N, T] where tokens have advantages of their own.
         weights: [N] weight of each token of a completion in the loss.
         micro_batches: What is computed at once; together they hold every completion from which something can be learnt.
     """
@@ -85,6 +88,8 @@ class GRPO(PolicyModule):
         sapo_temperature_neg: Of the gate of sapo elsewhere.
         loss_type: How token losses are averaged: per completion and then over completions (grpo), over all tokens
             (dapo), or summed over a constant length (dr_grpo).
+        credit_assignment: Every token of a completion has its advantage (completion); or each box its own, by what the
+            reward gained from it on (box, see `reward_to_go_advantages`). Answers without boxes have one advantage.
         advantage_estimator: Compare a reward with the mean of its group (grpo), or of the others in it (rloo).
         scale_rewards: Divide advantages by the standard deviation of their group, by that of the whole batch on all
             devices, or by nothing (none, as Dr. GRPO).
@@ -108,6 +113,7 @@ class GRPO(PolicyModule):
         sapo_temperature_pos: float = 1.0,
         sapo_temperature_neg: float = 1.05,
         loss_type: LossType = "grpo",
+        credit_assignment: CreditAssignment = "completion",
         advantage_estimator: AdvantageEstimator = "grpo",
         scale_rewards: ScaleRewards = "group",
         **kwargs: Any,
@@ -132,12 +138,15 @@ class GRPO(PolicyModule):
         self.clip_eps_low = clip_eps_low
         self.clip_eps_high = clip_eps_high
         self.num_iterations = num_iterations
+        if credit_assignment == "box" and (advantage_estimator != "grpo" or task.think):
+            raise UserError("credit_assignment box goes with advantage_estimator grpo, and not with think.")
         if not (sapo_temperature_pos > 0 and sapo_temperature_neg > 0):
             raise UserError("sapo_temperature_pos and sapo_temperature_neg must be above 0.")
         self.objective: Objective = objective
         self.importance_sampling_level: ImportanceSamplingLevel = importance_sampling_level
         self.sapo_temperatures = sapo_temperature_pos, sapo_temperature_neg
         self.loss_type: LossType = loss_type
+        self.credit_assignment: CreditAssignment = credit_assignment
         self.advantage_estimator: AdvantageEstimator = advantage_estimator
         self.scale_rewards: ScaleRewards = scale_rewards
         self.reference: Policy | None = None
@@ -168,13 +177,8 @@ class GRPO(PolicyModule):
             scored_completions = score_completions(self.task, self.parse(batch, prompts, rollout))
         dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
         rewards = torch.tensor([scored.score.reward for scored in scored_completions], dtype=dtype)
-        advantages = group_advantages(
-            rewards,
-            group_size,
-            estimator=self.advantage_estimator,
-            scale=self.scale_rewards,
-            batch_std=self.std_over_devices(rewards) if self.scale_rewards == "batch" else None,
-        )
+        with self.phase("reward"):
+            advantages = self.advantages(rollout, scored_completions, rewards, group_size)
         experience = self.make_experience(prompts, rollout, advantages)
         reference_logprobs = self.reference_logprobs(experience)
         metrics, old_logprobs = self.update(experience, reference_logprobs)
@@ -212,8 +216,33 @@ class GRPO(PolicyModule):
                     top_p=self.top_p,
                 )
 
+    def advantages(
+        self, rollout: Rollout, scored_completions: Sequence[ScoredCompletion], rewards: Tensor, group_size: int
+    ) -> Tensor:
+        """[N] advantages of completions, or [N, T] of their tokens, by the options of this module; on the CPU."""
+        if self.credit_assignment == "completion":
+            return group_advantages(
+                rewards,
+                group_size,
+                estimator=self.advantage_estimator,
+                scale=self.scale_rewards,
+                batch_std=self.std_over_devices(rewards) if self.scale_rewards == "batch" else None,
+            )
+        found = [prefix_rewards(self.task, self.codec, scored) for scored in scored_completions]
+        gained = [
+            [*(reward for _, reward in prefixes), scored.score.reward]
+            for prefixes, scored in zip(found, scored_completions, strict=True)
+        ]
+        advantages = reward_to_go_advantages(gained, group_size, scale=self.scale_rewards)
+        rows = []
+        for completion, prefixes, parts in zip(rollout.completions, found, advantages, strict=True):
+            ends = torch.tensor([end for end, _ in prefixes[1:]])
+            token_ends = torch.tensor(self.policy.processor.token_ends(completion))
+            rows.append(torch.tensor(parts, dtype=rewards.dtype)[torch.searchsorted(ends, token_ends)])
+        return pad_sequence(rows, batch_first=True)
+
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
-        """Bundle what the updates need; the [N] advantages are on the CPU, for they decide what is computed.
+        """Bundle what the updates need; the advantages are on the CPU, for they decide what is computed.
 
         A group without any advantage pulls nowhere; without KL penalty its gradient is exactly zero, so it is left out.
         """

@@ -33,6 +33,7 @@ class Processor:
             raise UserError(f"The tokenizer does not know {IMAGE_TOKEN}; use the tokenizer files of a Qwen-VL model.")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self._texts: dict[int, str] = {}
         self.image_token_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
     @classmethod
@@ -127,6 +128,21 @@ class Processor:
         """Token ids of answers, each closed by the end token: what SFT teaches."""
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [torch.tensor([*row, eos_token_id]) for row in rows]
+
+    def token_ends(self, completion: Tensor) -> list[int]:
+        """Where each token of a completion ends in its text, in characters.
+
+        Where several tokens make one character it belongs to the last of them.
+        """
+        ends, text = [], ""
+        for number, token in enumerate(completion.tolist(), 1):
+            if token not in self._texts:
+                self._texts[token] = self.decode([torch.tensor([token])])[0]
+            text += self._texts[token]
+            if "\ufffd" in self._texts[token]:  # a part of a character
+                text = self.decode([completion[:number]])[0].rstrip("\ufffd")
+            ends.append(len(text))
+        return ends
 
     def decode(self, completions: Sequence[Tensor]) -> list[str]:
         """Text of completions; special tokens stay, for boxes are written with them."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
 
-from perception_r1.codecs import Codec
+from perception_r1.codecs import Codec, ParsedBoxes
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.objects import CountingWorld
 from perception_r1.errors import UserError
@@ -137,7 +137,10 @@ class Counting(Task[CountingTarget, CountingPrediction]):
 
     def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> CountingPrediction | None:
         """Every box of the text; None when it lists nothing, and is not the way to say that there is nothing either."""
-        parsed = codec.parse_boxes(text, image_size)
+        return self.read_boxes(codec.parse_boxes(text, image_size))
+
+    def read_boxes(self, parsed: ParsedBoxes) -> CountingPrediction | None:
+        """All boxes, and whether they are well-formed."""
         if not parsed.items:
             return CountingPrediction(count=0, boxes=(), label="", is_well_formed=True) if parsed.is_exact else None
         count, label = len(parsed.items), parsed.items[0].label

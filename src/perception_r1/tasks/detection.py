@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from torchmetrics import Metric
 
-from perception_r1.codecs import Codec
+from perception_r1.codecs import Codec, ParsedBoxes
 from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.objects import DetectionWorld
@@ -161,7 +161,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
 
     def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> DetectionPrediction | None:
         """Every valid object of the text; None when it is no list and lists nothing."""
-        parsed = codec.parse_boxes(text, image_size)
+        return self.read_boxes(codec.parse_boxes(text, image_size))
+
+    def read_boxes(self, parsed: ParsedBoxes) -> DetectionPrediction | None:
+        """All valid objects, and how many were listed."""
         if not parsed.items and not parsed.is_exact:
             return None
         objects = tuple(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perception_r1.codecs import Codec
+from perception_r1.codecs import Codec, ParsedBoxes
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.objects import GroundingWorld
 from perception_r1.geometry import center, iou, to_pixels
@@ -91,7 +91,10 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
 
     def parse_answer(self, text: str, codec: Codec, image_size: ImageSize) -> GroundingPrediction | None:
         """Every valid box of the text; None when it lists nothing at all."""
-        parsed = codec.parse_boxes(text, image_size)
+        return self.read_boxes(codec.parse_boxes(text, image_size))
+
+    def read_boxes(self, parsed: ParsedBoxes) -> GroundingPrediction | None:
+        """All valid boxes, and whether they are a single one."""
         if not parsed.items:
             return None
         named = [(item.label, item.box) for item in parsed.items if item.box is not None]

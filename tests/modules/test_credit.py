@@ -1,0 +1,149 @@
+"""Advantages of boxes: each token has that of its own box."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from perception_r1.codecs import CODECS
+from perception_r1.errors import UserError
+from perception_r1.modules import GRPO
+from perception_r1.policy.policy import Policy
+from perception_r1.policy.processor import Processor
+from perception_r1.policy.rollout import Rollout
+from perception_r1.records import ImageSize, LabelledBox, Sample
+from perception_r1.scoring import parse_completions, prefix_rewards, score_completions
+from perception_r1.tasks.counting import Counting, CountingTarget
+from perception_r1.tasks.detection import Detection, DetectionData, DetectionTarget
+from tests.modules.toy import Log, fit, make_module
+
+SIZE = ImageSize(width=200, height=100, resized_width=196, resized_height=112)
+CAT, DOG = (
+    LabelledBox(label="cat", box=(0.1, 0.1, 0.4, 0.6)),
+    LabelledBox(label="dog", box=(0.5, 0.2, 0.9, 0.8)),
+)
+FALSE = LabelledBox(label="cat", box=(0.7, 0.0, 0.8, 0.1))
+
+
+def answered(module, target, *lists):
+    """A group of completions of one prompt, with their rollout and scores."""
+    codec = module.codec
+    texts = [codec.format_boxes(objects, SIZE) for objects in lists]
+    completions = module.policy.encode_targets(texts)
+    sample = Sample(id="a", image=Path(), width=200, height=100, query="cat", target=target)
+    parsed = parse_completions(
+        module.task,
+        codec,
+        samples=[sample] * len(texts),
+        image_sizes=[SIZE] * len(texts),
+        completions=module.policy.processor.decode(completions),
+    )
+    rollout = Rollout(
+        completions=completions,
+        logprobs=[torch.zeros(len(row)) for row in completions],
+        is_truncated=[False] * len(texts),
+        entropy=0.0,
+    )
+    return rollout, score_completions(module.task, parsed)
+
+
+def advantages(module, rollout, scored):
+    rewards = torch.tensor([each.score.reward for each in scored], dtype=torch.float64)
+    return module.advantages(rollout, scored, rewards, len(scored))
+
+
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def module(request, model_folders):
+    task = Detection(categories=("cat", "dog"))
+    made = make_module(model_folders[request.param], GRPO, task=task, credit_assignment="box", scale_rewards="none")
+    made.policy = Policy.load(made.policy_config)
+    return made
+
+
+def parts_of(module, rollout, row):
+    """Text of each run of tokens with one advantage, and that advantage."""
+    gains, tokens = row.tolist(), rollout.tolist()
+    runs: list[tuple[str, float]] = []
+    for token, gain in zip(tokens, gains, strict=False):
+        text = module.policy.processor.decode([torch.tensor([token])])[0]
+        if runs and runs[-1][1] == gain:
+            runs[-1] = runs[-1][0] + text, gain
+        else:
+            runs.append((text, gain))
+    return runs
+
+
+def test_a_box_is_not_blamed_for_the_one_before_it(module):
+    rollout, scored = answered(module, DetectionTarget(objects=(CAT, DOG)), [FALSE, DOG], [CAT, DOG])
+    found = advantages(module, rollout, scored)
+    full = [each.score.reward for each in scored]
+    after = [[reward for _, reward in prefix_rewards(module.task, module.codec, each)] for each in scored]
+    assert full[0] < full[1]
+    gains = [(full[0] - after[0][k] - full[1] + after[1][k]) / 2 for k in range(3)]
+    runs = parts_of(module, rollout.completions[0], found[0])
+    assert [gain for _, gain in runs] == pytest.approx(gains, abs=1e-9)
+    assert gains[0] < 0 < gains[1]  # the second box of this completion gained more than that of the other
+    assert gains[2] == 0
+    assert ["cat" in text for text, _ in runs] == [True, False, False]
+    assert ["dog" in text for text, _ in runs] == [False, True, False]
+    assert runs[-1][0].endswith("<|im_end|>")
+    module.credit_assignment = "completion"
+    assert advantages(module, rollout, scored).shape == (2,)
+
+
+def test_stopping_early_is_compared_with_what_others_still_gained(module):
+    target = DetectionTarget(objects=(CAT, DOG))
+    rollout, scored = answered(module, target, [CAT], [CAT, DOG])
+    found = advantages(module, rollout, scored)
+    stop = float(found[0][len(rollout.completions[0]) - 1])
+    (goes_on,) = [gain for text, gain in parts_of(module, rollout.completions[1], found[1]) if "dog" in text]
+    assert stop < 0 < goes_on
+    assert stop == pytest.approx(-goes_on, abs=1e-9)
+
+
+def test_an_empty_list_counts_from_where_all_begin(module):
+    rollout, scored = answered(module, DetectionTarget(objects=()), [], [FALSE])
+    found = advantages(module, rollout, scored)
+    assert [each.score.reward for each in scored] == [3.0, 0.25]
+    assert float(found[0][0]) == pytest.approx(1.375)
+    assert float(found[1][0]) == pytest.approx(-1.375)
+
+
+@pytest.mark.parametrize("text", ["é", "naïve 猫 text", "<|box_start|>(1,2)", "🐈🐈", "a\nb  "])
+def test_ends_of_tokens_are_those_of_the_text(folder, text):
+    processor = Processor.load(folder)
+    (row,) = processor.encode_targets([text], 0)
+    ends = processor.token_ends(row[:-1])
+    assert ends[-1] == len(text)
+    assert ends == sorted(ends)
+    for count, end in enumerate(ends, 1):
+        assert processor.decode([row[:count]])[0].rstrip("\ufffd") == text[:end]
+
+
+def test_a_step_with_advantages_of_boxes(tmp_path):
+    log = Log()
+    data = DetectionData(num_train=8, num_val=2, num_test=2, batch_size=2)
+    options = {"max_new_tokens": 60, "group_size": 3, "kl_coef": 0.0, "credit_assignment": "box"}
+    module = make_module("tiny", GRPO, task=data.task, micro_batch_tokens=200, **options)
+    fit(tmp_path, tmp_path, module, [log], data=data, max_steps=1)
+    assert log.steps[1]["train/advantage_std"] > 0
+    assert log.steps[1]["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"advantage_estimator": "rloo"}, {"task": Counting(think=True)}], ids=["estimator", "think"]
+)
+def test_what_does_not_go_with_it_is_refused(options):
+    with pytest.raises(UserError, match="credit_assignment box goes with advantage_estimator grpo, and not with think"):
+        make_module(Path("none"), GRPO, credit_assignment="box", **options)
+
+
+def test_counting_gains_box_by_box():
+    task, target = Counting(), CountingTarget(count=2, points=((0.25, 0.35), (0.7, 0.5)))
+    codec = CODECS["qwen2_vl"]
+    text = codec.format_boxes([replace(CAT), replace(DOG, label="cat"), FALSE], SIZE)
+    sample = Sample(id="a", image=Path(), width=200, height=100, query="cat", target=target)
+    (parsed,) = parse_completions(task, codec, samples=[sample], image_sizes=[SIZE], completions=[text])
+    rewards = [reward for _, reward in prefix_rewards(task, codec, parsed)]
+    assert rewards == pytest.approx([0.0, 0.5, 1.0, 2 / 3], abs=0.01)
