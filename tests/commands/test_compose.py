@@ -128,6 +128,7 @@ def test_a_folder_of_configurations_here_comes_first_and_may_hold_some_of_the_pa
 
 
 MODEL_NAMES = ", ".join(MODELS)
+DATA_NAMES = ", ".join(sorted(path.stem for path in (CONFIGS / "data").iterdir()))
 
 
 @pytest.mark.parametrize(
@@ -148,8 +149,12 @@ MODEL_NAMES = ", ".join(MODELS)
         ),
         (
             ["--task=ocr", "--data=CountingData"],
-            "--data CountingData: there is no configs/data/CountingData.yaml; give one of coco, fox, pageocr, "
-            "pixmo_count, refcoco, refcoco_hub, or a file of JSON lines; a class is given as --data.class_path",
+            f"--data CountingData: there is no configs/data/CountingData.yaml; give one of {DATA_NAMES}, or a file of "
+            "JSON lines; a class is given as --data.class_path",
+        ),
+        (
+            ["--task", "ocr", "--protocol", "x"],
+            "--protocol x: there is no configs/protocol/x.yaml; give one of published, ",
         ),
         (["--task", "ocr", "--recipe", "x"], "--recipe x: there is no configs/recipes/x.yaml; give one of counting, "),
         (["--task", "ocr", "--variant=sft", "--variant=x"], "--variant x: there is no configs/variant/x.yaml; give"),
