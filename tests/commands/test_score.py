@@ -89,7 +89,13 @@ def test_a_line_says_everything_about_its_completion(tmp_path, capsys):
                 "false_negatives": 0.0,
             },
             "prediction": {"boxes": [[0.0, 0.0, 50.0, 100.0]]},
-            "published": {"accuracy_50": 1.0, "accuracy_75": 1.0, "accuracy_95": 1.0, "center_accuracy": 1.0},
+            "published": {
+                "accuracy_50": 1.0,
+                "accuracy_75": 1.0,
+                "accuracy_95": 1.0,
+                "accuracy_mean": 1.0,
+                "center_accuracy": 1.0,
+            },
         }
     ]
     assert "accuracy_50" in summary

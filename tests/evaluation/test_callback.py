@@ -105,6 +105,8 @@ def test_metrics_are_the_means_of_each_source(undisturbed):
             for percent in (50, 75, 95)
         }
         expected["published/reward/iou"] = pytest.approx(math.fsum(overlaps) / len(rows))
+        accuracies = [values[f"published/accuracy_{name}"] for name in (50, 75, 95)]
+        expected["published/accuracy_mean"] = pytest.approx(sum(accuracies) / 3)
         expected["published/center_accuracy"] = values["published/center_accuracy"]
         assert values == expected
 

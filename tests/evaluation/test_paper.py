@@ -24,8 +24,18 @@ def test_answers_that_were_generated_alike_stand_beside_the_papers():
     comparison = compared([row()] * PAPER_METRICS["refcoco_val"].num_samples)
     assert comparison.deviations == ()
     assert comparison.paper_metrics("refcoco_val", "accuracy_50") == (0.868, 0.891)
-    assert comparison.paper_metrics("refcoco_val", "accuracy_75") is None
+    assert comparison.paper_metrics("refcoco_val", "accuracy_95") == (0.330, 0.350)
+    assert comparison.paper_metrics("refcoco_val", "center_accuracy") is None
     assert comparison.paper_metrics("mine", "accuracy_50") is None
+
+
+def test_the_papers_means_are_those_of_its_accuracies():
+    found = [values.values for name, values in PAPER_METRICS.items() if name.startswith("refcoco")]
+    assert len(found) == 8
+    for values in found:
+        for k in range(2):
+            mean = sum(values[f"accuracy_{name}"][k] for name in (50, 75, 95)) / 3
+            assert mean == pytest.approx(values["accuracy_mean"][k], abs=0.0011)
 
 
 def test_a_part_of_the_samples_does_not():

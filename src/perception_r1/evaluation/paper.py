@@ -1,8 +1,8 @@
 """The paper's metrics, and how the answers were generated from which they were computed.
 
-Source: Perception-R1 (NeurIPS 2025, arXiv 2504.07954), tables of grounding, counting, OCR and detection: the model
-before training and after. Qwen2-VL 2B, for detection Qwen2.5-VL 3B. How answers were generated, and how they were read
-(`perception_r1/published.py`), is taken from its public code, github.com/linkangheng/PR1, folder eval.
+Source: Perception-R1 (NeurIPS 2025, arXiv 2504.07954), tables 1 to 3: the model before training and after. Qwen2-VL 2B,
+for detection Qwen2.5-VL 3B. How answers were generated, and how they were read (`perception_r1/published.py`), is taken
+from its public code, github.com/linkangheng/PR1, folder eval.
 """
 
 from collections import Counter
@@ -43,22 +43,64 @@ class Generation:
     repetition_penalty: float = 1.0
 
 
+def _accuracies(before: Sequence[float], after: Sequence[float]) -> dict[str, tuple[float, float]]:
+    """Grounding's accuracies at three IoUs and their mean."""
+    names = "accuracy_50", "accuracy_75", "accuracy_95", "accuracy_mean"
+    return dict(zip(names, zip(before, after, strict=True), strict=True))
+
+
 PAPER_METRICS: dict[str, PaperMetrics] = {
-    "refcoco_val": PaperMetrics(num_samples=10_834, values={"accuracy_50": (0.868, 0.891)}),
-    "refcoco_testA": PaperMetrics(num_samples=5657, values={"accuracy_50": (0.896, 0.914)}),
-    "refcoco_testB": PaperMetrics(num_samples=5095, values={"accuracy_50": (0.820, 0.845)}),
-    "refcocoplus_val": PaperMetrics(num_samples=10_758, values={"accuracy_50": (0.771, 0.817)}),
-    "refcocoplus_testA": PaperMetrics(num_samples=5726, values={"accuracy_50": (0.825, 0.868)}),
-    "refcocoplus_testB": PaperMetrics(num_samples=4889, values={"accuracy_50": (0.701, 0.743)}),
-    "refcocog_val": PaperMetrics(num_samples=4896, values={"accuracy_50": (0.833, 0.857)}),
-    "refcocog_test": PaperMetrics(num_samples=9602, values={"accuracy_50": (0.831, 0.854)}),
+    "refcoco_val": PaperMetrics(
+        num_samples=10_834, values=_accuracies((0.868, 0.772, 0.330, 0.657), (0.891, 0.795, 0.350, 0.679))
+    ),
+    "refcoco_testA": PaperMetrics(
+        num_samples=5657, values=_accuracies((0.896, 0.806, 0.357, 0.686), (0.914, 0.836, 0.385, 0.712))
+    ),
+    "refcoco_testB": PaperMetrics(
+        num_samples=5095, values=_accuracies((0.820, 0.701, 0.269, 0.597), (0.845, 0.724, 0.288, 0.619))
+    ),
+    "refcocoplus_val": PaperMetrics(
+        num_samples=10_758, values=_accuracies((0.771, 0.687, 0.294, 0.584), (0.817, 0.736, 0.326, 0.626))
+    ),
+    "refcocoplus_testA": PaperMetrics(
+        num_samples=5726, values=_accuracies((0.825, 0.738, 0.323, 0.629), (0.868, 0.793, 0.369, 0.677))
+    ),
+    "refcocoplus_testB": PaperMetrics(
+        num_samples=4889, values=_accuracies((0.701, 0.600, 0.230, 0.510), (0.743, 0.642, 0.267, 0.551))
+    ),
+    "refcocog_val": PaperMetrics(
+        num_samples=4896, values=_accuracies((0.833, 0.727, 0.289, 0.616), (0.857, 0.757, 0.321, 0.645))
+    ),
+    "refcocog_test": PaperMetrics(
+        num_samples=9602, values=_accuracies((0.831, 0.730, 0.279, 0.613), (0.854, 0.760, 0.331, 0.648))
+    ),
     "pixmo_count_val": PaperMetrics(num_samples=540, values={"count_accuracy": (0.602, 0.781)}),
     "pixmo_count_test": PaperMetrics(num_samples=540, values={"count_accuracy": (0.505, 0.756)}),
     "coco_val2017": PaperMetrics(
         num_samples=5000, values={"ap": (0.161, 0.319), "ap50": (0.237, 0.467), "ap75": (0.167, 0.334)}
     ),
-    "fox_en": PaperMetrics(num_samples=112, values={"edit_distance": (0.080, 0.028), "word_f1": (0.944, 0.982)}),
-    "fox_cn": PaperMetrics(num_samples=100, values={"edit_distance": (0.100, 0.084), "word_f1": (0.930, 0.969)}),
+    "fox_en": PaperMetrics(
+        num_samples=112,
+        values={
+            "edit_distance": (0.080, 0.028),
+            "word_f1": (0.944, 0.982),
+            "word_precision": (0.969, 0.986),
+            "word_recall": (0.930, 0.978),
+            "bleu": (0.909, 0.966),
+            "meteor": (0.941, 0.981),
+        },
+    ),
+    "fox_cn": PaperMetrics(
+        num_samples=100,
+        values={
+            "edit_distance": (0.100, 0.084),
+            "word_f1": (0.930, 0.969),
+            "word_precision": (0.961, 0.972),
+            "word_recall": (0.905, 0.967),
+            "bleu": (0.780, 0.747),
+            "meteor": (0.872, 0.938),
+        },
+    ),
 }
 """By the names of sources in `configs/data`."""
 

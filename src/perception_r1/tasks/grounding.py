@@ -74,7 +74,7 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
     component_names = ("format", "iou")
     metric_names = (*_THRESHOLDS, "accuracy_mean", "center_accuracy", "false_positives", "false_negatives")
     primary_metric = "accuracy_50"
-    published_metric_names = ("reward/iou", *_THRESHOLDS, "center_accuracy")
+    published_metric_names = ("reward/iou", *_THRESHOLDS, "accuracy_mean", "center_accuracy")
     row_keys = ("question", "box")
 
     def __post_init__(self) -> None:
