@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import rich
 import torch
@@ -18,6 +19,8 @@ from perception_r1.cli import main
 from perception_r1.codecs import CODECS
 from perception_r1.embedded.model import build_model_folder
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

@@ -164,7 +164,7 @@ def test_long_text_makes_a_card_no_higher_than_eight_lines_a_field():
     assert card.height < 900
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=st.text(st.characters(exclude_categories=()), max_size=300))
 def test_any_text_gives_a_card_with_clean_margins(text: str):
     overlays = [Overlay(shape=(0.1, 0.1, 0.6, 0.6), caption=text)]

@@ -34,7 +34,7 @@ def test_every_line_of_hostile_text_fits(text: str):
     assert all(font.getlength(line) <= 200 for line in lines)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=anything, width=st.integers(40, 300))
 def test_every_line_of_any_text_fits(text: str, width: int):
     font = font_for(text, 12)
@@ -43,7 +43,7 @@ def test_every_line_of_any_text_fits(text: str, width: int):
     assert all(font.getlength(line) <= width for line in [*lines, shorten(text, font=font, width=width)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=anything)
 def test_visible_text_has_no_control_and_no_format_characters(text: str):
     shown = visible(text).replace("\n", "")

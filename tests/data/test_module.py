@@ -377,9 +377,9 @@ def test_each_source_has_a_test_loader_of_its_own_also_for_what_is_left_to_answe
 def first_global_batch(world_size, **sizes):
     """Ids in the first step of all devices, and how many each of them has."""
     ids, counts = [], []
+    module = TaskDataModule(NameTask(), WORLD, num_train=30, num_val=1, **sizes)
+    module.setup("fit")
     for rank in range(world_size):
-        module = TaskDataModule(NameTask(), WORLD, num_train=30, **sizes)
-        module.setup("fit")
         module._ranks = lambda rank=rank: (rank, world_size)
         batch = next(iter(module.train_dataloader()))
         ids += [sample.id for sample in batch.samples]

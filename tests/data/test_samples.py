@@ -128,7 +128,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(task, write_rows):
     assert len(load(path, task)) == 1
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(text=st.text(max_size=60) | st.binary(max_size=60))
 def test_no_text_raises_anything_but_a_data_error(task, tmp_path, text):
     path = tmp_path / "any.jsonl"

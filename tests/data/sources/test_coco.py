@@ -177,7 +177,7 @@ values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(
     spoilt=st.fixed_dictionaries({}, optional=dict.fromkeys(["images", "categories", "annotations"], st.lists(values))),
     item=st.dictionaries(st.sampled_from([*FINE]), values),

@@ -325,7 +325,7 @@ values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(SOLUTIONS), values) | values, max_size=4),
     kind=st.sampled_from([JsonLines, Conversations, PerceptionR1, VlmR1, MsSwift]),
@@ -339,7 +339,7 @@ def test_no_json_value_raises_anything_but_a_data_error(write, rows, kind, name,
         load(kind(path), TASKS[task](), on_bad_row="skip")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(data=st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")))
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 @pytest.mark.parametrize("kind", [JsonLines, Conversations, PerceptionR1, VlmR1, MsSwift])

@@ -176,7 +176,7 @@ def test_fingerprint_knows_both_files_and_the_split(make):
     assert len({*prints, source.fingerprint()}) == 4
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(data=st.binary(max_size=60), cut=st.integers(0, 400))
 def test_no_bytes_raise_anything_but_a_data_error(make, data, cut):
     whole = pickle.dumps(REFERENCES, protocol=2)
