@@ -290,14 +290,15 @@ def run_benchmark(arguments: list[str]) -> None:
 
 def run_protocol(arguments: list[str]) -> None:
     """With few images of one task, away from the committed results."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
         path = Path(place) / "results.json"
         small = ["--tasks", "ocr", "--num_images", "4", "--results", str(path)]
-        done = subprocess.run(
-            [sys.executable, *arguments[1:], *small], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1].startswith("| ocr | edit distance | 0.0")
+        monkeypatch.setattr(sys, "argv", [*arguments[1:], *small])
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / arguments[1]), run_name="__main__")
+        assert not end.value.code
+        assert printed.getvalue().splitlines()[-1].startswith("| ocr | edit distance | 0.0")
         assert set(json.loads(path.read_text(encoding="utf-8"))["tasks"]["ocr"]) >= {"strict", "reading", "published"}
 
 
