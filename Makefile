@@ -73,7 +73,7 @@ tensorboard: $(INSTALLED) ## Show all runs
 	$(BIN)/tensorboard --logdir logs
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
