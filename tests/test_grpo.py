@@ -13,6 +13,7 @@ from perception_r1.grpo import (
     has_zero_std,
     k3_kl,
     reward_to_go_advantages,
+    sampler_weights,
     token_weights,
 )
 
@@ -379,3 +380,37 @@ def test_advantages_of_tokens_equal_a_loop_over_tokens():
             ratio = math.exp(float(policy[row, k] - old[row, k]))
             slope = naive_objective("clip", ratio, 0.0, float(gains[row, k]), CLIP_LOW, CLIP_HIGH)[1]
             assert float(leaf.grad[row, k]) == pytest.approx(-float(weights[row]) * slope * (k < length), rel=1e-9)
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_importance_weights_equal_a_loop_over_tokens(correction):
+    policy, old, _, advantages = make_batch(seed=1)
+    sampled = make_batch(seed=3)[1]
+    cap = 1.5
+    found = sampler_weights(old, sampled, is_token(), correction=correction, cap=cap)
+    gaps = [[float(old[row, k] - sampled[row, k]) for k in range(length)] for row, length in enumerate(LENGTHS)]
+    beyond = 0
+    for row, length in enumerate(LENGTHS):
+        for k in range(length):
+            ratio = math.exp(gaps[row][k] if correction.startswith("token") else sum(gaps[row]))
+            beyond += ratio > cap
+            expected = ratio if ratio <= cap else cap if correction.endswith("truncate") else 0.0
+            assert float(found.expand_as(old)[row, k]) == pytest.approx(expected, rel=1e-12)
+    assert 0 < beyond < sum(LENGTHS)
+    weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
+    options = {"clip_eps_low": CLIP_LOW, "clip_eps_high": CLIP_HIGH, "kl_coef": 0.0}
+    options |= {"advantages": advantages, "weights": weights, "is_token": is_token()}
+    loss = grpo_loss(policy, old, None, **options, importance_weights=found).loss
+    each = [
+        naive_objective(
+            "clip", math.exp(float(policy[row, k] - old[row, k])), 0.0, float(advantages[row]), CLIP_LOW, CLIP_HIGH
+        )
+        for row, length in enumerate(LENGTHS)
+        for k in range(length)
+    ]
+    indices = [(row, k) for row, length in enumerate(LENGTHS) for k in range(length)]
+    expected = -sum(
+        float(weights[row] * found.expand_as(old)[row, k]) * value
+        for (row, k), (value, _) in zip(indices, each, strict=True)
+    )
+    assert float(loss) == pytest.approx(expected, rel=1e-9)

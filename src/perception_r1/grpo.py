@@ -28,6 +28,7 @@ ScaleRewards = Literal["group", "batch", "none"]
 Objective = Literal["clip", "cispo", "sapo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
 CreditAssignment = Literal["completion", "box"]
+SamplerCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 _STD_FLOOR = 1e-4
 
@@ -149,6 +150,31 @@ def token_weights(
     return ones / (count * max_new_tokens)
 
 
+def sampler_weights(
+    old_logprobs: Tensor, sampled_logprobs: Tensor, is_token: Tensor, *, correction: SamplerCorrection, cap: float
+) -> Tensor:
+    """Importance weights of the policy against the engine that wrote the completions, where the two compute otherwise.
+
+    A weight is the ratio of their probabilities, of a token or of a whole completion; beyond the cap it is the cap
+    (truncate, Ionides 2008) or 0 (mask).
+
+    Args:
+        old_logprobs: [N, T] of the policy before the update, as training computes them.
+        sampled_logprobs: [N, T] as the engine had them.
+        is_token: [N, T] True up to and including a completion's first end token.
+        correction: What has a ratio, and what becomes of one beyond the cap.
+        cap: The largest weight.
+
+    Returns:
+        [N, T], or [N, 1] for completions.
+    """
+    log_ratio = (old_logprobs - sampled_logprobs).masked_fill(~is_token, 0.0)
+    if correction.startswith("sequence"):
+        log_ratio = log_ratio.sum(1, keepdim=True)
+    ratio = log_ratio.exp()
+    return ratio.clamp(max=cap) if correction.endswith("truncate") else ratio.masked_fill(ratio > cap, 0.0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossOutput:
     """A loss and what is logged about it: sums over tokens, so that parts of a batch can be added.
@@ -178,6 +204,7 @@ def grpo_loss(
     objective: Objective = "clip",
     level: ImportanceSamplingLevel = "token",
     sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    importance_weights: Tensor | None = None,
 ) -> LossOutput:
     """The objective with its KL penalty, as a loss.
 
@@ -199,6 +226,7 @@ def grpo_loss(
         level: Ratios are those of tokens, or their geometric mean over the completion for all of its tokens: with the
             clip that is GSPO (arXiv 2507.18071), whose eps are some ten thousandths.
         sapo_temperatures: tau where the advantage is positive, and where it is not.
+        importance_weights: [N, T] or [N, 1] those of `sampler_weights`, by which the objective is multiplied.
     """
     log_ratio = logprobs - old_logprobs  # [N, T]
     if level == "sequence":
@@ -217,7 +245,7 @@ def grpo_loss(
         value = 4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * gain
         is_clipped = torch.zeros_like(ratio, dtype=torch.bool)
     kl = k3_kl(logprobs, reference_logprobs) if reference_logprobs is not None else torch.zeros_like(logprobs)
-    per_token = kl_coef * kl - value
+    per_token = kl_coef * kl - (value if importance_weights is None else importance_weights * value)
     return LossOutput(
         loss=(per_token * weights[:, None]).masked_fill(~is_token, 0.0).sum(),
         kl_sum=kl.detach().masked_fill(~is_token, 0.0).sum(),

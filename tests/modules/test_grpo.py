@@ -322,6 +322,7 @@ def test_an_optimiser_that_refuses_the_weights_of_the_model_is_one_sentence(fold
         ({"group_size": 1}, "group_size is 1"),
         ({"temperature": 0.0}, r"temperature is 0\.0"),
         ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"sampler_correction_cap": 0.0}, r"sampler_correction_cap is 0\.0"),
         ({"sapo_temperature_neg": 0.0}, "sapo_temperature_pos and sapo_temperature_neg must be above 0"),
         ({"top_p": 1.1}, r"top_p is 1\.1"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
@@ -480,3 +481,29 @@ def test_a_step_samples_learns_and_compares_in_the_same_nucleus(folder, tmp_path
     wide = Log()
     fit(folder, tmp_path, make_module(folder), [wide], max_steps=1)
     assert log.steps[1]["train/entropy"] < wide.steps[1]["train/entropy"]
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_a_sampler_that_computes_what_training_computes_needs_no_correction(folder, tmp_path, budget):
+    def gradients(**options):
+        log, kept = Log(), {}
+        module = make_module(folder, micro_batch_tokens=budget, **options)
+        step = module.apply_gradients
+
+        def keep(loss):
+            kept.update(
+                {name: value.grad.clone() for name, value in module.named_parameters() if value.grad is not None}
+            )
+            return step(loss)
+
+        module.apply_gradients = keep
+        fit(folder, tmp_path, module, [log], max_steps=1)
+        return kept
+
+    plain, corrected = gradients(), gradients(sampler_correction="sequence_truncate")
+    assert len(plain) > 60
+    for name, gradient in plain.items():
+        scale = max(float(gradient.abs().max()), 1e-3)
+        torch.testing.assert_close(corrected[name], gradient, rtol=0, atol=1e-4 * scale)
+    masked = gradients(sampler_correction="sequence_mask", sampler_correction_cap=1e-6, kl_coef=0.0)
+    assert all(not gradient.any() for gradient in masked.values())

@@ -23,11 +23,13 @@ from perception_r1.grpo import (
     ImportanceSamplingLevel,
     LossType,
     Objective,
+    SamplerCorrection,
     ScaleRewards,
     group_advantages,
     grpo_loss,
     has_zero_std,
     reward_to_go_advantages,
+    sampler_weights,
     token_weights,
 )
 from perception_r1.metrics import update_metrics
@@ -53,6 +55,7 @@ class Experience:
         completions: N token id tensors, the G completions of a prompt after one another.
         advantages: [N], or [N, T] where tokens have advantages of their own.
         weights: [N] weight of each token of a completion in the loss.
+        sampled_logprobs: N tensors: of each token, as the sampler had them.
         micro_batches: What is computed at once; together they hold every completion from which something can be learnt.
     """
 
@@ -60,6 +63,7 @@ class Experience:
     completions: list[Tensor]
     advantages: Tensor
     weights: Tensor
+    sampled_logprobs: list[Tensor]
     micro_batches: list[MicroBatch]
 
     def select(self, micro_batch: MicroBatch) -> tuple[PromptBatch, list[Tensor]]:
@@ -80,6 +84,10 @@ class GRPO(PolicyModule):
         kl_coef: Weight of the KL penalty towards the policy before training (beta); 0: no reference is loaded or run.
         clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low.
         clip_eps_high: The probability ratio is clipped above at 1 + clip_eps_high.
+        sampler_correction: Importance weights for an engine that does not compute what training computes (see
+            `train/logprob_mismatch`): of tokens or of sequences, truncated or masked beyond the cap; null for none, which
+            is right for the own engine.
+        sampler_correction_cap: The largest of these weights.
         num_iterations: Optimiser steps on each batch of completions (mu).
         objective: What ratio and advantage make of a token: clip (GRPO, PPO), cispo, or sapo; see `grpo_loss`.
         importance_sampling_level: Ratios of tokens, or one for each completion (sequence: GSPO, with clip_eps_low and
@@ -107,6 +115,8 @@ class GRPO(PolicyModule):
         kl_coef: float = 0.04,
         clip_eps_low: float = 0.2,
         clip_eps_high: float = 0.2,
+        sampler_correction: SamplerCorrection | None = None,
+        sampler_correction_cap: float = 3.0,
         num_iterations: int = 1,
         objective: Objective = "clip",
         importance_sampling_level: ImportanceSamplingLevel = "token",
@@ -137,6 +147,10 @@ class GRPO(PolicyModule):
         self.kl_coef = kl_coef
         self.clip_eps_low = clip_eps_low
         self.clip_eps_high = clip_eps_high
+        if sampler_correction_cap <= 0:
+            raise UserError(f"sampler_correction_cap is {sampler_correction_cap}; it must be above 0.")
+        self.sampler_correction: SamplerCorrection | None = sampler_correction
+        self.sampler_correction_cap = sampler_correction_cap
         self.num_iterations = num_iterations
         if credit_assignment == "box" and (advantage_estimator != "grpo" or task.think):
             raise UserError("credit_assignment box goes with advantage_estimator grpo, and not with think.")
@@ -261,6 +275,7 @@ class GRPO(PolicyModule):
                 max_new_tokens=self.max_new_tokens,
                 num_tokens=self.mean_over_devices(sum(lengths)),
             ),
+            sampled_logprobs=rollout.logprobs,
             micro_batches=plan_micro_batches(prompts.lengths, lengths, chosen, self.micro_batch_tokens),
         )
 
@@ -299,19 +314,22 @@ class GRPO(PolicyModule):
                 all_logprobs.append(logprobs.detach())
                 tokens = torch.tensor([len(completion) for completion in completions])
                 rows, lengths = (to_device(part, self.device) for part in (torch.tensor(micro_batch.rows), tokens))
+                before = all_logprobs[index] if old_logprobs is None else old_logprobs[index]
+                is_token = torch.arange(logprobs.shape[1], device=self.device) < lengths[:, None]
                 output = grpo_loss(
                     logprobs,
-                    all_logprobs[index] if old_logprobs is None else old_logprobs[index],
+                    before,
                     None if reference_logprobs is None else reference_logprobs[index],
                     advantages=experience.advantages[rows],
                     weights=experience.weights[rows],
-                    is_token=torch.arange(logprobs.shape[1], device=self.device) < lengths[:, None],
+                    is_token=is_token,
                     clip_eps_low=self.clip_eps_low,
                     clip_eps_high=self.clip_eps_high,
                     kl_coef=self.kl_coef,
                     objective=self.objective,
                     level=self.importance_sampling_level,
                     sapo_temperatures=self.sapo_temperatures,
+                    importance_weights=self.importance_weights(experience, micro_batch, before, is_token),
                 )
                 with self.phase("backward"):
                     self.manual_backward(output.loss)
@@ -322,6 +340,16 @@ class GRPO(PolicyModule):
         computed = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
         num_tokens = max(1, sum(len(experience.completions[row]) for row in computed))
         return metrics | {"loss": loss, "kl": kl / num_tokens, "clip_fraction": num_clipped / num_tokens}, all_logprobs
+
+    def importance_weights(
+        self, experience: Experience, micro_batch: MicroBatch, old_logprobs: Tensor, is_token: Tensor
+    ) -> Tensor | None:
+        """Those of `sampler_weights` for a micro-batch; None without correction."""
+        if self.sampler_correction is None:
+            return None
+        sampled = pad_sequence([experience.sampled_logprobs[row] for row in micro_batch.rows], batch_first=True)
+        cap = self.sampler_correction_cap
+        return sampler_weights(old_logprobs, sampled, is_token, correction=self.sampler_correction, cap=cap)
 
     def log_step(
         self,
