@@ -85,8 +85,8 @@ class GRPO(PolicyModule):
         clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low.
         clip_eps_high: The probability ratio is clipped above at 1 + clip_eps_high.
         sampler_correction: Importance weights for an engine that does not compute what training computes (see
-            `train/logprob_mismatch`): of tokens or of sequences, truncated or masked beyond the cap; null for none, which
-            is right for the own engine.
+            `train/logprob_mismatch`): of tokens or of sequences, truncated or masked beyond the cap; null for none,
+            which is right for the own engine.
         sampler_correction_cap: The largest of these weights.
         num_iterations: Optimiser steps on each batch of completions (mu).
         objective: What ratio and advantage make of a token: clip (GRPO, PPO), cispo, or sapo; see `grpo_loss`.
