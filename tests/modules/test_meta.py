@@ -1,10 +1,12 @@
 """GRPO's update on the meta device, where reading a value raises: it waits for the device once, behind all passes."""
 
 from contextlib import nullcontext
+from typing import get_args
 
 import pytest
 import torch
 
+from perception_r1.grpo import SamplerCorrection
 from perception_r1.modules import GRPO
 from perception_r1.modules.grpo import Experience
 from perception_r1.policy.packing import plan_micro_batches
@@ -24,16 +26,17 @@ def passes(monkeypatch):
     return passes
 
 
-def update(folder, budget):
-    module = make_module(folder)
+def update(folder, budget, **options):
+    module = make_module(folder, **options)
     module.policy = Policy.load(module.policy_config)
     module.to("meta")
     prompts = module.policy.encode([oracle.chat("a"), oracle.chat("bb")], [[oracle.noise(56, 56)]] * 2)
     experience = Experience(
         prompts=prompts,
         completions=oracle.random_completions(LENGTHS),
-        advantages=torch.zeros(4, device="meta"),
+        advantages=torch.zeros((4, max(LENGTHS)) if "credit_assignment" in options else 4, device="meta"),
         weights=torch.zeros(4, device="meta"),
+        sampled_logprobs=[torch.zeros(length, device="meta") for length in LENGTHS],
         micro_batches=plan_micro_batches(prompts.lengths, LENGTHS, [0, 1], budget),
     )
     with pytest.raises(NotImplementedError, match="meta tensor"):  # the sums for the log
@@ -50,6 +53,22 @@ def _policy_is_its_own_reference(monkeypatch):
 def test_an_update_reads_nothing_back_before_its_last_pass(folder, passes, budget, num_micro_batches):
     update(folder, budget)
     assert len(passes) == num_micro_batches
+
+
+OPTIONS = [
+    {"top_p": 0.5},
+    {"objective": "cispo"},
+    {"objective": "sapo"},
+    {"importance_sampling_level": "sequence"},
+    {"credit_assignment": "box"},
+    *({"sampler_correction": name} for name in get_args(SamplerCorrection)),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_nor_does_any_other_objective(folder, passes, options):
+    update(folder, 1, **options)
+    assert len(passes) == 4
 
 
 def test_a_reading_per_micro_batch_is_noticed(folder, passes, monkeypatch):
