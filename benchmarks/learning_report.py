@@ -22,8 +22,8 @@ PRIMARY = {
 """Task -> name of its metric, and in words."""
 OTHERS = {
     "grounding": {"reward/iou": "mean IoU", "accuracy_75": "accuracy at .75", "accuracy_95": "accuracy at .95"},
-    "counting": {"mean_iou": "mean IoU", "box_recall": "boxes found", "absolute_error": "count error"},
-    "detection": {"mean_iou": "mean IoU", "box_recall": "boxes found", "ap75": "AP75", "ap": "AP"},
+    "counting": {"mean_iou": "mean IoU", "box_recall": "objects boxed", "absolute_error": "count error"},
+    "detection": {"mean_iou": "mean IoU", "box_recall": "objects boxed", "ap75": "AP75", "ap": "AP"},
     "ocr": {"reward": "reward"},
 }
 """Metrics besides, which the reward of the task does not name, or not alone."""

@@ -209,18 +209,25 @@ def calibration_error(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def box_metrics(answers: Sequence[ScoredCompletion]) -> dict[str, float]:
-    """Mean IoU over all objects, and the share of them that is boxed at IoU 0.5 or more.
+    """Mean IoU, and the shares of objects and of boxes that meet at IoU 0.5 or more.
 
-    Boxes and objects of an image are paired so that their IoU is highest in sum, whatever their names; an object
-    without a box has 0.
+    Boxes and objects of an image are paired so that their IoU is highest in sum, whatever their names. In the mean, an
+    object without a box has 0, and so has a box without an object: neither listing less nor listing more can raise it.
     """
     overlaps: list[float] = []
+    num_objects = num_boxes = num_slots = 0
     for answer in answers:
         targets, found = boxes_of(answer.sample.target), boxes_of(answer.prediction)
         matrix = iou_matrix(found, targets)
-        pairs = match(-matrix, "bipartite") if found and targets else []
-        overlaps += [float(matrix[pair]) for pair in pairs] + [0.0] * (len(targets) - len(pairs))
-    return {"mean_iou": mean(overlaps), "box_recall": mean(overlap >= 0.5 for overlap in overlaps)}
+        overlaps += [float(matrix[pair]) for pair in match(-matrix, "bipartite")] if found and targets else []
+        num_objects, num_boxes = num_objects + len(targets), num_boxes + len(found)
+        num_slots += max(len(targets), len(found))
+    num_met = sum(overlap >= 0.5 for overlap in overlaps)
+    return {
+        "mean_iou": sum(overlaps) / max(1, num_slots),
+        "box_recall": num_met / max(1, num_objects),
+        "box_precision": num_met / max(1, num_boxes),
+    }
 
 
 def boxes_of(answer: Any) -> Sequence[Box]:

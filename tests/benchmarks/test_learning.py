@@ -125,7 +125,12 @@ def test_boxes_are_paired_for_the_highest_overlap(task):
     left, right = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
     half_of_left = (0.0, 0.0, 0.25, 1.0)
     answers = [answer((right, half_of_left), (left, right)), answer(None, (left,)), answer((left,), ())]
-    assert run.box_metrics(answers) == {"mean_iou": pytest.approx(1.5 / 3), "box_recall": pytest.approx(2 / 3)}
+    assert run.box_metrics(answers) == {  # one object without a box, one box without an object
+        "mean_iou": pytest.approx(1.5 / 4),
+        "box_recall": pytest.approx(2 / 3),
+        "box_precision": pytest.approx(2 / 3),
+    }
+    assert run.box_metrics(answers[1:2]) == {"mean_iou": 0.0, "box_recall": 0.0, "box_precision": 0.0}
 
 
 def test_calibration_is_the_gap_between_confidence_and_accuracy():
