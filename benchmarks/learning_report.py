@@ -1,13 +1,13 @@
 """Tables and plots of the study of learning.py, from the runs that are there."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeAlias
 
+from pages import fill, table
 from scipy.stats import t as student
 
 Result: TypeAlias = Mapping[str, Any]
@@ -96,12 +96,6 @@ def words(values: Sequence[float], *, is_gain: bool = True) -> str:
     return f"{text} ({sum(value > 0 for value in values)} of {len(values)})" if is_gain else text
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def base_table(results: Sequence[Result]) -> str:
     """The primary metric of the base on every level."""
     rows = []
@@ -184,20 +178,15 @@ TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
 """The tables that a page can have, by the name in the comment before it: `<!-- learning: gains -->`."""
 
 
-def fill(page: str, results: Sequence[Result]) -> str:
-    """A page with its tables written anew, each from the comment with its name to `<!-- end -->`."""
-    return re.sub(
-        r"(<!-- learning: (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda found: f"{found[1]}\n{TABLES[found[2]](results)}\n{found[3]}",
-        page,
-        flags=re.DOTALL,
-    )
+def filled(page: str, results: Sequence[Result]) -> str:
+    """A page with its tables of the study written anew."""
+    return fill(page, "learning", {name: make(results) for name, make in TABLES.items()})
 
 
 def report(folder: Path, docs: Path) -> None:
     """Write the tables into results.md and the plots into learning.png of the documentation."""
     results, page = read(folder), docs / "results.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    page.write_text(filled(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     plot(results, docs / "learning.png")
     print(f"wrote {page} and {docs / 'learning.png'} from {len(results)} runs")
 

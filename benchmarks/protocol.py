@@ -12,7 +12,6 @@ Writes benchmarks/results/protocol.json and the table of docs/evaluation.md.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from learning_worlds import DATA, levels
+from pages import fill, table
 
 from perception_r1.codecs import CODECS
 from perception_r1.evaluation.paper import GENERATION
@@ -40,10 +41,6 @@ METRICS = {
     "detection": ("ap", "AP"),
     "ocr": ("edit_distance", "edit distance"),
 }
-LENGTHS = {"grounding": 768, "counting": 768, "detection": 2048, "ocr": 2048}
-"""Longest answers of configs/task."""
-MAX_PIXELS = 1_000_000
-"""Of configs/model."""
 COCO_SIZE = ImageSize(width=640, height=480, resized_width=644, resized_height=476)
 ENDS = ("strict", "published")
 _EMPTY = (0.0, 0.0, 0.0, 0.0)
@@ -67,10 +64,13 @@ class Evaluated:
 
     def answers(self, **settings: Any) -> list[ScoredCompletion]:
         """Greedy answers with other settings than the strict ones."""
-        template, max_pixels = settings.pop("prompt_template", None), settings.pop("max_pixels", MAX_PIXELS)
+        template = settings.pop("prompt_template", None)
         task = self.task if template is None else replace(self.task, prompt_template=template)
-        config = PolicyConfig(name="tiny", max_pixels=max_pixels)
-        module = EvaluationModule(task, policy=config, **{"max_new_tokens": LENGTHS[self.name]} | settings)
+        defaults = {"max_new_tokens": strict(f"task/{self.name}")["max_new_tokens"]}
+        defaults |= {"max_pixels": strict("model/qwen2_vl_2b")["policy"]["max_pixels"]}
+        options = defaults | settings
+        config = PolicyConfig(name="tiny", max_pixels=options.pop("max_pixels"))
+        module = EvaluationModule(task, policy=config, **options)
         module.configure_model()
         parts = [self.samples[start : start + _BATCH] for start in range(0, len(self.samples), _BATCH)]
         answers = [answer for part in parts for answer in module.score_greedy(part)]
@@ -86,6 +86,12 @@ class Evaluated:
         """Answers as the public code reads them."""
         codec = CODECS["qwen2_5_vl" if self.name == "detection" else "qwen2_vl"]
         return score_as_published(replace(self.task, **options), codec, answers)
+
+
+def strict(name: str) -> dict[str, Any]:
+    """What a file of configs/ sets of the module."""
+    settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return dict(settings["model"]["init_args"])
 
 
 def rewritten(task: Task[Any, Any], answers: Sequence[ScoredCompletion]) -> list[ScoredCompletion]:
@@ -112,41 +118,31 @@ def rewritten(task: Task[Any, Any], answers: Sequence[ScoredCompletion]) -> list
 def measure(name: str, num_images: int) -> dict[str, float]:
     """The primary metric of a task: strict, with each setting alone as published, and with all of them."""
     evaluated, published = Evaluated(name, num_images), GENERATION[name]
-    strict = evaluated.answers()
+    answers = evaluated.answers()
     settings: dict[str, dict[str, Any]] = {
         "prompt": {"prompt_template": published.prompt_template},
         "pictures": {"max_pixels": None},
         "longest answer": {"max_new_tokens": published.max_new_tokens},
         "repetition penalty": {"repetition_penalty": published.repetition_penalty},
     }
-    found = {"strict": evaluated.value(strict)}
+    found = {"strict": evaluated.value(answers)}
     found |= {difference: evaluated.value(evaluated.answers(**changed)) for difference, changed in settings.items()}
     mapped = {"published_boxes": "resized"} if name == "detection" else {}
-    found["reading"] = evaluated.value(evaluated.as_published(strict, **mapped))
+    found["reading"] = evaluated.value(evaluated.as_published(answers, **mapped))
     if name == "detection":
-        found["boxes"] = evaluated.value(evaluated.as_published(strict)) - found["reading"] + found["strict"]
+        found["boxes"] = evaluated.value(evaluated.as_published(answers)) - found["reading"] + found["strict"]
     everything = evaluated.answers(**{key: value for changed in settings.values() for key, value in changed.items()})
     return found | {"published": evaluated.value(evaluated.as_published(everything))}
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
+def effects(results: dict[str, dict[str, float]]) -> str:
     """The effects in Markdown; a setting that is the same in both evaluations has none."""
     names = list(dict.fromkeys(name for found in results.values() for name in found if name not in ENDS))
-    lines = [["task", "metric", "strict", *names, "all, published"], ["---"] * (len(names) + 4)]
+    rows = []
     for task, found in results.items():
         changes = [f"{found[name] - found['strict']:+.3f}" if name in found else "" for name in names]
-        lines.append([task, METRICS[task][1], f"{found['strict']:.3f}", *changes, f"{found['published']:.3f}"])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def fill(page: str, results: dict[str, dict[str, float]]) -> str:
-    """A page with the table written anew between its marks."""
-    return re.sub(
-        r"(<!-- protocol -->\n).*?(\n<!-- end -->)",
-        lambda found: f"{found[1]}\n{table(results)}\n{found[2]}",
-        page,
-        flags=re.DOTALL,
-    )
+        rows.append([task, METRICS[task][1], f"{found['strict']:.3f}", *changes, f"{found['published']:.3f}"])
+    return table(["task", "metric", "strict", *names, "all, published"], rows)
 
 
 def main() -> int:
@@ -160,9 +156,10 @@ def main() -> int:
     results = {name: measure(name, args.num_images) for name in args.tasks}
     told = {"torch": torch.__version__, "num_images": args.num_images, "tasks": results}
     args.results.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
+    print(effects(results))
     if args.results == RESULT:
-        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(fill(page, "protocol", {"effects": effects(results)}), encoding="utf-8")
     return 0
 
 

@@ -16,8 +16,8 @@ from perception_r1.data.synthetic.worlds import World
 from tests.benchmarks.programs import RESULTS, program
 from tests.readme import ROOT
 
-learning, worlds, run, report = (
-    program(name) for name in ("learning", "learning_worlds", "learning_run", "learning_report")
+learning, worlds, run, _, report = (
+    program(name) for name in ("learning", "learning_worlds", "learning_run", "pages", "learning_report")
 )
 
 
@@ -214,7 +214,7 @@ def test_the_committed_pages_say_what_the_committed_runs_say():
     results = report.read(RESULTS / "learning")
     assert {result["task"] for result in results} == set(report.PRIMARY)
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert report.fill(page, results) == page
+    assert report.filled(page, results) == page
     assert "<!-- learning: base -->" in page
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for task, (metric, name) in report.PRIMARY.items():

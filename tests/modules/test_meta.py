@@ -8,7 +8,7 @@ import torch
 
 from perception_r1.grpo import SamplerCorrection
 from perception_r1.modules import GRPO
-from perception_r1.modules.grpo import Experience
+from perception_r1.modules.experience import Experience
 from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.policy.policy import Policy
 from tests.modules.toy import make_module

@@ -8,7 +8,6 @@ Legend: B prompts, G completions per prompt, N = B*G completions, T completion t
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from perception_r1.grpo import (
     group_advantages,
     grpo_loss,
     has_zero_std,
-    reward_to_go_advantages,
     sampler_weights,
     token_weights,
 )
@@ -36,39 +34,15 @@ from perception_r1.metrics import update_metrics
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import evaluation_mode
+from perception_r1.modules.experience import Experience, box_advantages, logprob_mismatch
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import LoadedSample
-from perception_r1.scoring import ScoredCompletion, prefix_rewards, score_completions
+from perception_r1.scoring import ScoredCompletion, score_completions
 from perception_r1.task import Task
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Experience:
-    """Scored completions, ready to be learnt from, possibly several times.
-
-    Attributes:
-        prompts: B prompts.
-        completions: N token id tensors, the G completions of a prompt after one another.
-        advantages: [N], or [N, T] where tokens have advantages of their own.
-        weights: [N] weight of each token of a completion in the loss.
-        sampled_logprobs: N tensors: of each token, as the sampler had them.
-        micro_batches: What is computed at once; together they hold every completion from which something can be learnt.
-    """
-
-    prompts: PromptBatch
-    completions: list[Tensor]
-    advantages: Tensor
-    weights: Tensor
-    sampled_logprobs: list[Tensor]
-    micro_batches: list[MicroBatch]
-
-    def select(self, micro_batch: MicroBatch) -> tuple[PromptBatch, list[Tensor]]:
-        """Prompts and completions of a micro-batch."""
-        return self.prompts.select(micro_batch.prompts), [self.completions[row] for row in micro_batch.rows]
 
 
 class GRPO(PolicyModule):
@@ -242,18 +216,15 @@ class GRPO(PolicyModule):
                 scale=self.scale_rewards,
                 batch_std=self.std_over_devices(rewards) if self.scale_rewards == "batch" else None,
             )
-        found = [prefix_rewards(self.task, self.codec, scored) for scored in scored_completions]
-        gained = [
-            [*(reward for _, reward in prefixes), scored.score.reward]
-            for prefixes, scored in zip(found, scored_completions, strict=True)
-        ]
-        advantages = reward_to_go_advantages(gained, group_size, scale=self.scale_rewards)
-        rows = []
-        for completion, prefixes, parts in zip(rollout.completions, found, advantages, strict=True):
-            ends = torch.tensor([end for end, _ in prefixes[1:]])
-            token_ends = torch.tensor(self.policy.processor.token_ends(completion))
-            rows.append(torch.tensor(parts, dtype=rewards.dtype)[torch.searchsorted(ends, token_ends)])
-        return pad_sequence(rows, batch_first=True)
+        return box_advantages(
+            self.task,
+            self.policy,
+            rollout,
+            scored_completions,
+            group_size=group_size,
+            scale=self.scale_rewards,
+            dtype=rewards.dtype,
+        )
 
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
         """Bundle what the updates need; the advantages are on the CPU, for they decide what is computed.
@@ -391,17 +362,3 @@ class GRPO(PolicyModule):
             | {"seconds/step": total, "tokens_per_second": sum(lengths) / total}
             | {"tokens/packed": float(packed + written), "tokens/repeated": float(repeated + written)}
         )
-
-
-def logprob_mismatch(rollout: Rollout, micro_batches: Sequence[MicroBatch], old_logprobs: Sequence[Tensor]) -> float:
-    """Mean distance between the log-probabilities of the sampler and those of the first training pass.
-
-    Rounding makes it, about 1e-6 in float32 and 1e-2 in bfloat16; more means that the two do not compute the same. The
-    trained ones, `old_logprobs`, are [n, T] per micro-batch.
-    """
-    gaps = [
-        (rollout.logprobs[row] - trained[: len(rollout.logprobs[row])]).abs()
-        for micro_batch, logprobs in zip(micro_batches, old_logprobs, strict=True)
-        for row, trained in zip(micro_batch.rows, logprobs, strict=True)
-    ]
-    return float(torch.cat(gaps).mean()) if gaps else 0.0
