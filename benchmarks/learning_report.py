@@ -1,5 +1,6 @@
 """Tables and plots of the study of learning.py, from the runs that are there."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
@@ -144,15 +145,15 @@ def level_table(results: Sequence[Result]) -> str:
 
 
 def label_table(results: Sequence[Result]) -> str:
-    """The gain in the primary metric by the number of labelled images."""
+    """The gain in the primary metric by the number of labelled images, on the level of training and beyond."""
     counts = sorted({r["labels"] for r in results if r["labels"]})
     rows = []
     for task, (metric, _) in PRIMARY.items():
-        for kind in ("grpo", "sft"):
-            cells = [words(gains(results, task, kind, count, at_level("training", metric))) for count in counts]
+        for level, kind in itertools.product(LEVELS[1:], ("grpo", "sft")):
+            cells = [words(gains(results, task, kind, count, at_level(level, metric))) for count in counts]
             if set(cells) - {"-"}:
-                rows.append([task, TRAININGS[kind], *cells])
-    return table(["task", "training", *(f"{count} images" for count in counts)], rows)
+                rows.append([task, level, TRAININGS[kind], *cells])
+    return table(["task", "level", "training", *(f"{count} images" for count in counts)], rows)
 
 
 def sampling_table(results: Sequence[Result]) -> str:

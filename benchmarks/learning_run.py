@@ -36,7 +36,7 @@ GROUP_SIZE = 8
 NUM_SAMPLED = 100
 """Held-out images of training that are answered by sampling."""
 TEMPERATURES = (1.0, 0.5)
-"""Of sampling: the model's own, and that of training."""
+"""Of sampling from the base; what is trained is sampled from at the first of them."""
 MAX_NEW_TOKENS = 520
 """Enough for the most crowded image."""
 
@@ -130,12 +130,16 @@ def load(folder: Path | None, task_name: str) -> tuple[Task[Any, Any], Policy]:
 
 
 def measure(run: Run, folder: Path | None) -> dict[str, Any]:
-    """Greedy metrics on every level, what sampling finds, and how far the policy is from the base."""
+    """Greedy metrics on every level, what sampling finds, and how far the policy is from the base.
+
+    Of trainings on few labels: greedy metrics on the level of training and beyond.
+    """
     task, policy = load(folder, run.task)
     module = EvaluationModule(task, policy=PolicyConfig(name="tiny"), max_new_tokens=MAX_NEW_TOKENS)
     module.policy = policy
     found: dict[str, Any] = {"levels": {}}
-    for name, world in levels(run.task).items():
+    tested = {name: world for name, world in levels(run.task).items() if not (run.labels and name == "pretraining")}
+    for name, world in tested.items():
         num_test = run.num_tested if name in ("pretraining", "training") else run.num_tested // 2
         data = DATA[run.task](task=task, world=world, seed=run.seed, num_test=num_test)
         data.setup("test")
@@ -145,9 +149,10 @@ def measure(run: Run, folder: Path | None) -> dict[str, Any]:
         update_metrics(metrics, answers)
         values = {tag: float(value) for tag, value in metrics.compute().items() if not value.isnan()}
         found["levels"][name] = values | (box_metrics(answers) if run.task in ("counting", "detection") else {})
-        if name == "training":
+        if name == "training" and not run.labels:
+            temperatures = TEMPERATURES if folder is None else TEMPERATURES[:1]
             base, chosen = Policy.load(PolicyConfig(name="tiny")).eval(), samples[:NUM_SAMPLED]
-            found["sampled"] = {f"{each:g}": sample(module, base, chosen, answers, each) for each in TEMPERATURES}
+            found["sampled"] = {f"{each:g}": sample(module, base, chosen, answers, each) for each in temperatures}
     return found
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_trainings_cost_the_same_with_the_best_settings_of_the_search(tmp_path):
     study = learning.Study(results=tmp_path)
     (tmp_path / "ocr").mkdir()
     seconds = {("grpo", False): 2.0, ("grpo", True): 1.0, ("sft", False): 0.5, ("sft", True): 0.25}
-    best = {"grpo": learning.Choice(6e-5, True), "sft": learning.Choice(4e-4, False)}
+    best = {"grpo": learning.Choice(6e-5, True), "sft": learning.Choice(1.5e-4, False)}
     for (kind, is_frozen), cost in seconds.items():
         job = learning.cost_job("ocr", kind, is_frozen)
         assert [steps for _, steps in study.phases(job)] == [learning.CALIBRATION_STEPS]
@@ -54,6 +55,8 @@ def test_trainings_cost_the_same_with_the_best_settings_of_the_search(tmp_path):
             study.path(job).write_text(json.dumps({"best_validation": float(job.choice == best[kind])}))
         assert study.best_choice("ocr", kind) == best[kind]
     assert len({len(learning.trial_jobs("ocr", kind)) for kind in learning.KINDS}) == 1
+    few = learning.Job(task="ocr", training="sft", seed=0, labels=64)
+    assert [steps * seconds["sft", False] for _, steps in study.phases(few)] == [learning.FEW_BUDGET]
     for training, kinds in {"grpo": ["grpo"], "sft": ["sft"], "sft-grpo": ["sft", "grpo"], "think": ["grpo"]}.items():
         found = study.phases(learning.Job(task="ocr", training=training, seed=3))
         assert ["sft" if "sft" in options else "grpo" for options, _ in found] == kinds
@@ -148,6 +151,10 @@ def test_gains_are_paired_by_seed_and_their_interval_is_that_of_a_t_test():
     assert (center - half, center + half) == pytest.approx((oracle.low, oracle.high))
     assert "+0.200 ± 0.248 (3 of 3)" in report.main_table(results)
     assert math.isnan(report.interval([1.0])[1])
+    results += [result("grpo", 0, 0.5, labels=64)]
+    assert report.label_table(results).splitlines()[2:] == [
+        f"| grounding | {level} | GRPO | +0.500 (1 of 1) |" for level in report.LEVELS[1:]
+    ]
 
 
 def test_a_report_draws_every_interval_that_its_tables_tell(tmp_path, monkeypatch, capsys):
@@ -186,7 +193,7 @@ def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
         task="ocr",
         training="sft-grpo",
         seed=0,
-        labels=4,
+        labels=0,
         phases=[(["--variant", "sft", *small], 2), (small, 1)],
         folder=str(tmp_path / "runs"),
         num_tested=8,
@@ -200,14 +207,19 @@ def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
     assert len(found["cpu_seconds"]) == 2
     assert min(found["cpu_seconds"]) > 0
     assert set(found["levels"]) == set(report.LEVELS)
-    assert list(found["sampled"]) == ["1", "0.5"]
-    for sampled in found["sampled"].values():
-        assert sampled["best"] >= sampled["mean"]
-        assert sampled["kl_per_token"] != 0  # it was trained
+    (sampled,) = found["sampled"].values()
+    assert sampled["best"] >= sampled["mean"]
+    assert sampled["kl_per_token"] != 0  # it was trained
     base = run.Run(task="ocr", training="base", seed=0, labels=0, phases=[], folder="", num_tested=8)
     monkeypatch.setattr(sys, "argv", ["learning_run.py", json.dumps(vars(base)), str(tmp_path / "base.json")])
     assert run.main() == 0
     assert json.loads((tmp_path / "base.json").read_text())["sampled"]["0.5"]["kl_per_token"] == 0
+    few = replace(planned, labels=4, phases=[([*small, "--variant", "sft"], 1)], folder=str(tmp_path / "few"))
+    monkeypatch.setattr(sys, "argv", ["learning_run.py", json.dumps(vars(few)), str(tmp_path / "few.json")])
+    assert run.main() == 0
+    found = json.loads((tmp_path / "few.json").read_text())
+    assert set(found["levels"]) == set(report.LEVELS) - {"pretraining"}
+    assert "sampled" not in found
 
 
 def test_the_committed_pages_say_what_the_committed_runs_say():
