@@ -1,15 +1,15 @@
 """Metrics over a whole data set as torchmetrics: means of rewards and scores, and COCO's average precision.
 
 `make_metrics(task)` makes the one collection of which training, validation and test use clones with a prefix of their
-own, and `update_metrics` feeds it. A metric takes `preds` and `target`; its state is float64 and depends neither on the
-batches nor on the number of devices.
+own, and `update_metrics` feeds it; `TaskMetrics` holds those of all tasks of a run. A metric takes `preds` and
+`target`; its state is float64 and depends neither on the batches nor on the number of devices.
 """
 
 import contextlib
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
+from perception_r1.mixture import AnyTask, part_of, tasks_of
 from perception_r1.records import ImageSize, LabelledBox, Score
 from perception_r1.scoring import ScoredCompletion, score_prediction
 from perception_r1.task import Task
@@ -72,6 +73,41 @@ def update_metrics(metrics: MetricCollection, scored_completions: Sequence[Score
         image_sizes=[scored.image_size for scored in scored_completions],
         ids=[scored.sample.id for scored in scored_completions],
     )
+
+
+class TaskMetrics(nn.Module):
+    """The metrics of all tasks of a run: PREFIX/METRIC, or PREFIX/TASK/METRIC where there are several.
+
+    Args:
+        task: What the run is trained on.
+        prefix: Of all names.
+        is_evaluation: See `make_metrics`.
+    """
+
+    def __init__(self, task: AnyTask, prefix: str, *, is_evaluation: bool = True) -> None:
+        super().__init__()
+        self.task = task
+        made = {name: make_metrics(each, is_evaluation=is_evaluation) for name, each in tasks_of(task).items()}
+        self.collections = nn.ModuleList(
+            metrics.clone(prefix=f"{prefix}/{name}/" if name else f"{prefix}/") for name, metrics in made.items()
+        )
+        self._names = list(made)
+
+    def update(self, scored_completions: Sequence[ScoredCompletion]) -> None:
+        """Feed each completion to the metrics of its own task."""
+        for name, metrics in zip(self._names, self.collections, strict=True):
+            own = [scored for scored in scored_completions if part_of(self.task, scored.sample.source) == name]
+            if own or len(self._names) == 1:
+                update_metrics(cast(MetricCollection, metrics), own)
+
+    def compute(self) -> dict[str, Tensor]:
+        """All of them; not a number where no completion was seen."""
+        return {tag: value for metrics in self.collections for tag, value in cast(Any, metrics).compute().items()}
+
+    def reset(self) -> None:
+        """Begin anew."""
+        for metrics in self.collections:
+            cast(MetricCollection, metrics).reset()
 
 
 def published_values(task: Task[Any, Any], metrics: MetricCollection) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from perception_r1.codecs import Codec
+from perception_r1.mixture import AnyTask, task_of
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.task import MAX_TEXT, Task
 
@@ -41,7 +42,7 @@ class ScoredCompletion(ParsedCompletion):
 
 
 def parse_completions(
-    task: Task[Any, Any],
+    task: AnyTask,
     codec: Codec,
     *,
     samples: Sequence[Sample[Any]],
@@ -62,7 +63,7 @@ def parse_completions(
             sample=sample,
             image_size=image_size,
             completion=completion,
-            prediction=task.parse_completion(completion, codec, image_size),
+            prediction=task_of(task, sample).parse_completion(completion, codec, image_size),
             num_tokens=num_tokens,
             is_truncated=is_truncated,
         )
@@ -79,32 +80,33 @@ def score_prediction(task: Task[Any, Any], prediction: Any, target: Any, *, is_e
 
 
 def score_completions(
-    task: Task[Any, Any], completions: Sequence[ParsedCompletion], *, is_evaluation: bool = False
+    task: AnyTask, completions: Sequence[ParsedCompletion], *, is_evaluation: bool = False
 ) -> list[ScoredCompletion]:
     """Score completions against the targets of their samples; see `score_prediction`."""
     return [
         ScoredCompletion(
             **{field.name: getattr(parsed, field.name) for field in fields(ParsedCompletion)},
-            score=score_prediction(task, parsed.prediction, parsed.sample.target, is_evaluation=is_evaluation),
+            score=score_prediction(
+                task_of(task, parsed.sample), parsed.prediction, parsed.sample.target, is_evaluation=is_evaluation
+            ),
         )
         for parsed in completions
     ]
 
 
-def prefix_rewards(task: Task[Any, Any], codec: Codec, completion: ParsedCompletion) -> list[tuple[int, float]]:
+def prefix_rewards(task: AnyTask, codec: Codec, completion: ParsedCompletion) -> list[tuple[int, float]]:
     """Rewards of what a completion has said so far, with where in its text: before its first box and behind each.
 
     Their differences are what each box has added.
     """
-    prefixes = task.parse_prefixes(completion.completion, codec, completion.image_size)
-    return [(end, task.score(prediction, completion.sample.target).reward) for end, prediction in prefixes]
+    own = task_of(task, completion.sample)
+    prefixes = own.parse_prefixes(completion.completion, codec, completion.image_size)
+    return [(end, own.score(prediction, completion.sample.target).reward) for end, prediction in prefixes]
 
 
-def score_as_published(
-    task: Task[Any, Any], codec: Codec, completions: Sequence[ScoredCompletion]
-) -> list[ScoredCompletion]:
+def score_as_published(task: AnyTask, codec: Codec, completions: Sequence[ScoredCompletion]) -> list[ScoredCompletion]:
     """Scored completions of an evaluation as the code behind published metrics scores them."""
-    return [_score_as_published(task, codec, scored) for scored in completions]
+    return [_score_as_published(task_of(task, scored.sample), codec, scored) for scored in completions]
 
 
 def _score_as_published(task: Task[Any, Any], codec: Codec, scored: ScoredCompletion) -> ScoredCompletion:

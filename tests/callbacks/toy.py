@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -108,7 +107,7 @@ class ToyModule(LightningModule):
         self.fail_at = fail_at
         self.error = error or RuntimeError("The toy broke.\nBadly.")
         self.num_evaluated: list[int] = []
-        self.test_metrics = [SimpleNamespace(prefix="test/")]
+        self.primary_test_metrics = ["test/accuracy"]
 
     def describe(self) -> dict[str, Any]:
         return {"task": {"class_path": "ToyTask"}, "policy": {"num_parameters": 3}}

@@ -12,7 +12,7 @@ from rich.console import Console
 from perception_r1.callbacks.log_samples import sample_card
 from perception_r1.drawing import contact_sheet
 from perception_r1.evaluation.paper import PAPER_METRICS, Comparison
-from perception_r1.evaluation.report import write_report
+from perception_r1.evaluation.report import Part, write_report
 from perception_r1.records import Score
 from perception_r1.tasks.grounding import Grounding
 from tests.callbacks.toy import ToyTask, toy_samples, toy_scored
@@ -37,14 +37,12 @@ def report(
 ) -> str:
     write_report(
         folder,
-        task,
-        metrics,
+        [Part(task=task, metrics=metrics, comparison=comparison)],
         split="val",
-        scored_completion=(scored_completions or scored_with(rewards)).__getitem__,
+        scored_completion=lambda index: (task, (scored_completions or scored_with(rewards))[index]),
         rewards=list(rewards),
         num_samples=num_samples,
         checkpoint=None,
-        comparison=comparison,
     )
     return (folder / "report.md").read_text()
 

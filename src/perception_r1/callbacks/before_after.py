@@ -56,8 +56,7 @@ class BeforeAfter(Callback):
         console = get_console()
         if self.after:
             module = cast("EvaluationModule", pl_module)
-            tags = [f"{metrics.prefix}{module.task.primary_metric}" for metrics in module.test_metrics]
-            primary = [tag.removeprefix("test/") for tag in tags]
+            primary = [tag.removeprefix("test/") for tag in module.primary_test_metrics]
             console.print(before_after_table(self.before, self.after, primary_metrics=primary))
         for name, path in files.items():
             console.print(Text.assemble((f"{name:<13}", "bold"), path), soft_wrap=True)

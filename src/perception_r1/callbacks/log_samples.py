@@ -15,6 +15,7 @@ from perception_r1.callbacks.files import run_folder
 from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
+from perception_r1.mixture import task_of
 from perception_r1.records import LoadedSample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion
 from perception_r1.task import Task
@@ -76,7 +77,9 @@ class LogSamples(Callback):
 
     def _log(self, trainer: Trainer, module: "EvaluationModule", folder: Path | None) -> None:
         cards = [
-            sample_card(module.task, scored, step=trainer.global_step, panel_width=self.panel_width)
+            sample_card(
+                task_of(module.task, scored.sample), scored, step=trainer.global_step, panel_width=self.panel_width
+            )
             for scored in self._scored_completions
         ]
         self._scored_completions = []

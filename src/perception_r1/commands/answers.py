@@ -14,6 +14,7 @@ from PIL import Image
 from perception_r1.data.images import load_image
 from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
+from perception_r1.mixture import task_of
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.records import LoadedSample, Sample
 
@@ -94,7 +95,7 @@ def _load(path: Path, query: str, module: EvaluationModule) -> LoadedSample[None
     image, policy = load_image(path), module.policy
     width, height = image.size
     sample = Sample(id=str(path), image=image, width=width, height=height, query=query, target=None)
-    messages, max_tokens = module.task.messages(sample), policy.max_prompt_length
+    messages, max_tokens = task_of(module.task, sample).messages(sample), policy.max_prompt_length
     try:
         policy.processor.check_prompt(messages, width=width, height=height, max_tokens=max_tokens)
     except UserError as error:

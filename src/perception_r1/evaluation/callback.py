@@ -20,9 +20,11 @@ from perception_r1.data.module import TaskDataModule
 from perception_r1.evaluation.key import EVALUATION
 from perception_r1.evaluation.paper import compare
 from perception_r1.evaluation.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
-from perception_r1.evaluation.report import write_report
+from perception_r1.evaluation.report import Part, write_report
 from perception_r1.metrics import make_metrics, published_values, update_metrics
+from perception_r1.mixture import part_of, task_of, task_of_source, tasks_of
 from perception_r1.scoring import ScoredCompletion, score_as_published
+from perception_r1.task import Task
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule
@@ -42,7 +44,7 @@ class Evaluation(Callback):
         self.num_samples = num_samples
         self._folder: Path | None = None
         self._part: TextIO | None = None
-        self._published: list[MetricCollection] = []
+        self._published: list[MetricCollection | None] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Collect what an earlier try has answered; the data module is set up, its loaders are not yet made."""
@@ -73,13 +75,15 @@ class Evaluation(Callback):
         if self._folder is None:
             return
         module, datamodule = cast("EvaluationModule", pl_module), _data(trainer)
-        fresh = make_metrics(module.task).to(module.device)
-        self._published = [fresh.clone() for _ in datamodule.tested_sources if module.task.published_metric_names]
+        tasks = [task_of_source(module.task, source) for source in datamodule.tested_sources]
+        self._published = [
+            make_metrics(task).to(module.device) if task.published_metric_names else None for task in tasks
+        ]
         if trainer.is_global_zero:
             rows = {row_key(row): row for row in read_rows(self._answers)}
             for sample in datamodule.samples(datamodule.eval_split) if rows else ():
                 if (row := rows.get((sample.source, sample.id))) is not None:
-                    scored = rescore(module.task, module.codec, sample, row)
+                    scored = rescore(task_of(module.task, sample), module.codec, sample, row)
                     index = datamodule.tested_sources.index(sample.source)
                     update_metrics(module.test_metrics[index], [scored])
                     self._update_published(module, index, [scored])
@@ -97,16 +101,20 @@ class Evaluation(Callback):
         """Write the completions of one batch to the disk, and score them as published."""
         if self._part is not None:
             module = cast("EvaluationModule", pl_module)
-            self._part.writelines(row_line(prediction_row(module.task, scored)) for scored in outputs)
+            for scored in outputs:
+                self._part.write(row_line(prediction_row(task_of(module.task, scored.sample), scored)))
             self._part.flush()
             self._update_published(module, dataloader_idx, outputs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the published metrics; all devices compute them together."""
         module = cast("EvaluationModule", pl_module)
-        for tested, published in zip(module.test_metrics, self._published, strict=False):
-            values = published_values(module.task, published)
-            module.log_dict({f"{tested.prefix}{name}": value for name, value in values.items()}, batch_size=1)
+        sources = _data(trainer).tested_sources if self._published else ()
+        for index, source in enumerate(sources):
+            tested, published = module.test_metrics[index], self._published[index]
+            if published is not None:
+                values = published_values(task_of_source(module.task, source), published)
+                module.log_dict({f"{tested.prefix}{name}": value for name, value in values.items()}, batch_size=1)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the parts; write metrics and report."""
@@ -125,25 +133,24 @@ class Evaluation(Callback):
         for index, source in enumerate(datamodule.tested_sources):
             tested = module.test_metrics[index]
             values = {tag.removeprefix(str(tested.prefix)): value for tag, value in tested.compute().items()}
-            if self._published:
-                values |= published_values(module.task, self._published[index])
+            published = self._published[index]
+            if published is not None:
+                values |= published_values(task_of_source(module.task, source), published)
             metrics[source or "test"] = {name: float(f"{float(value):.{_DIGITS}g}") for name, value in values.items()}
         write_json(self._folder / "metrics.json", metrics)
+
+        def scored_completion(index: int) -> tuple[Task[Any, Any], ScoredCompletion]:
+            task = task_of(module.task, sample := samples[indices[index]])
+            return task, rescore(task, module.codec, sample, rows[index])
+
         write_report(
             self._folder,
-            module.task,
-            metrics,
+            _parts_of_report(module, metrics, rows),
             split=datamodule.eval_split,
-            scored_completion=lambda index: rescore(module.task, module.codec, samples[indices[index]], rows[index]),
+            scored_completion=scored_completion,
             rewards=[row["reward"] for row in rows],
             num_samples=self.num_samples,
             checkpoint=str(trainer.ckpt_path) if trainer.ckpt_path else None,
-            comparison=compare(
-                module.task,
-                max_new_tokens=module.max_new_tokens,
-                repetition_penalty=module.repetition_penalty,
-                rows=rows,
-            ),
         )
         for part in [self._answers, *self._parts()]:
             part.unlink(missing_ok=True)
@@ -154,8 +161,9 @@ class Evaluation(Callback):
 
     def _update_published(self, module: "EvaluationModule", index: int, scored: Sequence[ScoredCompletion]) -> None:
         """Add what was just scored strictly to the published metrics of a source."""
-        if self._published:
-            update_metrics(self._published[index], score_as_published(module.task, module.codec, scored))
+        published = self._published[index]
+        if published is not None:
+            update_metrics(published, score_as_published(module.task, module.codec, scored))
 
     @property
     def _answers(self) -> Path:
@@ -180,6 +188,23 @@ class Evaluation(Callback):
             self._part.close()
             self._part = None
             _data(trainer).leave_out(frozenset())
+
+
+def _parts_of_report(
+    module: "EvaluationModule", metrics: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]
+) -> list[Part]:
+    """What was found of each task."""
+    parts = []
+    for name, task in tasks_of(module.task).items():
+        comparison = compare(
+            task,
+            max_new_tokens=module.max_new_tokens,
+            repetition_penalty=module.repetition_penalty,
+            rows=[row for row in rows if part_of(module.task, row["source"]) == name],
+        )
+        own = {source: values for source, values in metrics.items() if part_of(module.task, source) == name}
+        parts.append(Part(task=task, metrics=own, comparison=comparison))
+    return parts
 
 
 def _data(trainer: Trainer) -> TaskDataModule:

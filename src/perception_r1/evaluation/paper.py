@@ -138,9 +138,15 @@ class Comparison:
 
     def paper_metrics(self, source: str, metric: str) -> tuple[float, float] | None:
         """The paper's metrics before and after training, if they may stand beside those of this evaluation."""
-        if self.deviations or source in self.incomplete or source not in PAPER_METRICS:
+        reported = reported_of(source)
+        if self.deviations or source in self.incomplete or reported is None:
             return None
-        return PAPER_METRICS[source].values.get(metric)
+        return reported.values.get(metric)
+
+
+def reported_of(source: str) -> PaperMetrics | None:
+    """What the paper reports of a source, whose name may have that of its task before it."""
+    return PAPER_METRICS.get(source.rpartition("/")[2])
 
 
 def compare(
@@ -158,9 +164,9 @@ def compare(
     """
     counts = Counter(row["source"] for row in rows)
     incomplete = {
-        source: (counts[source], PAPER_METRICS[source].num_samples)
-        for source in counts
-        if source in PAPER_METRICS and PAPER_METRICS[source].num_samples != counts[source]
+        source: (count, reported.num_samples)
+        for source, count in counts.items()
+        if (reported := reported_of(source)) is not None and reported.num_samples != count
     }
     published = GENERATION.get(task.name)
     if published is None:

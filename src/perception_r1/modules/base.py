@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
-from perception_r1.metrics import make_metrics
+from perception_r1.metrics import TaskMetrics
+from perception_r1.mixture import AnyTask
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
-from perception_r1.task import Task
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Updates that may be skipped one after another before training stops: by then the weights do not recover."""
@@ -62,7 +62,7 @@ class PolicyModule(EvaluationModule):
     """A policy that is trained and updated by hand, and evaluated greedily.
 
     Args:
-        task: The task of the data module; the command line hands it over.
+        task: That of the data module, or its mixture of several; the command line hands it over.
         optimizer: Optimiser of the trainable weights.
         lr_scheduler: Learning rate over the steps.
         max_grad_norm: Gradients are scaled down to this norm.
@@ -75,7 +75,7 @@ class PolicyModule(EvaluationModule):
 
     def __init__(
         self,
-        task: Task[Any, Any],
+        task: AnyTask,
         *,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerConfig,
@@ -95,7 +95,7 @@ class PolicyModule(EvaluationModule):
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
-        self.train_metrics = make_metrics(task, is_evaluation=False).clone(prefix="train/")
+        self.train_metrics = TaskMetrics(task, "train", is_evaluation=False)
         self.phase_seconds: dict[str, float] = {}
         self.num_skipped_steps = 0
         self.num_steps = 0  # of the whole run, known once it starts

@@ -5,20 +5,23 @@ from typing import Any
 
 from torch import Tensor
 
+from perception_r1.mixture import AnyTask, task_of
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.policy import Policy
 from perception_r1.records import LoadedSample
-from perception_r1.task import Task
 
 
-def encode_prompts(policy: Policy, task: Task[Any, Any], samples: Sequence[LoadedSample[Any]]) -> PromptBatch:
+def encode_prompts(policy: Policy, task: AnyTask, samples: Sequence[LoadedSample[Any]]) -> PromptBatch:
     """Prompts for samples whose images are loaded; raises as `Policy.encode` does."""
-    return policy.encode([task.messages(sample) for sample in samples], [[sample.image] for sample in samples])
+    chats = [task_of(task, sample).messages(sample) for sample in samples]
+    return policy.encode(chats, [[sample.image] for sample in samples])
 
 
 def encode_targets(
-    policy: Policy, task: Task[Any, Any], samples: Sequence[LoadedSample[Any]], prompts: PromptBatch
+    policy: Policy, task: AnyTask, samples: Sequence[LoadedSample[Any]], prompts: PromptBatch
 ) -> list[Tensor]:
     """Token ids of the ideal answer to each of these prompts; raises as `Policy.encode_targets` does."""
     pairs = zip(samples, prompts.image_sizes, strict=True)
-    return policy.encode_targets([task.target_text(sample, policy.codec, image_size) for sample, image_size in pairs])
+    return policy.encode_targets(
+        [task_of(task, sample).target_text(sample, policy.codec, image_size) for sample, image_size in pairs]
+    )

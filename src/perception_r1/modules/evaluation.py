@@ -18,7 +18,8 @@ from torchmetrics import MetricCollection
 
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
-from perception_r1.metrics import make_metrics, update_metrics
+from perception_r1.metrics import TaskMetrics, make_metrics, update_metrics
+from perception_r1.mixture import AnyTask, Mixture, part_of, task_of_source, tasks_of
 from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
@@ -29,12 +30,15 @@ from perception_r1.records import LoadedSample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import Task
 
+MEAN_OF_PRIMARY = "mean_of_primary_metrics"
+"""Metric of a validation of several tasks."""
+
 
 class EvaluationModule(LightningModule):
     """A policy that answers a task's samples greedily.
 
     Args:
-        task: The task of the data module; the command line hands it over.
+        task: That of the data module, or its mixture of several; the command line hands it over.
         policy: Which model is trained, and what of it.
         max_new_tokens: Longest completion, end token included.
         repetition_penalty: Of greedy answers: makes tokens that are in the prompt or the answer less probable; 1 does
@@ -44,6 +48,7 @@ class EvaluationModule(LightningModule):
 
     Attributes:
         test_metrics: Metrics of the last test, for each of its loaders.
+        primary_test_metrics: Tag of the primary one of each.
     """
 
     policy: Policy
@@ -51,7 +56,7 @@ class EvaluationModule(LightningModule):
 
     def __init__(
         self,
-        task: Task[Any, Any],
+        task: AnyTask,
         *,
         policy: PolicyConfig,
         max_new_tokens: int = 768,
@@ -70,8 +75,9 @@ class EvaluationModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.repetition_penalty = repetition_penalty
         self.eval_batch_tokens = eval_batch_tokens
-        self.val_metrics = make_metrics(task).clone(prefix="val/")
+        self.val_metrics = TaskMetrics(task, "val")
         self.test_metrics: list[MetricCollection] = []
+        self.primary_test_metrics: list[str] = []
 
     def configure_model(self) -> None:
         """Load the policy; once, whichever of fit, validate, test and predict comes first."""
@@ -87,14 +93,18 @@ class EvaluationModule(LightningModule):
 
     @property
     def monitor(self) -> str:
-        """Tag of the validation metric by which checkpoints are compared; higher is better."""
-        return f"val/{self.task.primary_metric}"
+        """Tag of the validation metric by which checkpoints are compared; higher is better.
+
+        That of several tasks is the mean of their primary metrics.
+        """
+        return f"val/{MEAN_OF_PRIMARY if isinstance(self.task, Mixture) else self.task.primary_metric}"
 
     def describe(self) -> dict[str, Any]:
         """The task as it is in this run, options that follow from the data included, and the policy, for JSON."""
-        kind, parameters = type(self.task), list(self.policy.parameters())
+        parameters = list(self.policy.parameters())
+        described = {name: _describe(task) for name, task in tasks_of(self.task).items()}
         return {
-            "task": {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(self.task)},
+            **({"tasks": described} if isinstance(self.task, Mixture) else {"task": described[""]}),
             "policy": {
                 "name": self.policy_config.name,
                 "num_parameters": sum(parameter.numel() for parameter in parameters),
@@ -168,20 +178,27 @@ class EvaluationModule(LightningModule):
     def validation_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]  # for the callbacks
         """Answer greedily and accumulate."""
         scored_completions = self.score_greedy(batch)
-        update_metrics(self.val_metrics, scored_completions)
+        self.val_metrics.update(scored_completions)
         return scored_completions
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole split."""
-        self.log_dict(self.val_metrics.compute(), sync_dist=True, batch_size=1)
+        values = self.val_metrics.compute()
+        if isinstance(self.task, Mixture):
+            primary = [values[f"val/{name}/{task.primary_metric}"] for name, task in self.task.tasks.items()]
+            values[self.monitor] = torch.stack(primary).nanmean()
+        self.log_dict(values, sync_dist=True, batch_size=1)
         self.val_metrics.reset()
 
     def on_test_start(self) -> None:
         """Begin the metrics of every source of the data module: test/METRIC, or of several test/SOURCE/METRIC."""
         sources = getattr(getattr(self.trainer, "datamodule", None), "tested_sources", ("",))
-        fresh = make_metrics(self.task).to(self.device)
+        fresh = {name: make_metrics(task).to(self.device) for name, task in tasks_of(self.task).items()}
         prefixes = ["test/"] if len(sources) == 1 else [f"test/{source}/" for source in sources]
-        self.test_metrics = [fresh.clone(prefix=prefix) for prefix in prefixes]
+        self.test_metrics, self.primary_test_metrics = [], []
+        for source, prefix in zip(sources, prefixes, strict=True):
+            self.test_metrics.append(fresh[part_of(self.task, source)].clone(prefix=prefix))
+            self.primary_test_metrics.append(f"{prefix}{task_of_source(self.task, source).primary_metric}")
 
     def test_step(  # type: ignore[override]  # for the callbacks
         self, batch: list[LoadedSample[Any]], batch_idx: int, dataloader_idx: int = 0
@@ -202,6 +219,10 @@ class EvaluationModule(LightningModule):
     def predict_step(self, batch: Iterable[LoadedSample[Any]], batch_idx: int) -> list[ParsedCompletion]:
         """Answer greedily; nobody knows what would be right."""
         return self.complete(list(batch))
+
+
+def _describe(task: Task[Any, Any]) -> dict[str, Any]:
+    return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "init_args": asdict(task)}
 
 
 @contextmanager

@@ -5,19 +5,18 @@ Legend: B prompts, G completions per prompt, N = B*G completions, T completion t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from perception_r1.grpo import ScaleRewards, reward_to_go_advantages
+from perception_r1.mixture import AnyTask
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.packing import MicroBatch
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.scoring import ScoredCompletion, prefix_rewards
-from perception_r1.task import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +45,7 @@ class Experience:
 
 
 def box_advantages(
-    task: Task[Any, Any],
+    task: AnyTask,
     policy: Policy,
     rollout: Rollout,
     scored_completions: Sequence[ScoredCompletion],

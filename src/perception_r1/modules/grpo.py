@@ -30,7 +30,7 @@ from perception_r1.grpo import (
     sampler_weights,
     token_weights,
 )
-from perception_r1.metrics import update_metrics
+from perception_r1.mixture import AnyTask, tasks_of
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import evaluation_mode
@@ -42,14 +42,13 @@ from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
-from perception_r1.task import Task
 
 
 class GRPO(PolicyModule):
     """Group relative policy optimisation with rule-based rewards (Perception-R1, arXiv 2504.07954).
 
     Args:
-        task: The task of the data module; the command line hands it over.
+        task: That of the data module, or its mixture of several; the command line hands it over.
         group_size: Completions of each prompt (G), compared with each other.
         final_group_size: The group grows (or shrinks) evenly to this size over the run; null keeps it as it is.
         temperature: Of sampling; log-probabilities use the same.
@@ -80,7 +79,7 @@ class GRPO(PolicyModule):
 
     def __init__(
         self,
-        task: Task[Any, Any],
+        task: AnyTask,
         *,
         group_size: int = 8,
         final_group_size: int | None = None,
@@ -126,7 +125,9 @@ class GRPO(PolicyModule):
         self.sampler_correction: SamplerCorrection | None = sampler_correction
         self.sampler_correction_cap = sampler_correction_cap
         self.num_iterations = num_iterations
-        if credit_assignment == "box" and (advantage_estimator != "grpo" or task.think):
+        if credit_assignment == "box" and (
+            advantage_estimator != "grpo" or any(each.think for each in tasks_of(task).values())
+        ):
             raise UserError("credit_assignment box goes with advantage_estimator grpo, and not with think.")
         if not (sapo_temperature_pos > 0 and sapo_temperature_neg > 0):
             raise UserError("sapo_temperature_pos and sapo_temperature_neg must be above 0.")
@@ -331,8 +332,9 @@ class GRPO(PolicyModule):
         metrics: dict[str, float],
     ) -> None:
         """Reward and its spread, every component and task metric, and how the completions are."""
-        update_metrics(self.train_metrics, scored_completions)
-        self.log_dict(self.train_metrics.compute(), batch_size=1)
+        self.train_metrics.update(scored_completions)
+        values = {tag: value for tag, value in self.train_metrics.compute().items() if not value.isnan()}
+        self.log_dict(values, batch_size=1)
         self.train_metrics.reset()
         num_tokens = [len(completion) for completion in rollout.completions]
         self.log_train(
