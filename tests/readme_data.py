@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.public_data import make_coco, make_fox, make_pageocr, make_refcoco
+from tests.public_data import make_coco, make_fox, make_pageocr, make_perception_r1, make_refcoco
 from tests.readme import DOCUMENTS, blocks, file_blocks
 
 KEYS = {"grounding": "question", "counting": "label", "detection": "objects", "ocr": "text"}
@@ -20,6 +20,7 @@ PUBLIC: dict[str, Callable[[Path], None]] = {
     "fox": make_fox,
     "pageocr": make_pageocr,
     "pixmo_count": lambda root: None,
+    "perception_r1_all": lambda root: [make(root) for make in (make_perception_r1, make_pageocr)],
 }
 """What makes the public data sets of commands."""
 EXAMPLE_FILES = file_blocks("docs/configuration.md")

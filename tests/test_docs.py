@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 from lightning.pytorch import Trainer
 
+from perception_r1.data.mixed import MixedData
 from perception_r1.data.module import TaskDataModule
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig
@@ -134,7 +135,12 @@ def is_option(option: str) -> bool:
         return True
     if owner == "data" and path[0] == "task" and len(path) == 2:
         return any(path[1] in {field.name for field in fields(task)} for task in TASKS.values())
-    classes: dict[str, Any] = {"model": GRPO, "data": TaskDataModule, "trainer": Trainer}
+    if owner == "data" and path[0] == "weights":
+        return path[1:] in ([], *([task] for task in TASKS))
+    if owner == "data" and path[0] == "tasks" and len(path) > 1:
+        return path[1] in TASKS and is_option(".".join(["data", *path[2:]]))
+    data = MixedData if path == ["tasks"] else TaskDataModule
+    classes: dict[str, Any] = {"model": GRPO, "data": data, "trainer": Trainer}
     found: Any = classes[owner]
     for name in path:
         if owner == "trainer" and name != path[0]:

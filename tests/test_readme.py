@@ -32,12 +32,24 @@ from tests.readme_data import example_rows, option, task_of, write_data, write_r
 COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))
 REPEATED = repeated(COMMANDS)
 """Trainings that choose nothing new: their configuration is composed, and that is all."""
-SMALL = shlex.split(
+SHORT = shlex.split(
     "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --trainer.val_check_interval 2"
-    " --data.train_take all --data.batch_size 2 --data.global_batch_size null --data.eval_batch_size 2"
-    " --data.num_workers 0 --data.num_val 2 --data.num_test 2 --model.max_new_tokens 4"
+    " --data.batch_size 2 --data.global_batch_size null --data.eval_batch_size 2 --data.num_workers 0"
+    " --model.max_new_tokens 4"
 )
+FEW = {"train_take": "all", "num_val": "2", "num_test": "2"}
+SMALL = [*SHORT, *(word for name, value in FEW.items() for word in (f"--data.{name}", value))]
 """What makes a training of any task a matter of a second."""
+SMALL_MIXTURE = [
+    *SHORT,
+    *(
+        word
+        for task in ("grounding", "counting", "detection", "ocr")
+        for name, value in FEW.items()
+        for word in (f"--data.tasks.{task}.init_args.{name}", value)
+    ),
+]
+"""The same of all tasks."""
 BARE = ["--log_samples.num_samples", "0", "--before_after.enabled", "false"]
 """What makes it shorter still, where nobody looks at the results."""
 FAMILIES = {
@@ -173,7 +185,8 @@ def check_own_command(
         assert main(arguments) == 0
         assert [json.loads(line)["reward"] > 1 for line in capsys.readouterr().out.splitlines()] == [True]
         return
-    arguments = [*arguments, *SMALL, *BARE]
+    small = SMALL_MIXTURE if option(arguments, "--task") == "all" else SMALL
+    arguments = [*arguments, *small, *BARE]
     name = policy_name(arguments)
     if name == EXPORTED:
         (place / EXPORTED).symlink_to(model_folders["qwen2_vl"])

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from perception_r1.mixture import AnyTask, part_of, tasks_of
 from perception_r1.records import ImageSize, LabelledBox, Score
 from perception_r1.scoring import ScoredCompletion, score_prediction
-from perception_r1.task import Task
+from perception_r1.task import AnyTask, Task, part_of, tasks_of
 
 PUBLISHED = "published/"
 """Before the name of a metric of answers that were read as the public evaluation code reads them."""

@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from perception_r1.codecs import Codec
-from perception_r1.mixture import AnyTask, task_of
 from perception_r1.records import ImageSize, Sample, Score
-from perception_r1.task import MAX_TEXT, Task
+from perception_r1.task import MAX_TEXT, AnyTask, Task, task_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,14 +1,16 @@
 """What a perception task is: the interface that every task implements.
 
 Sample --messages--> prompt --(policy)--> completion --parse--> Prediction | None --score--> Score
+
+A run may train several of them: then the name of a sample's source tells to which one it belongs (`Mixture`).
 """
 
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from torchmetrics import Metric
 
@@ -189,6 +191,46 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         text = _without_end_tokens(text)
         answer = _inside_tags(text) if self.think else text
         return None if answer is None else self.parse_answer(answer, codec, image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Several tasks; a sample of the source "counting" or "counting/pixmo" belongs to the one named "counting".
+
+    Attributes:
+        tasks: By the name under which their metrics are logged.
+    """
+
+    tasks: Mapping[str, Task[Any, Any]]
+    name = "all"
+
+
+AnyTask: TypeAlias = Task[Any, Any] | Mixture
+"""What a run is trained on."""
+
+
+def tasks_of(task: AnyTask) -> Mapping[str, Task[Any, Any]]:
+    """The tasks of a run by the name that stands before their metrics, which is empty where there is only one."""
+    return task.tasks if isinstance(task, Mixture) else {"": task}
+
+
+def part_of(task: AnyTask, source: str) -> str:
+    """The name, as in `tasks_of`, of the task to which the samples of a source belong.
+
+    >>> part_of(Mixture(tasks={}), "counting/pixmo")
+    'counting'
+    """
+    return source.partition("/")[0] if isinstance(task, Mixture) else ""
+
+
+def task_of_source(task: AnyTask, source: str) -> Task[Any, Any]:
+    """The task to which the samples of a source belong."""
+    return tasks_of(task)[part_of(task, source)]
+
+
+def task_of(task: AnyTask, sample: Sample[Any]) -> Task[Any, Any]:
+    """The task to which a sample belongs."""
+    return task_of_source(task, sample.source)
 
 
 def _count(overlays: Sequence[Overlay]) -> str:

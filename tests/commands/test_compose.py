@@ -46,6 +46,20 @@ def test_a_task_alone_is_trained_with_the_embedded_model(printed, task):
     assert config["data"]["init_args"]["world"]["init_args"]["skew"] < DATA[task]().world.skew  # harder
 
 
+def test_all_tasks_are_trained_in_the_worlds_of_each(printed):
+    config = printed("--task", "all")
+    assert config["data"]["class_path"].endswith(".MixedData")
+    assert list(config["data"]["init_args"]["tasks"]) == ["grounding", "counting", "detection", "ocr"]
+    for task, part in config["data"]["init_args"]["tasks"].items():
+        alone = printed("--task", task)["data"]
+        assert part["class_path"] == alone["class_path"]
+        assert part["init_args"]["world"] == alone["init_args"]["world"]
+        assert part["init_args"]["task"] == alone["init_args"]["task"]
+    changed = printed("--task", "all", "--data.tasks.ocr.init_args.num_val", 7, "--data.weights", '{"ocr": 2}')
+    assert changed["data"]["init_args"]["tasks"]["ocr"]["init_args"]["num_val"] == 7
+    assert changed["data"]["init_args"]["weights"] == {"ocr": 2}
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_goes_with_every_kind_of_training(printed, model):
     own = [f"{model}/grounding"] if (CONFIGS / model / "grounding.yaml").exists() else []
@@ -123,7 +137,7 @@ def test_a_folder_of_configurations_here_comes_first_and_may_hold_some_of_the_pa
     with (tmp_path / "configs" / "model" / "tiny.yaml").open("a") as file:
         file.write("    num_val: 3\n")
     assert printed("--task", "mine")["data"]["init_args"]["num_val"] == 3
-    with pytest.raises(UserError, match=r"give one of counting, detection, grounding, mine, ocr$"):
+    with pytest.raises(UserError, match=r"give one of all, counting, detection, grounding, mine, ocr$"):
         compose(["--task", "cup"])
 
 
@@ -134,13 +148,13 @@ DATA_NAMES = ", ".join(sorted(path.stem for path in (CONFIGS / "data").iterdir()
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--task is needed, one of counting, detection, grounding, ocr; or -c with a complete configuration"),
-        (["--trainer.max_steps", "3"], "--task is needed, one of counting"),
-        (["--model", "tiny"], "--model goes with --task, one of counting, detection, grounding, ocr"),
-        (["-c", "x.yaml", "--variant", "lora"], "--variant goes with --task, one of counting"),
+        ([], "--task is needed, one of all, counting, detection, grounding, ocr; or -c with a complete configuration"),
+        (["--trainer.max_steps", "3"], "--task is needed, one of all, counting"),
+        (["--model", "tiny"], "--model goes with --task, one of all, counting, detection, grounding, ocr"),
+        (["-c", "x.yaml", "--variant", "lora"], "--variant goes with --task, one of all, counting"),
         (
             ["--task", "cup"],
-            "--task cup: there is no configs/task/cup.yaml; give one of counting, detection, grounding, ocr",
+            "--task cup: there is no configs/task/cup.yaml; give one of all, counting, detection, grounding, ocr",
         ),
         (
             ["--task", "ocr", "--model", "GRPO"],

@@ -151,7 +151,7 @@ def test_check_tells_what_the_model_cannot_take(run, tmp_path):
     [
         ([], "the following arguments are required: verb"),
         (["count"], "invalid choice: 'count' (choose from 'check', 'stats', 'convert', 'fetch')"),
-        (["check"], "--task is needed, one of counting, detection, grounding, ocr; or -c with"),
+        (["check"], "--task is needed, one of all, counting, detection, grounding, ocr; or -c with"),
     ],
 )
 def test_an_unknown_verb_is_one_sentence(capsys, words, message):

@@ -69,7 +69,7 @@ def test_a_run_of_a_model_of_the_hub_or_of_this_package_keeps_its_name(copy, nam
         (lambda run: (run / "run.json").write_text("[]"), "does not tell what was trained"),
         (lambda run: (run / "config.yaml").unlink(), "does not tell what was trained"),
         (lambda run: (run / "config.yaml").write_text("model: ["), "does not tell what was trained"),
-        (lambda run: change_card(run, task=None), "arguments are required: task"),
+        (lambda run: change_card(run, task=None), "--tasks: Not a valid subclass of Task"),
         (lambda run: change_card(run, task={"class_path": "nowhere.Task"}), "No module named 'nowhere'"),
         (lambda run: change_settings(run, lambda values: values.update(max_new_tokens="many")), "--max_new_tokens"),
         (lambda run: change_settings(run, lambda values: values["policy"].update(r=1)), "r"),

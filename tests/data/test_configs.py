@@ -1,5 +1,6 @@
 """Every file of configs/data reads data of the form that it names, from a folder that one variable moves."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from perception_r1.cli import main
-from perception_r1.data.module import TaskDataModule
+from perception_r1.data.base import BaseDataModule
+from perception_r1.data.mixed import parts_of
 from tests.public_data import (
     from_the_hub,
     make_coco,
@@ -29,6 +31,9 @@ NAMES = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
 
 REFCOCO = [f"{name}_{split}" for name in ("refcoco", "refcocoplus") for split in ("val", "testA", "testB")]
 REFCOCO += ["refcocog_val", "refcocog_test"]
+
+
+ALL_SOURCES = ["grounding/perception_r1", "counting/perception_r1", "detection/perception_r1", "ocr/pageocr"]
 
 
 def held_out(source: str) -> dict[str, dict[str, int]]:
@@ -58,6 +63,11 @@ KNOWN: dict[str, tuple[str, Callable[[Path], None], dict[str, dict[str, int]]]] 
     "perception_r1_grounding": ("grounding", lambda root: None, held_out("perception_r1")),
     "perception_r1_counting": ("counting", make_perception_r1, held_out("perception_r1")),
     "perception_r1_detection": ("detection", make_perception_r1, held_out("perception_r1")),
+    "perception_r1_all": (
+        "all",
+        lambda root: [make(root) for make in (make_perception_r1, make_pageocr)],
+        {split: dict.fromkeys(ALL_SOURCES, count) for split, count in {"train": 4, "val": 1, "test": 1}.items()},
+    ),
     "vlm_r1": ("grounding", make_vlm_r1, {"train": dict.fromkeys(("refcoco", "refcocoplus", "refcocog"), 2)}),
     "vision_reasoner": ("counting", lambda root: None, held_out("vision_reasoner")),
     "v_triune": ("detection", make_v_triune, held_out("v3det")),
@@ -88,7 +98,7 @@ def test_every_split_of_a_configuration_is_loaded(name, tmp_path, monkeypatch, c
     make(root)
     config = composed(name, task, capsys)
     parser = ArgumentParser()
-    parser.add_subclass_arguments(TaskDataModule, "data")
+    parser.add_subclass_arguments(BaseDataModule, "data")
     module = parser.instantiate_classes(parser.parse_object({"data": config})).data
     for stage in ("fit", "test") if "train" in expected else ("test",):
         module.setup(stage)
@@ -96,7 +106,8 @@ def test_every_split_of_a_configuration_is_loaded(name, tmp_path, monkeypatch, c
         samples = list(module.samples(split))
         assert {key: sum(sample.source == key for sample in samples) for key in sizes} == sizes
         assert len(samples) == sum(sizes.values())
-        assert tuple(module.sources.get(split, module.sources.get("train"))) == tuple(sizes)
+        read = {name: part.sources.get(split, part.sources.get("train")) for name, part in parts_of(module).items()}
+        assert ["/".join(filter(None, (name, key))) for name in read for key in read[name]] == list(sizes)
     assert module.fingerprint()
 
 
@@ -104,8 +115,9 @@ def test_every_split_of_a_configuration_is_loaded(name, tmp_path, monkeypatch, c
 def test_names_of_sources_make_plain_tags_and_folders_are_those_of_the_repository_by_default(name, monkeypatch, capsys):
     monkeypatch.delenv("PERCEPTION_R1_DATA", raising=False)
     settings = composed(name, KNOWN[name][0], capsys)["init_args"]
-    for split in ("train", "val", "test"):
-        for key, source in (settings[split] or {}).items():
+    parts = [part["init_args"] for part in settings["tasks"].values()] if "tasks" in settings else [settings]
+    for part, split in itertools.product(parts, ("train", "val", "test")):
+        for key, source in (part[split] or {}).items():
             assert key.replace("_", "").isalnum()
             paths = [value for value in source["init_args"].values() if isinstance(value, str) and "/" in value]
             assert all(

@@ -1,5 +1,6 @@
 import itertools
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from perception_r1.data.loading import (
     ResumableLoader,
     TrainBatchSampler,
     eval_loader,
+    shuffled,
 )
 from perception_r1.records import Sample
 
@@ -29,10 +31,8 @@ def samples(count: int) -> list[Sample[str]]:
 
 
 def train_loader(num_samples: int = 23, num_workers: int = 0, num_done: Any = int, **kwargs: int) -> ResumableLoader:
-    settings = {"batch_size": 4, "shuffle": True, "seed": 0, **kwargs}
-    return ResumableLoader(
-        BatchDataset(samples(num_samples)), TrainBatchSampler(num_samples, **settings), num_workers, num_done
-    )
+    batches = TrainBatchSampler(num_samples, **{"batch_size": 4, "order": partial(shuffled, num_samples, 0), **kwargs})
+    return ResumableLoader(BatchDataset(samples(num_samples)), batches, num_workers, num_done)
 
 
 def ids(loader: Iterable[Batch]) -> list[list[str]]:
@@ -42,8 +42,9 @@ def ids(loader: Iterable[Batch]) -> list[list[str]]:
 @given(size=sizes, batch_size=batch_sizes, world_size=world_sizes, epoch=st.integers(0, 3), shuffle=st.booleans())
 def test_a_training_epoch_shows_every_sample_at_most_once_in_full_batches(size, batch_size, world_size, epoch, shuffle):
     assume(size >= batch_size * world_size)
+    order = partial(shuffled, size, 1) if shuffle else lambda epoch: range(size)
     ranks = [
-        TrainBatchSampler(size, batch_size=batch_size, shuffle=shuffle, seed=1, rank=rank, world_size=world_size)
+        TrainBatchSampler(size, batch_size=batch_size, order=order, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for rank in ranks:
@@ -54,7 +55,7 @@ def test_a_training_epoch_shows_every_sample_at_most_once_in_full_batches(size, 
     seen = [index for rank in batches for batch in rank for index in batch]
     assert len(set(seen)) == len(seen)
     assert set(seen) <= set(range(size))
-    one = TrainBatchSampler(size, batch_size=batch_size * world_size, shuffle=shuffle, seed=1)
+    one = TrainBatchSampler(size, batch_size=batch_size * world_size, order=order)
     one.set_epoch(epoch)
     steps = [list(itertools.chain(*step)) for step in zip(*batches, strict=True)]
     assert steps == list(one), "the steps of all devices together do not depend on their number"
@@ -75,19 +76,19 @@ def test_evaluation_shows_every_sample_once_in_equally_many_even_batches(size, b
 
 def test_the_order_changes_with_epoch_and_seed_and_only_with_them():
     def order(seed: int, epoch: int) -> list[list[int]]:
-        batches = TrainBatchSampler(40, batch_size=4, shuffle=True, seed=seed)
+        batches = TrainBatchSampler(40, batch_size=4, order=partial(shuffled, 40, seed))
         batches.set_epoch(epoch)
         return list(batches)
 
     assert order(0, 0) == order(0, 0)
     orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
     assert all(one != other for one, other in itertools.combinations(orders, 2))
-    assert list(TrainBatchSampler(5, batch_size=2, shuffle=False, seed=0)) == [[0, 1], [2, 3]]
+    assert list(TrainBatchSampler(5, batch_size=2, order=lambda epoch: range(5))) == [[0, 1], [2, 3]]
 
 
 def test_too_few_samples_for_one_step_are_an_error():
     with pytest.raises(ValueError, match=r"7 training samples do not fill one step of 8 \(batch_size 4 on 2 devices\)"):
-        TrainBatchSampler(7, batch_size=4, shuffle=True, seed=0, world_size=2)
+        TrainBatchSampler(7, batch_size=4, order=partial(shuffled, 7, 0), world_size=2)
 
 
 def test_with_nothing_left_every_device_gets_one_empty_batch():

@@ -15,10 +15,9 @@ from perception_r1.callbacks.files import run_folder
 from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
-from perception_r1.mixture import task_of
 from perception_r1.records import LoadedSample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion
-from perception_r1.task import Task
+from perception_r1.task import Task, task_of
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule

@@ -14,9 +14,9 @@ from PIL import Image
 from perception_r1.data.images import load_image
 from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
-from perception_r1.mixture import task_of
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.records import LoadedSample, Sample
+from perception_r1.task import task_of
 
 BATCH_SIZE = 8
 """Pictures answered at once: enough to keep a device busy, few enough for its memory."""

@@ -16,7 +16,8 @@ from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
 from perception_r1.commands.compose import PARTS
 from perception_r1.commands.options import parse
-from perception_r1.data.module import TaskDataModule
+from perception_r1.data.base import BaseDataModule
+from perception_r1.data.mixed import MixedData  # noqa: F401 - its import makes the short name known
 from perception_r1.errors import UserError
 from perception_r1.evaluation.callback import Evaluation
 from perception_r1.modules import GRPO, SFT  # noqa: F401 - their import makes the short names known
@@ -38,12 +39,12 @@ class ConfiguredCLI(LightningCLI):
     It takes the options as `compose` returns them, and those of LightningCLI itself.
     """
 
-    datamodule: TaskDataModule
+    datamodule: BaseDataModule
     model: PolicyModule
 
     def __init__(self, args: Sequence[str], **options: Any) -> None:
         options |= {"subclass_mode_model": True, "subclass_mode_data": True, "auto_configure_optimizers": False}
-        super().__init__(PolicyModule, TaskDataModule, args=list(args), **options)
+        super().__init__(PolicyModule, BaseDataModule, args=list(args), **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options besides trainer, model and data."""

@@ -1,10 +1,10 @@
 """`perception-r1 data check|stats|convert|fetch`: inspect data before a run, with the configuration of that run."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich import get_console
@@ -19,12 +19,15 @@ from perception_r1.commands.reader import load_reader, sample_check
 from perception_r1.data.convert import ROWS, convert
 from perception_r1.data.fetch import fetch
 from perception_r1.data.loading import load_sample_image
+from perception_r1.data.mixed import parts_of
+from perception_r1.data.module import TaskDataModule
 from perception_r1.data.samples import check, load
 from perception_r1.data.sources import Source
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
 from perception_r1.policy.processor import Processor
 from perception_r1.records import Sample
+from perception_r1.task import Task
 
 _DESCRIPTION = "Inspect data before a run, with the configuration of that run."
 _VERBS = (
@@ -33,7 +36,15 @@ _VERBS = (
     "fetch: the pictures that a source names by URL"
 )
 _NUM_SHOWN = 3
-"""Samples whose answer is written out and drawn."""
+"""Samples whose answers are written out and drawn, at least one of each source."""
+
+
+class NamedSource(NamedTuple):
+    """A source, and the data module of the task that reads it."""
+
+    name: str
+    part: TaskDataModule
+    source: Source
 
 
 class DataCLI(ConfiguredCLI):
@@ -49,20 +60,25 @@ class DataCLI(ConfiguredCLI):
         parser.add_argument("--to", type=Path | None, default=None, help="Folder for what is written.")
         parser.add_argument("--num_threads", type=int, default=16, help="Pictures that are fetched at once.")
 
-    def sources(self) -> dict[str, Source]:
-        """Sources of the split by name.
+    def sources(self) -> list[NamedSource]:
+        """Sources of the split.
 
         Raises:
-            UserError: The configuration has synthetic scenes.
+            UserError: The configuration has synthetic scenes, or no rows of the split.
         """
-        if not self.datamodule.sources:
+        parts = {name: part for name, part in parts_of(self.datamodule).items() if part.sources}
+        if not parts:
             raise UserError(
                 "synthetic scenes need no check and no conversion; give --data, a name or a file of JSON lines"
             )
-        found = self.datamodule.sources.get(self.config.split) or self.datamodule.sources.get("train")
-        if found is None:
-            known = " or ".join(f"--split {split}" for split in self.datamodule.sources)
-            raise UserError(f"the configuration has no {self.config.split} rows; give {known}")
+        found = []
+        for part_name, part in parts.items():
+            sources = part.sources.get(self.config.split) or part.sources.get("train")
+            if sources is None:
+                known = " or ".join(f"--split {split}" for split in part.sources)
+                raise UserError(f"the configuration has no {self.config.split} rows; give {known}")
+            for name, source in sources.items():
+                found.append(NamedSource("/".join(filter(None, (part_name, name))), part, source))
         return found
 
     @cached_property
@@ -87,27 +103,29 @@ def _run(argv: Sequence[str]) -> int:
 
 def _check(cli: DataCLI) -> int:
     num_rows = num_bad = 0
-    shown: list[Sample[Any]] = []
-    sources, data, (_, processor) = cli.sources(), cli.datamodule, cli.reader
-    check_sample = sample_check(processor, data.task, cli.model.policy_config.max_prompt_length)
-    for source in sources.values():
-        for checked in check(source, data.task, image_check=data.image_check, check_sample=check_sample):
+    shown: list[tuple[Task[Any, Any], Sample[Any]]] = []
+    sources, (_, processor) = cli.sources(), cli.reader
+    for _, part, source in sources:
+        check_sample = sample_check(processor, part.task, cli.model.policy_config.max_prompt_length)
+        num_shown = 0
+        for checked in check(source, part.task, image_check=part.image_check, check_sample=check_sample):
             num_rows += 1
             if checked.sample is None:
                 num_bad += 1
                 sys.stdout.write(f"{checked.problem}\n")
-            elif len(shown) < _NUM_SHOWN:
-                shown.append(checked.sample)
+            elif num_shown < max(1, _NUM_SHOWN // len(sources)):
+                shown.append((part.task, checked.sample))
+                num_shown += 1
     sys.stdout.write(f"{num_rows} rows, {num_bad} of them bad\n")
     if shown:
         _show(cli, shown)
     return int(num_bad > 0)
 
 
-def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
+def _show(cli: DataCLI, shown: Sequence[tuple[Task[Any, Any], Sample[Any]]]) -> None:
     """Write out and draw what the model is to answer; the drawn answer was read back from that text."""
-    cards, task, (codec, processor) = [], cli.datamodule.task, cli.reader
-    for sample in samples:
+    cards, (codec, processor) = [], cli.reader
+    for task, sample in shown:
         image_size = processor.image_size(sample.width, sample.height)
         try:
             answer = task.target_text(sample, codec, image_size)
@@ -130,27 +148,28 @@ def _show(cli: DataCLI, samples: Sequence[Sample[Any]]) -> None:
             )
         )
     if cards:
-        path = (cli.config.to or Path("logs") / "data") / f"{task.name}.png"
+        path = (cli.config.to or Path("logs") / "data") / f"{cli.datamodule.task.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(cards, num_columns=1).save(path)
         sys.stdout.write(f"drawn in {path}\n")
 
 
 def _stats(cli: DataCLI) -> int:
-    data, (codec, processor) = cli.datamodule, cli.reader
-    if data.sources:
-        groups: dict[str, Iterator[Sample[Any]]] = {
-            name: (found.sample for found in check(source, data.task, image_check="header") if found.sample is not None)
-            for name, source in cli.sources().items()
-        }
-    else:
-        data.setup()
-        groups = {"synthetic scenes": iter(data.samples(cli.config.split))}
-    for name, samples in groups.items():
-        found = statistics.collect_statistics(samples, data.task, codec, processor)
+    parts, (codec, processor) = parts_of(cli.datamodule), cli.reader
+    for part_name, part in parts.items():
+        if not part.sources:
+            part.setup()
+            scenes = part.samples(cli.config.split)
+            found = statistics.collect_statistics(scenes, part.task, codec, processor)
+            get_console().print(_table(cli, f"{part_name} synthetic scenes".strip(), found))
+    for name, part, source in cli.sources() if any(part.sources for part in parts.values()) else ():
+        checked = check(source, part.task, image_check="header")
+        samples = (row.sample for row in checked if row.sample is not None)
+        found = statistics.collect_statistics(samples, part.task, codec, processor)
         get_console().print(_table(cli, name or cli.config.split, found))
-    for sentence in statistics.shared_images(data.sources):
-        sys.stdout.write(f"{sentence}\n")
+    for part in parts.values():
+        for sentence in statistics.shared_images(part.sources):
+            sys.stdout.write(f"{sentence}\n")
     return 0
 
 
@@ -182,16 +201,15 @@ def _table(cli: DataCLI, title: str, found: statistics.DatasetStatistics) -> Tab
 def _convert(cli: DataCLI) -> int:
     if cli.config.to is None:
         raise UserError("convert needs --to FOLDER")
-    data = cli.datamodule
-    for name, source in cli.sources().items():
+    for name, part, source in cli.sources():
         folder = cli.config.to / name
-        samples = load(source, data.task, on_bad_row=data.on_bad_row, image_check=data.image_check)
+        samples = load(source, part.task, on_bad_row=part.on_bad_row, image_check=part.image_check)
         sys.stdout.write(f"{convert(samples, folder)} rows in {folder / ROWS}\n")
     return 0
 
 
 def _fetch(cli: DataCLI) -> int:
-    sources = cli.sources().values()
+    sources = [named.source for named in cli.sources()]
     downloads = [download for source in sources for download in source.downloads()]
     if not downloads:
         raise UserError(f"{', '.join(map(str, sources))} names no images by URL, there is nothing to fetch")

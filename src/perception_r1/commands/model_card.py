@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from perception_r1.commands.runs import Run
 from perception_r1.policy.load import model_path
+from perception_r1.task import tasks_of
 
 _VERSIONS = ("python", "torch", "transformers", "peft", "perception_r1")
 
@@ -28,15 +30,16 @@ def model_card(run: Run, *, checkpoint: Path, step: int, is_adapter: bool) -> st
     library, tags = "peft" if is_adapter else "transformers", ["perception-r1", "visual-perception"]
     metadata = {"library_name": library, "pipeline_tag": "image-text-to-text"}
     metadata |= {} if is_local else {"base_model": base}  # the hub knows it by its id only
-    git = run.card["git"]
+    git, tasks = run.card["git"], tasks_of(run.task).values()
+    names = ", ".join(task.name for task in tasks)
     kind = "LoRA adapter" if is_adapter else "model, LoRA adapter merged" if run.policy.lora else "model"
     summary = {
         "base model": base,
         "training": run.training,
-        "task": run.task.name,
-        "options of the task": json.dumps(run.card["task"]["init_args"]),
+        "task": names,
+        **{f"options of {task.name}": json.dumps(asdict(task)) for task in tasks},
         "this folder": f"{kind}, from `{checkpoint.name}` at step {step}",
-        "prompt": f"`{run.task.prompt('{query}')}`",
+        **{f"prompt of {task.name}": f"`{task.prompt('{query}')}`" for task in tasks},
         "status of the run": run.card["status"],
         "commit": f"{git['commit']}{' with changes' if git['is_dirty'] else ''}" if git else "unknown",
         "versions": ", ".join(f"{name} {run.card['versions'].get(name)}" for name in _VERSIONS),
@@ -44,7 +47,7 @@ def model_card(run: Run, *, checkpoint: Path, step: int, is_adapter: bool) -> st
     cells = [(name, value.replace("|", "\\|").replace("\n", " ")) for name, value in summary.items()]
     sections = [
         f"---\n{yaml.safe_dump({**metadata, 'tags': tags}, sort_keys=False)}---",
-        f"# {base} on {run.task.name}",
+        f"# {base} on {names}",
         f"Post-trained on visual perception with perception-r1 ({run.training}).",
         _table([("fact", "value"), *cells]),
         *_metrics(run.card, step),

@@ -36,7 +36,7 @@ from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.scoring import ParsedCompletion
-from perception_r1.task import Task
+from perception_r1.task import Task, tasks_of
 from perception_r1.tasks import TASKS
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]
@@ -58,13 +58,15 @@ def _predict(argv: Sequence[str]) -> int:
     name = option_value(argv, "--task")
     task_class: type[Task[Any, Any]] | None = None
     defaults: dict[str, Any] = {}
-    if run is not None and name in (None, run.task.name):
-        task_class, defaults = type(run.task), asdict(run.task)
+    trained = {} if run is None else {task.name: task for task in tasks_of(run.task).values()}
+    if name in trained or (name is None and len(trained) == 1):
+        own = trained[name or next(iter(trained))]
+        task_class, defaults = type(own), asdict(own)
     elif name is not None:
         task_class = known("--task", name, TASKS)
     options = parse(_parser(task_class, defaults), argv)
     if task_class is None:
-        raise UserError(f"--task is needed where no run tells it: one of {', '.join(TASKS)}")
+        raise UserError(f"--task is needed where no run tells it: one of {', '.join(trained or TASKS)}")
     task = make_task(task_class, task_values(task_class, options))
     query = _query(task, options.query)
     paths = find_images(options.pictures)

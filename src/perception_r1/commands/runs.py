@@ -16,7 +16,7 @@ from perception_r1.errors import UserError
 from perception_r1.policy.checkpoint import restore
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
-from perception_r1.task import Task
+from perception_r1.task import AnyTask, Mixture, Task
 
 CARD = "run.json"
 """The file that makes a folder a run."""
@@ -31,7 +31,7 @@ class Run:
     Attributes:
         folder: `logs/TASK/version_N`.
         training: Name of the class that trained it, `GRPO` or `SFT`.
-        task: The task as it was trained, with the categories that came from the data.
+        task: The task or tasks as they were trained, with the categories that came from the data.
         policy: The model that was trained and what of it.
         max_new_tokens: Longest completion, end token included.
         precision: That of its trainer.
@@ -40,7 +40,7 @@ class Run:
 
     folder: Path
     training: str
-    task: Task[Any, Any]
+    task: AnyTask
     policy: PolicyConfig
     max_new_tokens: int
     precision: str
@@ -65,12 +65,16 @@ def open_run(folder: Path) -> Run:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         training, settings = config["model"]["class_path"].rpartition(".")[2], config["model"]["init_args"]
         precision = config["trainer"]["precision"]
-        values = {"task": card["task"], "policy": settings["policy"], "max_new_tokens": settings["max_new_tokens"]}
+        tasks = card["tasks"] if "tasks" in card else {"": card["task"]}
+        values = {"tasks": tasks, "policy": settings["policy"], "max_new_tokens": settings["max_new_tokens"]}
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{CARD} or config.yaml of {folder} does not tell what was trained ({reason})") from error
     precision = "32-true" if precision is None else str(precision)
-    return Run(folder=folder, training=training, precision=precision, card=card, **_instantiated(values, folder))
+    found = _instantiated(values, folder)
+    made = found.pop("tasks")
+    task = Mixture(tasks=made) if "tasks" in card else made[""]
+    return Run(folder=folder, training=training, precision=precision, card=card, task=task, **found)
 
 
 def checkpoint_path(run: Run, name: str) -> Path:
@@ -101,13 +105,14 @@ def load_checkpoint(config: PolicyConfig, path: Path) -> tuple[Policy, int]:
 
 
 def _instantiated(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Task, policy configuration and length from the values that the run's files give.
+    """Tasks, policy configuration and length from the values that the run's files give.
 
     Raises:
         UserError: A value is of the wrong type, unknown, or names a class that is not there.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    for name, kind in {"task": Task, "policy": PolicyConfig, "max_new_tokens": int}.items():
+    kinds = {"tasks": dict[str, Task], "policy": PolicyConfig, "max_new_tokens": int}  # type: ignore[type-arg]
+    for name, kind in kinds.items():
         parser.add_argument(f"--{name}", type=kind, required=True)
     try:
         return dict(vars(parser.instantiate(parser.parse_object(values))))

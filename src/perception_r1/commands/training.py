@@ -20,6 +20,7 @@ from perception_r1.commands.compose import compose
 from perception_r1.commands.configuration import PARSER, ConfiguredCLI
 from perception_r1.commands.options import run_command
 from perception_r1.commands.reader import load_reader, sample_check
+from perception_r1.data.mixed import parts_of
 from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION, evaluation_key
 
@@ -112,10 +113,11 @@ class PerceptionCLI(ConfiguredCLI):
         check_devices(self.trainer)
         self.datamodule.trainer = self.trainer  # it tells among how many processes the samples are divided
         self.model.check_trainer(self.trainer, is_training=verb == "fit")
-        if self.datamodule.sources:  # synthetic scenes suit every model
-            config = self.model.policy_config
+        config, read = self.model.policy_config, [part for part in parts_of(self.datamodule).values() if part.sources]
+        if read:  # synthetic scenes suit every model
             _, processor = load_reader(config)
-            self.datamodule.check_sample = sample_check(processor, self.datamodule.task, config.max_prompt_length)
+            for part in read:
+                part.check_sample = sample_check(processor, part.task, config.max_prompt_length)
         if verb == "fit":
             self.datamodule.setup(verb)
             self.datamodule.train_dataloader()  # refuses what does not fill a step

@@ -19,7 +19,7 @@ from perception_r1.records import LoadedSample, Sample, TargetT
 
 
 class Batch:
-    """A few samples on their way to the module, which gets them as a list (`TaskDataModule.transfer_batch_to_device`).
+    """A few samples on their way to the module, which gets them as a list (`BaseDataModule.transfer_batch_to_device`).
 
     It is no sequence: Lightning's precision plugins take sequences and dataclasses apart in search of tensors and then
     fail to put frozen ones together again.
@@ -48,13 +48,24 @@ class BatchDataset(Dataset[Batch]):
         return Batch([load_sample_image(self.samples[index]) for index in indices])
 
 
-class TrainBatchSampler(DistributedSampler[Any]):
-    """Full batches in an order that depends on nothing but (seed, epoch); the rest of an epoch is left out.
+def shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    """The numbers below `size` in an order that depends on nothing but seed and epoch."""
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    return torch.randperm(size, generator=generator).tolist()
 
-    Without `shuffle` the order is that of the samples, or the one that is given.
+
+class TrainBatchSampler(DistributedSampler[Any]):
+    """Full batches in the order of an epoch; the rest of the epoch is left out.
 
     Step `k` of all devices together shows the same samples whatever their number, as long as `batch_size` times that
     number stays the same.
+
+    Args:
+        num_samples: Samples of an epoch.
+        batch_size: Of a device.
+        order: The indices of an epoch, given its number.
+        rank: Of this device.
+        world_size: Number of devices.
 
     Attributes:
         start: The batch at which the next iteration starts.
@@ -68,16 +79,14 @@ class TrainBatchSampler(DistributedSampler[Any]):
         num_samples: int,
         *,
         batch_size: int,
-        shuffle: bool,
-        seed: int,
-        order: Sequence[int] | None = None,
+        order: Callable[[int], Sequence[int]],
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         samples: Any = range(num_samples)  # the base class wants no more of them than their number
-        super().__init__(samples, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        super().__init__(samples, num_replicas=world_size, rank=rank, shuffle=False)
         self.size = num_samples
-        self.fixed_order = range(num_samples) if order is None else order
+        self.order = order
         self.batch_size = batch_size
         self.start = 0
         self.samples_per_step = batch_size * world_size
@@ -91,13 +100,10 @@ class TrainBatchSampler(DistributedSampler[Any]):
         return self.size // self.samples_per_step
 
     def __iter__(self) -> Iterator[Any]:
-        order = list(self.fixed_order)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-            order = torch.randperm(self.size, generator=generator).tolist()
+        order = self.order(self.epoch)
         for batch in range(self.start, len(self)):
             first = batch * self.samples_per_step + self.rank * self.batch_size
-            yield order[first : first + self.batch_size]
+            yield list(order[first : first + self.batch_size])
 
 
 class EvalBatchSampler(DistributedSampler[Any]):

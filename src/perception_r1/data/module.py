@@ -1,24 +1,14 @@
-"""Base of the tasks' data modules: synthetic scenes or sources in, checked splits and batches of samples out."""
+"""Base of the tasks' data modules: synthetic scenes or sources in, checked splits of samples out."""
 
 import hashlib
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
-
+from perception_r1.data.base import BaseDataModule, check_numbers
 from perception_r1.data.curriculum import easy_to_hard
-from perception_r1.data.loading import (
-    Batch,
-    BatchDataset,
-    EvalBatchSampler,
-    ResumableLoader,
-    TrainBatchSampler,
-    eval_loader,
-)
+from perception_r1.data.loading import shuffled
 from perception_r1.data.samples import ImageCheck, OnBadRow, SampleCheck, concat, load, subset
 from perception_r1.data.sources import DataError, Source
 from perception_r1.data.sources.base import Lazy, resolve_take
@@ -34,11 +24,8 @@ _STAGES: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "valida
 """Splits of a stage, but for "test", which `eval_split` decides."""
 
 
-class TaskDataModule(LightningDataModule):
+class TaskDataModule(BaseDataModule):
     """Samples of one task: synthetic scenes, or with sources the rows of those.
-
-    Every batch that reaches a module is a `list[LoadedSample]`. Training batches come in an order that depends on seed
-    and epoch alone and is resumed exactly. Evaluation shows every sample once, on all devices together.
 
     Attributes:
         check_sample: Set before `setup`, it makes bad rows of those that the model cannot take.
@@ -62,16 +49,10 @@ class TaskDataModule(LightningDataModule):
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and reports them.
         image_check: "decode" decodes every image once before training, "header" only reads its size: then an image
             that was cut off stops the run when its turn comes.
-        batch_size: Prompts per training step and device.
-        global_batch_size: Prompts per training step on all devices together, in place of `batch_size`; the number of
-            devices must divide it.
-        eval_batch_size: Most samples in an evaluation batch.
-        num_workers: Processes that prepare batches; 0 prepares them in the training process.
-        seed: Seed of the synthetic scenes and of the training order.
         shuffle: Show the training samples in a new random order in every epoch.
-        eval_split: The split that `test` evaluates; with "train" it makes the file for `curriculum`.
         curriculum: `predictions.jsonl` of an evaluation on the training rows: they are shown from high reward to low,
             and not shuffled.
+        **kwargs: Those of `BaseDataModule`.
 
     Raises:
         UserError: A number is out of range, or a split has both a file and sources.
@@ -95,16 +76,11 @@ class TaskDataModule(LightningDataModule):
         held_out_share: float = 0.1,
         on_bad_row: OnBadRow = "error",
         image_check: ImageCheck = "decode",
-        batch_size: int = 8,
-        global_batch_size: int | None = None,
-        eval_batch_size: int = 100,
-        num_workers: int = 0,
-        seed: int = 0,
         shuffle: bool = True,
-        eval_split: Split = "test",
         curriculum: Path | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**kwargs)
         self.world = world
         self.sources = sources_by_split(
             {"train": train_file, "val": val_file, "test": test_file}, {"train": train, "val": val, "test": test}
@@ -112,23 +88,13 @@ class TaskDataModule(LightningDataModule):
         self.num_scenes: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
         self.train_take, self.held_out_share = train_take, held_out_share
         self.on_bad_row, self.image_check = on_bad_row, image_check
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.global_batch_size = global_batch_size
-        self.num_workers, self.seed = num_workers, seed
         self.shuffle = shuffle and curriculum is None
-        self.eval_split = eval_split
         self.curriculum = None if curriculum is None else Path(curriculum)
         self.check_sample: SampleCheck | None = None
         self._task = task
         self._samples: dict[Split, Samples] = {}
-        self._answered: Set[tuple[str, str]] = frozenset()
-        positive = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        positive |= {} if global_batch_size is None else {"global_batch_size": global_batch_size}
-        positive |= {f"num_{split}": size for split, size in self.num_scenes.items()}
-        for settings, least in ((positive, 1), ({"num_workers": num_workers, "seed": seed}, 0)):
-            for name, value in settings.items():
-                if value < least:
-                    raise UserError(f"{name} must be at least {least}, got {value}")
+        self._easy_to_hard: Sequence[int] | None = None
+        check_numbers({f"num_{split}": size for split, size in self.num_scenes.items()}, 1)
         if not 0 < held_out_share < 0.5:
             raise UserError(f"held_out_share must be more than 0 and less than 0.5, got {held_out_share}")
 
@@ -167,50 +133,14 @@ class TaskDataModule(LightningDataModule):
         """Names of the sources that `test` evaluates, as in `Sample.source`, at least one: each has a loader."""
         return tuple(self.sources.get(self.eval_split) or self.sources.get("train") or {"": None})
 
-    def leave_out(self, answered: Set[tuple[str, str]]) -> None:
-        """Do not test these samples, given by source and id: an evaluation that goes on has their answers already."""
-        self._answered = answered
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Full training batches for this device, resumable.
-
-        Raises:
-            UserError: `global_batch_size` does not go with the number of devices, or there are too few samples.
-        """
+    def train_order(self, epoch: int) -> Sequence[int]:
+        """A new random order in every epoch, that of the curriculum, or as the samples are."""
         samples = self.samples("train")
-        order = None if self.curriculum is None else easy_to_hard(samples, self.curriculum)
-        rank, world_size = self._ranks()
-        batch_size = self.batch_size if self.global_batch_size is None else self.global_batch_size // world_size
-        if self.global_batch_size is not None and self.global_batch_size % world_size:
-            raise UserError(
-                f"global_batch_size {self.global_batch_size} cannot be shared evenly by {world_size} devices; "
-                f"{batch_size * world_size or world_size} can"
-            )
-        settings = {"batch_size": batch_size, "seed": self.seed, "rank": rank, "world_size": world_size}
-        batches = TrainBatchSampler(len(samples), shuffle=self.shuffle, order=order, **settings)
-        return ResumableLoader(BatchDataset(samples), batches, self.num_workers, self._num_done)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation batches for this device."""
-        return self._eval_loader(self.samples("val"))
-
-    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Test batches for this device: one loader for each of `tested_sources`, in a list if there are several."""
-        samples, sources = self.samples(self.eval_split), self.tested_sources
-        if len(sources) == 1 and not self._answered:
-            return self._eval_loader(samples)
-        indices: dict[str, list[int]] = {source: [] for source in sources}
-        for index, sample in enumerate(samples):
-            if (sample.source, sample.id) not in self._answered:
-                indices[sample.source].append(index)
-        loaders = [self._eval_loader(subset(samples, chosen)) for chosen in indices.values()]
-        return loaders if len(loaders) > 1 else loaders[0]
-
-    def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> list[LoadedSample[Any]]:
-        """Unwrap the samples; images stay on the CPU until the policy encodes them."""
-        return batch.samples
+        if self.curriculum is not None:
+            if self._easy_to_hard is None:
+                self._easy_to_hard = easy_to_hard(samples, self.curriculum)
+            return self._easy_to_hard
+        return shuffled(len(samples), self.seed, epoch) if self.shuffle else range(len(samples))
 
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the samples of all splits; it needs no setup."""
@@ -256,25 +186,6 @@ class TaskDataModule(LightningDataModule):
             for name, source in self.sources[split].items()
         ]
         return concat(parts)
-
-    def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
-        rank, world_size = self._ranks()
-        batches = EvalBatchSampler(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
-        return eval_loader(BatchDataset(samples), batches, self.num_workers)
-
-    def _num_done(self) -> int:
-        """Batches of this epoch that the trainer has done."""
-        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
-
-    def _ranks(self) -> tuple[int, int]:
-        """Rank of this process and number of processes.
-
-        Raises:
-            UserError: The trainer is set to swap the samplers for its own.
-        """
-        if getattr(self.trainer, "overfit_batches", 0):
-            raise UserError("overfit_batches is not supported: use few samples and shuffle=false instead")
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
 class _SyntheticSamples(Lazy[LoadedSample[Any]]):

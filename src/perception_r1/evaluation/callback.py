@@ -16,15 +16,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import MetricCollection
 
 from perception_r1.callbacks.files import run_folder, write_json
-from perception_r1.data.module import TaskDataModule
+from perception_r1.data.base import BaseDataModule
 from perception_r1.evaluation.key import EVALUATION
 from perception_r1.evaluation.paper import compare
 from perception_r1.evaluation.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.evaluation.report import Part, write_report
 from perception_r1.metrics import make_metrics, published_values, update_metrics
-from perception_r1.mixture import part_of, task_of, task_of_source, tasks_of
 from perception_r1.scoring import ScoredCompletion, score_as_published
-from perception_r1.task import Task
+from perception_r1.task import Task, part_of, task_of, task_of_source, tasks_of
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule
@@ -52,7 +51,7 @@ class Evaluation(Callback):
             return
         self._published = []
         folder, datamodule = run_folder(trainer), getattr(trainer, "datamodule", None)
-        if folder is None or not isinstance(datamodule, TaskDataModule):
+        if folder is None or not isinstance(datamodule, BaseDataModule):
             self._folder = None
             return
         self._folder = folder
@@ -176,7 +175,7 @@ class Evaluation(Callback):
     def _files(self) -> list[Path]:
         return [cast(Path, self._folder) / "predictions.jsonl", self._answers, *self._parts()]
 
-    def _collect(self, datamodule: TaskDataModule) -> dict[Key, Mapping[str, Any]]:
+    def _collect(self, datamodule: BaseDataModule) -> dict[Key, Mapping[str, Any]]:
         """All rows that are there for samples of the data, each once, in the order of the data."""
         rows = {row_key(row): row for file in self._files() if file.is_file() for row in read_rows(file)}
         keys = ((sample.source, sample.id) for sample in datamodule.samples(datamodule.eval_split)) if rows else ()
@@ -207,5 +206,5 @@ def _parts_of_report(
     return parts
 
 
-def _data(trainer: Trainer) -> TaskDataModule:
-    return cast(TaskDataModule, getattr(trainer, "datamodule", None))
+def _data(trainer: Trainer) -> BaseDataModule:
+    return cast(BaseDataModule, getattr(trainer, "datamodule", None))

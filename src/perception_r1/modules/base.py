@@ -19,10 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics
-from perception_r1.mixture import AnyTask
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
+from perception_r1.task import AnyTask
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Updates that may be skipped one after another before training stops: by then the weights do not recover."""

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from perception_r1.mixture import AnyTask, task_of
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.policy import Policy
 from perception_r1.records import LoadedSample
+from perception_r1.task import AnyTask, task_of
 
 
 def encode_prompts(policy: Policy, task: AnyTask, samples: Sequence[LoadedSample[Any]]) -> PromptBatch:

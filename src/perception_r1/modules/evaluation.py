@@ -19,7 +19,6 @@ from torchmetrics import MetricCollection
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics, make_metrics, update_metrics
-from perception_r1.mixture import AnyTask, Mixture, part_of, task_of_source, tasks_of
 from perception_r1.modules.encoding import encode_prompts
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
@@ -28,7 +27,7 @@ from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import LoadedSample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion, parse_completions, score_completions
-from perception_r1.task import Task
+from perception_r1.task import AnyTask, Mixture, Task, part_of, task_of_source, tasks_of
 
 MEAN_OF_PRIMARY = "mean_of_primary_metrics"
 """Metric of a validation of several tasks."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from perception_r1.grpo import ScaleRewards, reward_to_go_advantages
-from perception_r1.mixture import AnyTask
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.packing import MicroBatch
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.scoring import ScoredCompletion, prefix_rewards
+from perception_r1.task import AnyTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

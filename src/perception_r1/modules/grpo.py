@@ -30,7 +30,6 @@ from perception_r1.grpo import (
     sampler_weights,
     token_weights,
 )
-from perception_r1.mixture import AnyTask, tasks_of
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import evaluation_mode
@@ -42,6 +41,7 @@ from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
+from perception_r1.task import AnyTask, Mixture, tasks_of
 
 
 class GRPO(PolicyModule):
@@ -336,6 +336,8 @@ class GRPO(PolicyModule):
         values = {tag: value for tag, value in self.train_metrics.compute().items() if not value.isnan()}
         self.log_dict(values, batch_size=1)
         self.train_metrics.reset()
+        if isinstance(self.task, Mixture):
+            metrics = metrics | {"reward": float(rewards.mean())}
         num_tokens = [len(completion) for completion in rollout.completions]
         self.log_train(
             metrics

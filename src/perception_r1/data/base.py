@@ -1,0 +1,160 @@
+"""What data modules share: from the samples of each split to batches on each device, in a resumable order."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from perception_r1.data.loading import (
+    Batch,
+    BatchDataset,
+    EvalBatchSampler,
+    ResumableLoader,
+    TrainBatchSampler,
+    eval_loader,
+)
+from perception_r1.data.samples import subset
+from perception_r1.data.splits import Samples
+from perception_r1.errors import UserError
+from perception_r1.records import LoadedSample, Split
+from perception_r1.task import AnyTask
+
+
+class BaseDataModule(LightningDataModule, ABC):
+    """Batches of samples. Every batch that reaches a module is a `list[LoadedSample]`.
+
+    Training batches come in an order that depends on seed and epoch alone and is resumed exactly. Evaluation shows
+    every sample once, on all devices together.
+
+    Args:
+        batch_size: Prompts per training step and device.
+        global_batch_size: Prompts per training step on all devices together, in place of `batch_size`; the number of
+            devices must divide it.
+        eval_batch_size: Most samples in an evaluation batch.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        seed: Seed of the synthetic scenes and of the training order.
+        eval_split: The split that `test` evaluates; with "train" it makes the file for `curriculum`.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 8,
+        global_batch_size: int | None = None,
+        eval_batch_size: int = 100,
+        num_workers: int = 0,
+        seed: int = 0,
+        eval_split: Split = "test",
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.global_batch_size = global_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.eval_split = eval_split
+        self._answered: Set[tuple[str, str]] = frozenset()
+        positive = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        positive |= {} if global_batch_size is None else {"global_batch_size": global_batch_size}
+        check_numbers(positive, 1)
+        check_numbers({"num_workers": num_workers, "seed": seed}, 0)
+
+    @property
+    @abstractmethod
+    def task(self) -> AnyTask:
+        """The task or tasks of the samples, which the command line hands to the module."""
+
+    @abstractmethod
+    def samples(self, split: Split) -> Samples:
+        """The samples of a split that is set up, source by source; images of files are not loaded."""
+
+    @property
+    @abstractmethod
+    def tested_sources(self) -> tuple[str, ...]:
+        """Names of the sources that `test` evaluates, as in `Sample.source`, at least one: each has a loader."""
+
+    @abstractmethod
+    def train_order(self, epoch: int) -> Sequence[int]:
+        """Indices of the training samples of an epoch, in the order in which they are shown."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hex digest of everything that determines the samples of all splits; it needs no setup."""
+
+    def leave_out(self, answered: Set[tuple[str, str]]) -> None:
+        """Do not test these samples, given by source and id: an evaluation that goes on has their answers already."""
+        self._answered = answered
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Full training batches for this device, resumable.
+
+        Raises:
+            UserError: `global_batch_size` does not go with the number of devices, or there are too few samples.
+        """
+        samples = self.samples("train")
+        rank, world_size = self._ranks()
+        batch_size = self.batch_size if self.global_batch_size is None else self.global_batch_size // world_size
+        if self.global_batch_size is not None and self.global_batch_size % world_size:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} cannot be shared evenly by {world_size} devices; "
+                f"{batch_size * world_size or world_size} can"
+            )
+        settings = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+        batches = TrainBatchSampler(len(samples), order=self.train_order, **settings)
+        return ResumableLoader(BatchDataset(samples), batches, self.num_workers, self._num_done)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation batches for this device."""
+        return self._eval_loader(self.samples("val"))
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Test batches for this device: one loader for each of `tested_sources`, in a list if there are several."""
+        samples, sources = self.samples(self.eval_split), self.tested_sources
+        if len(sources) == 1 and not self._answered:
+            return self._eval_loader(samples)
+        indices: dict[str, list[int]] = {source: [] for source in sources}
+        for index, sample in enumerate(samples):
+            if (sample.source, sample.id) not in self._answered:
+                indices[sample.source].append(index)
+        loaders = [self._eval_loader(subset(samples, chosen)) for chosen in indices.values()]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> list[LoadedSample[Any]]:
+        """Unwrap the samples; images stay on the CPU until the policy encodes them."""
+        return batch.samples
+
+    def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
+        rank, world_size = self._ranks()
+        batches = EvalBatchSampler(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
+        return eval_loader(BatchDataset(samples), batches, self.num_workers)
+
+    def _num_done(self) -> int:
+        """Batches of this epoch that the trainer has done."""
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+
+    def _ranks(self) -> tuple[int, int]:
+        """Rank of this process and number of processes.
+
+        Raises:
+            UserError: The trainer is set to swap the samplers for its own.
+        """
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise UserError("overfit_batches is not supported: use few samples and shuffle=false instead")
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def check_numbers(numbers: Mapping[str, int], least: int) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        UserError: Names the setting.
+    """
+    for name, value in numbers.items():
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
