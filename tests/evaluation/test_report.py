@@ -12,7 +12,7 @@ from rich.console import Console
 from perception_r1.callbacks.log_samples import sample_card
 from perception_r1.drawing import contact_sheet
 from perception_r1.evaluation.paper import PAPER_METRICS, Comparison
-from perception_r1.evaluation.report import Part, write_report
+from perception_r1.evaluation.report import TaskResults, write_report
 from perception_r1.records import Score
 from perception_r1.tasks.grounding import Grounding
 from tests.callbacks.toy import ToyTask, toy_samples, toy_scored
@@ -37,7 +37,7 @@ def report(
 ) -> str:
     write_report(
         folder,
-        [Part(task=task, metrics=metrics, comparison=comparison)],
+        [TaskResults(task=task, metrics=metrics, comparison=comparison)],
         split="val",
         scored_completion=lambda index: (task, (scored_completions or scored_with(rewards))[index]),
         rewards=list(rewards),

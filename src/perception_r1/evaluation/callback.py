@@ -20,7 +20,7 @@ from perception_r1.data.base import BaseDataModule
 from perception_r1.evaluation.key import EVALUATION
 from perception_r1.evaluation.paper import compare
 from perception_r1.evaluation.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
-from perception_r1.evaluation.report import Part, write_report
+from perception_r1.evaluation.report import TaskResults, write_report
 from perception_r1.metrics import make_metrics, published_values, update_metrics
 from perception_r1.scoring import ScoredCompletion, score_as_published
 from perception_r1.task import Task, part_of, task_of, task_of_source, tasks_of
@@ -144,7 +144,7 @@ class Evaluation(Callback):
 
         write_report(
             self._folder,
-            _parts_of_report(module, metrics, rows),
+            _task_results(module, metrics, rows),
             split=datamodule.eval_split,
             scored_completion=scored_completion,
             rewards=[row["reward"] for row in rows],
@@ -189,11 +189,11 @@ class Evaluation(Callback):
             _data(trainer).leave_out(frozenset())
 
 
-def _parts_of_report(
+def _task_results(
     module: "EvaluationModule", metrics: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]
-) -> list[Part]:
+) -> list[TaskResults]:
     """What was found of each task."""
-    parts = []
+    results = []
     for name, task in tasks_of(module.task).items():
         comparison = compare(
             task,
@@ -202,8 +202,8 @@ def _parts_of_report(
             rows=[row for row in rows if part_of(module.task, row["source"]) == name],
         )
         own = {source: values for source, values in metrics.items() if part_of(module.task, source) == name}
-        parts.append(Part(task=task, metrics=own, comparison=comparison))
-    return parts
+        results.append(TaskResults(task=task, metrics=own, comparison=comparison))
+    return results
 
 
 def _data(trainer: Trainer) -> BaseDataModule:

@@ -24,7 +24,7 @@ _HEADINGS = ("data", "metric", "strict", "as published", "paper: before", "paper
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class TaskResults:
     """What was found of one task.
 
     Attributes:
@@ -40,7 +40,7 @@ class Part:
 
 def write_report(
     folder: Path,
-    parts: Sequence[Part],
+    results: Sequence[TaskResults],
     *,
     split: Split,
     scored_completion: Callable[[int], tuple[Task[Any, Any], ScoredCompletion]],
@@ -52,7 +52,7 @@ def write_report(
 
     Args:
         folder: Where they go.
-        parts: What was found of each task.
+        results: What was found of each task.
         split: What was evaluated.
         scored_completion: That of the sample with an index, its picture not loaded, and its task.
         rewards: Of every sample.
@@ -60,11 +60,11 @@ def write_report(
         checkpoint: What was evaluated; None: the model before training.
     """
     ranked = sorted(range(len(rewards)), key=rewards.__getitem__)
-    names = ", ".join(part.task.name for part in parts)
+    names = ", ".join(part.task.name for part in results)
     lines = [f"# Evaluation of {names}", "", f"Checkpoint: {checkpoint or 'none, the model as it is'}. "]
     lines += [f"{len(rewards)} samples of the {split} split, greedy decoding.", ""]
-    rows = [row for part in parts for row in _rows(part)]
-    told = dict.fromkeys(sentence for part in parts for sentence in sentences(part))
+    rows = [row for part in results for row in _rows(part)]
+    told = dict.fromkeys(sentence for part in results for sentence in sentences(part))
     lines += [f"| {' | '.join(cells)} |" for cells in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)] + [""]
     lines += [line for sentence in told for line in (sentence, "")]
     for title, chosen in (("worst", ranked[:num_samples]), ("best", ranked[::-1][:num_samples])):
@@ -74,12 +74,12 @@ def write_report(
             lines += [f"## {title.capitalize()} answers", "", f"![{title} answers]({title}.png)", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     console = get_console()
-    primary = {(source, part.task.primary_metric) for part in parts for source in part.metrics}
+    primary = {(source, part.task.primary_metric) for part in results for source in part.metrics}
     console.print(_table(rows, primary))
     console.print(Text.assemble(("report       ", "bold"), str(folder / "report.md")), soft_wrap=True)
 
 
-def sentences(part: Part) -> list[str]:
+def sentences(part: TaskResults) -> list[str]:
     """What the table shows, in words: how answers were read, and what keeps the paper's metrics out."""
     task, metrics, comparison = part.task, part.metrics, part.comparison
     if not task.published_metric_names:
@@ -108,7 +108,7 @@ def sentences(part: Part) -> list[str]:
     return found
 
 
-def _rows(part: Part) -> list[list[str]]:
+def _rows(part: TaskResults) -> list[list[str]]:
     """The cells of the table: the primary metric of each source first, then what the paper has."""
     rows, primary_metric = [], part.task.primary_metric
     for source, values in part.metrics.items():
