@@ -123,8 +123,10 @@ class Score:
         reward: The weighted sum that GRPO maximises.
         components: The unweighted reward components by name.
         metrics: Evaluation metrics of this one sample by name (0/1 for an accuracy, a count for a number of errors).
+        reward_terms: Weights and values whose weighted sum, once bounded, is the reward; none where it is no sum.
     """
 
     reward: float
     components: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    reward_terms: tuple[tuple[float, float], ...] = ()

@@ -50,7 +50,7 @@ def answered(module, target, *lists):
 
 def advantages(module, rollout, scored):
     rewards = torch.tensor([each.score.reward for each in scored], dtype=torch.float64)
-    return module.advantages(rollout, scored, rewards, len(scored))
+    return module.advantages.compute(module, rollout, scored, rewards, len(scored))
 
 
 @pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -88,7 +88,7 @@ def test_a_box_is_not_blamed_for_the_one_before_it(module):
     assert ["cat" in text for text, _ in runs] == [True, False, False]
     assert ["dog" in text for text, _ in runs] == [False, True, False]
     assert runs[-1][0].endswith("<|im_end|>")
-    module.credit_assignment = "completion"
+    module.advantages.credit_assignment = "completion"
     assert advantages(module, rollout, scored).shape == (2,)
 
 

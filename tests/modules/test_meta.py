@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from perception_r1.grpo import SamplerCorrection
+from perception_r1.grpo.loss import SamplerCorrection
 from perception_r1.modules import GRPO
 from perception_r1.modules.experience import Experience
 from perception_r1.policy.packing import plan_micro_batches

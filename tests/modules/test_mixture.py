@@ -99,16 +99,18 @@ def test_an_evaluation_has_metrics_and_a_report_of_every_task(tmp_path):
     assert len(rows) == 9
 
 
-@pytest.mark.parametrize("kind", [GRPO, SFT])
-def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "options"), [(GRPO, {}), (GRPO, {"scale_rewards": "task"}), (SFT, {})], ids=["GRPO", "task", "SFT"]
+)
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, kind, options):
     weights = []
     for name, stops in (("whole", (5,)), ("resumed", (2, 5))):
         for steps in stops:
             data = mixed()
             last = tmp_path / name / "version_0" / "checkpoints" / "last.ckpt"
-            options = {"ckpt_path": last if last.exists() else None, "max_steps": steps, "data": data}
-            module = made(data, kind, decay="constant")
-            fit(tmp_path, tmp_path / name, module, [Checkpoints()], limit_val_batches=1.0, **options)
+            module = made(data, kind, decay="constant", **options)
+            settings = {"ckpt_path": last if last.exists() else None, "max_steps": steps, "data": data}
+            fit(tmp_path, tmp_path / name, module, [Checkpoints()], limit_val_batches=1.0, **settings)
         weights.append(trained_weights(module))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 

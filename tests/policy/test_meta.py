@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from perception_r1.grpo import grpo_loss
+from perception_r1.grpo.loss import grpo_loss
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.policy.policy import Policy

@@ -9,7 +9,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,9 @@ def _score(argv: Sequence[str]) -> int:
     for row, scored, other in zip(rows, scored_completions, published, strict=True):
         told = {"id": row.values["id"]} if "id" in row.values else {}
         prediction = task.serialize_prediction(scored.prediction, scored.image_size)
-        told |= asdict(scored.score) | {"prediction": prediction}
+        score = scored.score
+        told |= {"reward": score.reward, "components": score.components, "metrics": score.metrics}
+        told |= {"prediction": prediction}
         if task.published_metric_names:
             told["published"] = {
                 name: value for name, value in other.score.metrics.items() if name in task.published_metric_names

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from perception_r1.grpo import ScaleRewards, reward_to_go_advantages
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.packing import MicroBatch
-from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
-from perception_r1.scoring import ScoredCompletion, prefix_rewards
-from perception_r1.task import AnyTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,41 +37,6 @@ class Experience:
     def select(self, micro_batch: MicroBatch) -> tuple[PromptBatch, list[Tensor]]:
         """Prompts and completions of a micro-batch."""
         return self.prompts.select(micro_batch.prompts), [self.completions[row] for row in micro_batch.rows]
-
-
-def box_advantages(
-    task: AnyTask,
-    policy: Policy,
-    rollout: Rollout,
-    scored_completions: Sequence[ScoredCompletion],
-    *,
-    group_size: int,
-    scale: ScaleRewards,
-    dtype: torch.dtype,
-) -> Tensor:
-    """[N, T] advantages of tokens, on the CPU: each has that of the box to which it belongs.
-
-    Args:
-        task: The task that scored.
-        policy: The policy that wrote, for its codec and its tokens.
-        rollout: N completions.
-        scored_completions: The same, scored.
-        group_size: G.
-        scale: See `reward_to_go_advantages`.
-        dtype: Of the advantages.
-    """
-    found = [prefix_rewards(task, policy.codec, scored) for scored in scored_completions]
-    gained = [
-        [*(reward for _, reward in prefixes), scored.score.reward]
-        for prefixes, scored in zip(found, scored_completions, strict=True)
-    ]
-    rows = []
-    advantages = reward_to_go_advantages(gained, group_size, scale=scale)
-    for completion, prefixes, parts in zip(rollout.completions, found, advantages, strict=True):
-        ends = torch.tensor([end for end, _ in prefixes[1:]])
-        token_ends = torch.tensor(policy.processor.token_ends(completion))
-        rows.append(torch.tensor(parts, dtype=dtype)[torch.searchsorted(ends, token_ends)])
-    return pad_sequence(rows, batch_first=True)
 
 
 def logprob_mismatch(rollout: Rollout, micro_batches: Sequence[MicroBatch], old_logprobs: Sequence[Tensor]) -> float:

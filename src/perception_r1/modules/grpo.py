@@ -1,6 +1,6 @@
 """GRPO as a LightningModule: roll out, score, compare within the group, update.
 
-`training_step` is the algorithm; the arithmetic is in `perception_r1/grpo.py`, the network in `perception_r1/policy/`.
+`training_step` is the algorithm; the arithmetic is in `perception_r1/grpo/`, the network in `perception_r1/policy/`.
 
 Legend: B prompts, G completions per prompt, N = B*G completions, T completion tokens (longest).
 """
@@ -16,24 +16,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from perception_r1.errors import UserError
-from perception_r1.grpo import (
-    AdvantageEstimator,
-    CreditAssignment,
+from perception_r1.grpo.advantages import has_zero_std
+from perception_r1.grpo.loss import (
     ImportanceSamplingLevel,
     LossType,
     Objective,
     SamplerCorrection,
-    ScaleRewards,
-    group_advantages,
     grpo_loss,
-    has_zero_std,
     sampler_weights,
     token_weights,
 )
+from perception_r1.modules.advantages import AdvantageEstimator, Advantages, CreditAssignment, ScaleRewards
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import evaluation_mode
-from perception_r1.modules.experience import Experience, box_advantages, logprob_mismatch
+from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
@@ -41,7 +38,7 @@ from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
-from perception_r1.task import AnyTask, Mixture, tasks_of
+from perception_r1.task import AnyTask, Mixture
 
 
 class GRPO(PolicyModule):
@@ -71,9 +68,11 @@ class GRPO(PolicyModule):
             (dapo), or summed over a constant length (dr_grpo).
         credit_assignment: Every token of a completion has its advantage (completion); or each box its own, by what the
             reward gained from it on (box, see `reward_to_go_advantages`). Answers without boxes have one advantage.
-        advantage_estimator: Compare a reward with the mean of its group (grpo), or of the others in it (rloo).
+        advantage_estimator: Compare a reward with the mean of its group (grpo) or of the others in it (rloo), or
+            compare each term of the reward by itself, on a scale of its own (gdpo).
         scale_rewards: Divide advantages by the standard deviation of their group, by that of the whole batch on all
-            devices, or by nothing (none, as Dr. GRPO).
+            devices, by that of the rewards of their task over the last steps, some hundred (task), or by nothing (none,
+            as Dr. GRPO).
         **kwargs: Those of `PolicyModule`.
     """
 
@@ -125,19 +124,15 @@ class GRPO(PolicyModule):
         self.sampler_correction: SamplerCorrection | None = sampler_correction
         self.sampler_correction_cap = sampler_correction_cap
         self.num_iterations = num_iterations
-        if credit_assignment == "box" and (
-            advantage_estimator != "grpo" or any(each.think for each in tasks_of(task).values())
-        ):
-            raise UserError("credit_assignment box goes with advantage_estimator grpo, and not with think.")
         if not (sapo_temperature_pos > 0 and sapo_temperature_neg > 0):
             raise UserError("sapo_temperature_pos and sapo_temperature_neg must be above 0.")
         self.objective: Objective = objective
         self.importance_sampling_level: ImportanceSamplingLevel = importance_sampling_level
         self.sapo_temperatures = sapo_temperature_pos, sapo_temperature_neg
         self.loss_type: LossType = loss_type
-        self.credit_assignment: CreditAssignment = credit_assignment
-        self.advantage_estimator: AdvantageEstimator = advantage_estimator
-        self.scale_rewards: ScaleRewards = scale_rewards
+        self.advantages = Advantages(
+            task, estimator=advantage_estimator, scale_rewards=scale_rewards, credit_assignment=credit_assignment
+        )
         self.reference: Policy | None = None
 
     @property
@@ -167,7 +162,7 @@ class GRPO(PolicyModule):
         dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
         rewards = torch.tensor([scored.score.reward for scored in scored_completions], dtype=dtype)
         with self.phase("reward"):
-            advantages = self.advantages(rollout, scored_completions, rewards, group_size)
+            advantages = self.advantages.compute(self, rollout, scored_completions, rewards, group_size)
         experience = self.make_experience(prompts, rollout, advantages)
         reference_logprobs = self.reference_logprobs(experience)
         metrics, old_logprobs = self.update(experience, reference_logprobs)
@@ -204,28 +199,6 @@ class GRPO(PolicyModule):
                     temperature=self.temperature,
                     top_p=self.top_p,
                 )
-
-    def advantages(
-        self, rollout: Rollout, scored_completions: Sequence[ScoredCompletion], rewards: Tensor, group_size: int
-    ) -> Tensor:
-        """[N] advantages of completions, or [N, T] of their tokens, by the options of this module; on the CPU."""
-        if self.credit_assignment == "completion":
-            return group_advantages(
-                rewards,
-                group_size,
-                estimator=self.advantage_estimator,
-                scale=self.scale_rewards,
-                batch_std=self.std_over_devices(rewards) if self.scale_rewards == "batch" else None,
-            )
-        return box_advantages(
-            self.task,
-            self.policy,
-            rollout,
-            scored_completions,
-            group_size=group_size,
-            scale=self.scale_rewards,
-            dtype=rewards.dtype,
-        )
 
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
         """Bundle what the updates need; the advantages are on the CPU, for they decide what is computed.
@@ -322,6 +295,16 @@ class GRPO(PolicyModule):
         sampled = pad_sequence([experience.sampled_logprobs[row] for row in micro_batch.rows], batch_first=True)
         cap = self.sampler_correction_cap
         return sampler_weights(old_logprobs, sampled, is_token, correction=self.sampler_correction, cap=cap)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next advantages depend on, besides the counters of the run."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["run"]["advantages"] = self.advantages.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take both up again."""
+        super().on_load_checkpoint(checkpoint)
+        self.advantages.load_state_dict(checkpoint["run"].get("advantages", {"moments": {}}))
 
     def log_step(
         self,

@@ -211,7 +211,9 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         gains = {name: weight for name, weight in self._weights.items() if name != "missing"}
         gain = sum(weight * components[name] for name, weight in gains.items())
         reward = min(max(gain - self.missing_weight * components["missing"], 0.0), sum(gains.values()))
-        return Score(reward=reward, components=components, metrics=metrics)
+        signed = self._weights | {"missing": -self.missing_weight}
+        reward_terms = tuple((weight, components[name]) for name, weight in signed.items())
+        return Score(reward=reward, components=components, metrics=metrics, reward_terms=reward_terms)
 
     def num_objects(self, target: DetectionTarget) -> int:
         """Those of the image."""

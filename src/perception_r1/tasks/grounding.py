@@ -129,8 +129,9 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
             "false_positives": len(boxes) - hit,
             "false_negatives": 1 - hit,
         }
-        reward = self.format_weight * components["format"] + self.iou_weight * overlap**2
-        return Score(reward=reward, components=components, metrics=metrics)
+        reward_terms = (self.format_weight, components["format"]), (self.iou_weight, overlap**2)
+        reward = sum(weight * value for weight, value in reward_terms)
+        return Score(reward=reward, components=components, metrics=metrics, reward_terms=reward_terms)
 
     def overlays(self, answer: GroundingTarget | GroundingPrediction) -> Sequence[Overlay]:
         """The box of a target, every box of a prediction."""

@@ -1,6 +1,5 @@
-"""The arithmetic of GRPO: tensors in, tensors out.
+"""The loss of GRPO: tensors in, tensors out.
 
-    advantage   A_i = (r_i - mean(r_group)) / (std(r_group) + 1e-4), std unbiased
     objective   min(ratio * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A) - beta * kl      per token
     ratio       exp(logp - logp_old)
     kl          exp(ref - logp) - (ref - logp) - 1                                          the k3 estimator
@@ -8,14 +7,11 @@
 The loss is the negative objective, summed with the token weights of `token_weights`. Deviation from DeepSeekMath's
 GRPO (arXiv 2402.03300): none for the loss "grpo"; "dapo" and "dr_grpo" follow arXiv 2503.14476 and 2503.20783.
 
-Besides it there are other advantages (`group_advantages`: RLOO, batch-wise scale), other objectives and ratios of whole
-completions (`grpo_loss`: CISPO, SAPO, GSPO).
+Besides it there are other objectives, and ratios of whole completions (`grpo_loss`: CISPO, SAPO, GSPO).
 
-Legend: B prompts, G completions per prompt, N = B*G completions, T completion tokens (longest).
+Legend: N completions, T completion tokens (longest).
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,104 +19,9 @@ import torch
 from torch import Tensor
 
 LossType = Literal["grpo", "dapo", "dr_grpo"]
-AdvantageEstimator = Literal["grpo", "rloo"]
-ScaleRewards = Literal["group", "batch", "none"]
 Objective = Literal["clip", "cispo", "sapo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
-CreditAssignment = Literal["completion", "box"]
 SamplerCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-
-_STD_FLOOR = 1e-4
-
-
-def group_advantages(
-    rewards: Tensor,
-    group_size: int,
-    *,
-    estimator: AdvantageEstimator = "grpo",
-    scale: ScaleRewards = "group",
-    batch_std: Tensor | None = None,
-) -> Tensor:
-    """How much better each completion is than its group.
-
-    Args:
-        rewards: [N] rewards, the G completions of a prompt after one another.
-        group_size: G, at least 2.
-        estimator: What a reward is compared with: the mean of its group (grpo), or that of the others in its group,
-            which makes it G / (G - 1) times as large (rloo, arXiv 2402.14740).
-        scale: Divide by the standard deviation of the group, of all rewards of the batch (arXiv 2508.08221), or not at
-            all (arXiv 2503.20783).
-        batch_std: That of the rewards of all devices; of `rewards` unless given.
-
-    Returns:
-        [N] advantages; zero throughout a group of equal rewards.
-
-    Raises:
-        ValueError: The group is too small, or the rewards cannot be grouped.
-
-    >>> group_advantages(torch.tensor([1.0, 0.0, 0.5, 0.5]), 2).round(decimals=3)
-    tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
-    """
-    if group_size < 2:
-        raise ValueError(f"group_size is {group_size}; a completion is compared with its group, so use 2 or more.")
-    if rewards.ndim != 1 or len(rewards) % group_size:
-        raise ValueError(f"{tuple(rewards.shape)} rewards cannot be grouped by {group_size}.")
-    groups = rewards.view(-1, group_size)  # [B, G]
-    centred = groups - groups.mean(1, keepdim=True)
-    if estimator == "rloo":
-        centred = centred * (group_size / (group_size - 1))
-    if scale == "group":
-        centred = centred / (groups.std(1, keepdim=True) + _STD_FLOOR)
-    elif scale == "batch":
-        centred = centred / ((rewards.std() if batch_std is None else batch_std) + _STD_FLOOR)
-    return centred.masked_fill(has_zero_std(rewards, group_size)[:, None], 0.0).flatten()
-
-
-def reward_to_go_advantages(
-    rewards: Sequence[Sequence[float]], group_size: int, *, scale: ScaleRewards = "group"
-) -> list[list[float]]:
-    """Advantages of the parts of completions: what the reward still gained from a part on, compared with its group.
-
-    The reward of a completion is the sum of what its parts added to it, so a part has no influence on what was added
-    before it, and the gradient of the expected reward needs only what was added from there on: the policy gradient with
-    rewards to go, of which `baseline` takes the mean over the completions of the group that have a part of this number.
-    It depends on the completion itself by one part in the number of these, as GRPO's does by one in G.
-
-    Args:
-        rewards: Of each of N completions, n + 2 numbers: the reward after none, one, ..., n boxes, and that of the
-            whole. The last of its n + 1 parts is what stands behind the boxes.
-        group_size: G, the completions of a prompt after one another.
-        scale: Divide by the root mean square of what is left in a group or in all, or not at all.
-
-    Returns:
-        Advantages of each completion's n + 1 parts.
-
-    >>> reward_to_go_advantages([[0.0, 1.0, 1.0], [0.0, 0.5, 0.25]], 2, scale="none")
-    [[0.375, 0.125], [-0.375, -0.125]]
-    """
-    groups = [rewards[start : start + group_size] for start in range(0, len(rewards), group_size)]
-    centred: list[list[list[float]]] = []
-    for group in groups:
-        to_go = [[row[-1] - before for before in row[:-1]] for row in group]
-        longest = max(map(len, to_go))
-        parts = [[row[number] for row in to_go if number < len(row)] for number in range(longest)]
-        baseline = [sum(values) / len(values) if min(values) < max(values) else values[0] for values in parts]
-        centred.append([[value - baseline[number] for number, value in enumerate(row)] for row in to_go])
-    if scale == "none":
-        return [row for group in centred for row in group]
-    batch = [value for group in centred for row in group for value in row]
-    scaled = []
-    for group in centred:
-        values = batch if scale == "batch" else [value for row in group for value in row]
-        size = math.sqrt(sum(value * value for value in values) / len(values)) + _STD_FLOOR
-        scaled += [[value / size for value in row] for row in group]
-    return scaled
-
-
-def has_zero_std(rewards: Tensor, group_size: int) -> Tensor:
-    """[B] True where all rewards of a group are the same; their mean and deviation are exact only up to rounding."""
-    groups = rewards.view(-1, group_size)  # [B, G]
-    return groups.amax(1) == groups.amin(1)
 
 
 def token_weights(

@@ -1,23 +1,12 @@
-import json
+"""The loss and its gradients beside loops over tokens in plain Python."""
+
 import math
-import random
-import statistics
-from pathlib import Path
 
 import pytest
 import torch
 
-from perception_r1.grpo import (
-    group_advantages,
-    grpo_loss,
-    has_zero_std,
-    k3_kl,
-    reward_to_go_advantages,
-    sampler_weights,
-    token_weights,
-)
+from perception_r1.grpo.loss import grpo_loss, k3_kl, sampler_weights, token_weights
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden/advantages.jsonl").read_text().splitlines()]
 LENGTHS = [3, 1, 4, 2]
 CLIP_LOW, CLIP_HIGH, KL_COEF = 0.2, 0.3, 0.04
 
@@ -70,42 +59,6 @@ def loss_of(policy, old, reference, advantages, weights, mask, kl_coef=KL_COEF):
         clip_eps_high=CLIP_HIGH,
         kl_coef=kl_coef,
     )
-
-
-@pytest.mark.parametrize("row", GOLDEN)
-def test_advantages_agree_with_worked_values(row):
-    rewards = torch.tensor(row["rewards"], dtype=torch.float64)
-    advantages = group_advantages(rewards.flatten(), rewards.shape[1])
-    torch.testing.assert_close(advantages.view_as(rewards), torch.tensor(row["expect"]).double(), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("group_size", [2, 3, 5, 7, 8, 16])
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_equal_rewards_give_zero_advantage_whatever_the_rounding(group_size, scale):
-    rewards = torch.rand(200, generator=torch.Generator().manual_seed(0)).repeat_interleave(group_size)
-    assert torch.equal(group_advantages(rewards, group_size, scale=scale), torch.zeros(len(rewards)))
-    assert has_zero_std(rewards, group_size).all()
-
-
-def test_a_group_with_one_other_reward_is_no_equal_group():
-    assert has_zero_std(torch.tensor([0.1, 0.1, 0.1, 0.2, 0.3, 0.3]), 3).tolist() == [True, False]
-
-
-def test_unscaled_advantages_are_differences_from_the_mean():
-    advantages = group_advantages(torch.tensor([1.0, 0.0, 5.0, 3.0]), 2, scale="none")
-    assert advantages.tolist() == [0.5, -0.5, 1.0, -1.0]
-
-
-@pytest.mark.parametrize("group_size", [1, 0, -2])
-def test_a_group_of_one_is_refused(group_size):
-    with pytest.raises(ValueError, match=f"group_size is {group_size}"):
-        group_advantages(torch.ones(4), group_size)
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 3), ()])
-def test_rewards_that_cannot_be_grouped_are_refused(shape):
-    with pytest.raises(ValueError, match="cannot be grouped by 3"):
-        group_advantages(torch.ones(shape), 3)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
@@ -201,26 +154,6 @@ def test_the_kl_estimate_is_never_negative_and_unbiased():
 # --------------------------------------------------------------------------------- other advantages and objectives
 
 
-def test_rloo_compares_with_the_mean_of_the_others():
-    rewards = torch.tensor([1.0, 0.25, 0.5, 2.0, 2.0, -1.0], dtype=torch.float64)
-    found = group_advantages(rewards, 3, estimator="rloo", scale="none")
-    for index, reward in enumerate(rewards.tolist()):
-        group = rewards[index // 3 * 3 : index // 3 * 3 + 3].tolist()
-        others = [other for k, other in enumerate(group) if k != index % 3]
-        assert float(found[index]) == pytest.approx(reward - sum(others) / 2, rel=1e-12)
-
-
-@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
-def test_a_batch_has_one_scale(estimator):
-    rewards = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    plain = group_advantages(rewards, 4, estimator=estimator, scale="none")
-    deviation = statistics.stdev(rewards.tolist())
-    scaled = group_advantages(rewards, 4, estimator=estimator, scale="batch")
-    torch.testing.assert_close(scaled, plain / (deviation + 1e-4))
-    told = group_advantages(rewards, 4, estimator=estimator, scale="batch", batch_std=torch.tensor(3.0))
-    torch.testing.assert_close(told, plain / (3 + 1e-4))
-
-
 def naive_objective(objective, ratio, logp, advantage, low, high):
     """Value and slope in the log-probability of one token whose ratio is its own."""
     bounded = min(max(ratio, 1 - low), 1 + high)
@@ -287,86 +220,6 @@ def test_all_objectives_pull_alike_on_the_first_update(objective, level):
     mask = is_token()
     grpo_loss(leaf, policy, None, advantages=advantages, weights=weights, is_token=mask, **options).loss.backward()
     torch.testing.assert_close(leaf.grad, (-advantages * weights)[:, None].expand_as(policy).masked_fill(~mask, 0.0))
-
-
-# ------------------------------------------------------------------------------------------------ rewards to go
-
-
-def naive_to_go(rewards, group_size, scale):
-    """Part by part, in plain Python."""
-    left = [[row[-1] - row[part] for part in range(len(row) - 1)] for row in rewards]
-    found = []
-    for index, row in enumerate(left):
-        group = left[index // group_size * group_size :][:group_size]
-        found.append(
-            [value - statistics.mean(other[k] for other in group if len(other) > k) for k, value in enumerate(row)]
-        )
-    scaled = []
-    for index, row in enumerate(found):
-        group = found[index // group_size * group_size :][:group_size] if scale == "group" else found
-        values = [value for other in group for value in other]
-        size = 1 if scale == "none" else math.sqrt(statistics.mean(value**2 for value in values)) + 1e-4
-        scaled.append([value / size for value in row])
-    return scaled
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_rewards_to_go_equal_a_loop_over_parts(scale):
-    draw = random.Random(0)
-    rewards = [[draw.random() for _ in range(draw.randrange(2, 7))] for _ in range(12)]
-    found = reward_to_go_advantages(rewards, 4, scale=scale)
-    for row, expected in zip(found, naive_to_go(rewards, 4, scale), strict=True):
-        assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_a_group_in_which_nothing_differs_has_no_advantage(scale):
-    assert reward_to_go_advantages([[0.1, 0.3, 0.7, 0.6]] * 3, 3, scale=scale) == [[0.0] * 3] * 3
-
-
-def test_without_boxes_they_are_differences_of_rewards():
-    rewards = [0.25, 1.0, 0.5, 2.0]
-    found = reward_to_go_advantages([[0.125, reward] for reward in rewards], 4, scale="none")
-    assert [row[0] for row in found] == group_advantages(torch.tensor(rewards), 4, scale="none").tolist()
-
-
-def test_their_gradient_is_that_of_the_expected_reward():
-    """Over all groups of two completions of two boxes, each of one of two kinds, weighted by how probable they are."""
-    logits = torch.randn(
-        3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )  # first; second given it
-    after = {(): 0.25, (0,): 0.5, (1,): -0.25, (0, 0): 1.0, (0, 1): 0.75, (1, 0): 2.0, (1, 1): -1.0}
-    pairs = [(first, second) for first in (0, 1) for second in (0, 1)]
-
-    def logprobs(leaf, pair):
-        return torch.stack([leaf[0].log_softmax(0)[pair[0]], leaf[1 + pair[0]].log_softmax(0)[pair[1]]])
-
-    exact = logits.clone().requires_grad_()
-    sum(logprobs(exact, pair).sum().exp() * after[pair] for pair in pairs).backward()
-    expected = torch.zeros_like(logits)
-    for one in pairs:
-        for other in pairs:
-            rewards = [[after[()], after[pair[:1]], after[pair], after[pair]] for pair in (one, other)]
-            advantages = reward_to_go_advantages(rewards, 2, scale="none")
-            leaf = logits.clone().requires_grad_()
-            rows = torch.stack([logprobs(leaf, one), logprobs(leaf, other)])
-            probability = rows.sum().exp().detach()
-            gain = torch.tensor([row[:2] for row in advantages], dtype=torch.float64)
-            output = grpo_loss(
-                rows,
-                rows.detach(),
-                None,
-                advantages=gain,
-                weights=torch.full((2,), 0.5, dtype=torch.float64),
-                is_token=torch.ones(2, 2, dtype=torch.bool),
-                clip_eps_low=0.2,
-                clip_eps_high=0.2,
-                kl_coef=0.0,
-            )
-            output.loss.backward()
-            expected -= probability * leaf.grad
-    # a completion is half of its own baseline, which takes half of what is common to the group: as in GRPO
-    torch.testing.assert_close(expected, exact.grad / 2, rtol=1e-12, atol=1e-12)
 
 
 def test_advantages_of_tokens_equal_a_loop_over_tokens():

@@ -1,0 +1,1 @@
+"""The arithmetic of GRPO: advantages and loss, tensors in, tensors out."""

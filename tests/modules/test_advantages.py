@@ -1,0 +1,118 @@
+"""Advantages of a step by the options of GRPO: terms of the reward, and running scales of tasks."""
+
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from perception_r1.errors import UserError
+from perception_r1.grpo.advantages import group_advantages
+from perception_r1.modules import GRPO
+from perception_r1.modules.advantages import Advantages
+from perception_r1.records import LabelledBox, Score
+from perception_r1.task import Mixture
+from perception_r1.tasks.counting import Counting
+from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
+from perception_r1.tasks.grounding import Grounding, GroundingPrediction, GroundingTarget
+from perception_r1.tasks.ocr import Ocr, OcrTarget
+from tests.modules.toy import Lottery, fit, make_module
+
+ALONE = SimpleNamespace(mean_over_devices=torch.tensor, std_over_devices=torch.std)
+"""What a module knows of the other devices where there are none."""
+
+
+def options(**changed):
+    return {"estimator": "grpo", "scale_rewards": "group", "credit_assignment": "completion"} | changed
+
+
+def scored(rewards, sources, reward_terms=()):
+    return [
+        SimpleNamespace(sample=SimpleNamespace(source=source), score=Score(reward=reward, reward_terms=reward_terms))
+        for reward, source in zip(rewards, sources, strict=True)
+    ]
+
+
+def test_a_reward_is_the_sum_of_its_terms():
+    box = (0.1, 0.1, 0.5, 0.5)
+    for weight in (1.0, 2.5):
+        task = Grounding(iou_weight=weight, format_weight=0.5)
+        prediction = GroundingPrediction(boxes=((0.1, 0.1, 0.5, 0.4),), label="cup", is_well_formed=True)
+        score = task.score(prediction, GroundingTarget(box=box))
+        assert sum(weight * value for weight, value in score.reward_terms) == pytest.approx(score.reward)
+    cat, dog = LabelledBox(label="cat", box=box), LabelledBox(label="dog", box=(0.5, 0.5, 0.9, 0.9))
+    prediction = DetectionPrediction(objects=(cat,), num_listed=2, is_exact=True)
+    score = Detection(categories=("cat", "dog")).score(prediction, DetectionTarget(objects=(cat, dog)))
+    assert sum(weight * value for weight, value in score.reward_terms) == pytest.approx(score.reward) != 0
+    assert Ocr().score("a", OcrTarget(text="ab")).reward_terms == ()
+
+
+def test_gdpo_scales_each_term_and_then_the_batch():
+    draw = torch.Generator().manual_seed(0)
+    values = torch.rand(6, 2, generator=draw, dtype=torch.float64) * torch.tensor([1.0, 50.0])
+    weights = (1.0, 0.1)
+    completions = [
+        SimpleNamespace(
+            sample=SimpleNamespace(source=""),
+            score=Score(reward=0.0, reward_terms=tuple(zip(weights, row, strict=True))),
+        )
+        for row in values.tolist()
+    ]
+    rewards = torch.zeros(6, dtype=torch.float64)
+    advantages = Advantages(Ocr(), **options(estimator="gdpo"))
+    found = advantages.compute(ALONE, None, completions, rewards, 3)
+    summed = sum(weight * group_advantages(values[:, k], 3) for k, weight in enumerate(weights))
+    torch.testing.assert_close(found, summed / (summed.std() + 1e-4))
+
+
+def test_tasks_with_other_numbers_of_terms_go_side_by_side():
+    completions = scored([0.2, 0.4], ["ocr", "ocr"]) + scored([1.0, 3.0], ["where"] * 2, ((1.0, 0.5), (2.0, 1.0)))
+    rewards = torch.tensor([0.2, 0.4, 1.0, 3.0])
+    advantages = Advantages(Mixture(tasks={"ocr": Ocr(), "where": Grounding()}), **options(estimator="gdpo"))
+    found = advantages.compute(ALONE, None, completions, rewards, 2)
+    assert float(found[0]) == pytest.approx(-float(found[1]), rel=1e-5)
+    assert found[0] < 0
+    assert found[2:].tolist() == [0.0, 0.0]  # its terms are the same
+
+
+def test_the_scale_of_a_task_is_the_running_deviation_of_its_rewards():
+    task = Mixture(tasks={"a": Ocr(), "b": Counting()})
+    advantages = Advantages(task, **options(scale_rewards="task"))
+    draw = torch.Generator().manual_seed(1)
+    moments: dict[str, list[float]] = {}
+    for step in range(4):
+        names = ["a", "a", "b", "b", "a", "a"] if step != 2 else ["a"] * 6
+        rewards = torch.rand(6, generator=draw, dtype=torch.float64) * torch.tensor(
+            [10.0 if n == "b" else 1.0 for n in names]
+        )
+        for name in set(names):
+            own = [reward for reward, each in zip(rewards.tolist(), names, strict=True) if each == name]
+            new = [statistics.mean(own), statistics.mean(value**2 for value in own)]
+            old = moments.get(name, new)
+            moments[name] = [0.99 * before + 0.01 * now for before, now in zip(old, new, strict=True)]
+        if step == 2:  # a resume in between
+            state = advantages.state_dict()
+            advantages = Advantages(task, **options(scale_rewards="task"))
+            advantages.load_state_dict(state)
+        found = advantages.compute(ALONE, None, scored(rewards.tolist(), names), rewards, 2)
+        plain = group_advantages(rewards, 2, scale="none")
+        stds = [(moments[name][1] - moments[name][0] ** 2) ** 0.5 for name in names]
+        torch.testing.assert_close(found, plain / (torch.tensor(stds).double() + 1e-4), rtol=1e-5, atol=0)
+
+
+def test_a_run_goes_on_with_the_scales_that_it_had(folder, tmp_path):
+    module = make_module(folder, scale_rewards="task", task=Lottery())
+    fit(folder, tmp_path, module, max_steps=2)
+    checkpoint = {"run": {}}
+    module.on_save_checkpoint(checkpoint)
+    assert list(checkpoint["run"]["advantages"]["moments"]) == [""]
+    fresh = make_module(folder, scale_rewards="task", task=Lottery())
+    checkpoint |= {"state_dict": {}, "pytorch-lightning_version": "2"}
+    fresh.advantages.load_state_dict(checkpoint["run"]["advantages"])
+    assert fresh.advantages.state_dict() == module.advantages.state_dict()
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(UserError, match="gdpo has scales of its own; leave scale_rewards at group"):
+        make_module(Path("none"), GRPO, advantage_estimator="gdpo", scale_rewards="batch")
