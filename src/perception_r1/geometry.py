@@ -17,6 +17,10 @@ from scipy.spatial.distance import cdist
 from perception_r1.records import Box, ImageSize, Point
 
 Floats = NDArray[np.float64]
+IOU_THRESHOLDS: Floats = np.arange(50, 100, 5) / 100
+"""COCO's: 0.50, 0.55, ..., 0.95."""
+_ROUNDING = 1e-9
+"""A value that misses a threshold by no more than rounding reaches it."""
 Matching = Literal["bipartite", "sequential"]
 """How predictions meet targets: by least total cost, or the k-th with the k-th (the paper's ablation)."""
 
@@ -86,6 +90,34 @@ def match(cost: Floats, mode: Matching) -> list[tuple[int, int]]:
         return [(k, k) for k in range(min(cost.shape))]
     rows, columns = linear_sum_assignment(cost)
     return [(int(row), int(column)) for row, column in zip(rows, columns, strict=True)]
+
+
+def threshold_shares(values: Floats, thresholds: Floats) -> Floats:
+    """Which share of the thresholds each value reaches, in the shape of the values.
+
+    >>> threshold_shares(np.array([0.2, 0.5, 1.0]), np.array([0.25, 0.5])).tolist()
+    [0.0, 1.0, 1.0]
+    """
+    return np.asarray((values[..., None] >= thresholds - _ROUNDING).mean(axis=-1), np.float64)
+
+
+def soft_f1(shares: Floats, num_predicted: int, num_targets: int) -> float:
+    """F1 of predictions and targets that meet one to one, each pair counting for the share of it that is right.
+
+    Where the shares are those of thresholds, it is the mean of F1 over the thresholds for this one matching.
+
+    Args:
+        shares: [n, m] in 0..1, n <= num_predicted predictions that can be right, and m targets.
+        num_predicted: All predictions, also those that cannot be right.
+        num_targets: m.
+
+    >>> soft_f1(np.array([[1.0, 0.5], [0.5, 0.0]]), 3, 2)
+    0.4
+    """
+    if not num_predicted and not num_targets:
+        return 1.0
+    best = sum(float(shares[pair]) for pair in match(-shares, "bipartite"))
+    return 2 * best / (num_predicted + num_targets)
 
 
 def to_pixels(box: Box, image_size: ImageSize) -> list[float]:

@@ -1,5 +1,6 @@
 """Checks of the options that tasks have in common; each says in one sentence what is wrong and what would be right."""
 
+from collections.abc import Sequence
 from math import isfinite
 from typing import get_args
 
@@ -23,6 +24,21 @@ def check_weights(**weights: float) -> None:
             raise UserError(f"{name} must be a number from 0 on, not {weight}")
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        UserError: Names the choices.
+
+    >>> check_choice("reward", "lines", ["similarity", "lines"])
+    >>> check_choice("reward", "words", ["similarity", "lines"])
+    Traceback (most recent call last):
+    perception_r1.errors.UserError: reward must be one of similarity, lines, not 'words'
+    """
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
 def check_matching(matching: str) -> None:
     """Refuse an unknown way of matching.
 
@@ -34,5 +50,4 @@ def check_matching(matching: str) -> None:
     Traceback (most recent call last):
     perception_r1.errors.UserError: matching must be one of bipartite, sequential, not 'greedy'
     """
-    if matching not in get_args(Matching):
-        raise UserError(f"matching must be one of {', '.join(get_args(Matching))}, not {matching!r}")
+    check_choice("matching", matching, get_args(Matching))

@@ -3,21 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from perception_r1.codecs import Codec, ParsedBoxes
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.objects import CountingWorld
 from perception_r1.errors import UserError
-from perception_r1.geometry import Matching, center, match, point_distances, to_pixels
+from perception_r1.geometry import (
+    IOU_THRESHOLDS,
+    Matching,
+    center,
+    iou_matrix,
+    match,
+    point_distances,
+    soft_f1,
+    threshold_shares,
+    to_pixels,
+)
 from perception_r1.published import count_boxes
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Point, Sample, Score
 from perception_r1.rows import Row, RowError
 from perception_r1.task import Task
-from perception_r1.tasks._options import check_matching
+from perception_r1.tasks._options import check_choice, check_matching
 
 _HALF_SIDE = 0.02
 """Half the side of the square that stands for a point, in fractions of the image."""
+_DISTANCES = np.arange(1, 11) / 100
+"""Of a center from its point, in fractions of the diagonal; the public code takes the sides of the image as 1."""
 _LEAST_HALF_SIDE = 0.002
 """Near an edge the square shrinks to keep its center on the point, but no further than this, to remain a box."""
 
@@ -65,6 +79,10 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     - closeness: 1 - mean distance between the centers of boxes and their points / sqrt(2), with both sides of the image
       taken as 1; it is 1 where the data gives a count without points.
 
+    With `reward` mean_f1 the reward is the metric of that name, from 0 to 1, for a well-formed answer, and 0 for any
+    other: the mean of F1, over COCO's IoU thresholds, of boxes that meet objects one to one; where the data has points,
+    over distances of the centers of up to a tenth of the diagonal; where it has a number alone, of the numbers.
+
     Where there is nothing to count, the empty answer of the model family is the right one, and all three are 1; the
     paper has no such images.
 
@@ -84,16 +102,18 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     (1.0, 0.0)
 
     Attributes:
+        reward: That of Perception-R1, or "mean_f1".
         matching: How boxes meet points: "bipartite" for the least total distance, "sequential" for the k-th box with
             the k-th point.
     """
 
     prompt_template: str = "Output all the bounding boxes of the {query}"
+    reward: Literal["perception_r1", "mean_f1"] = "perception_r1"
     matching: Matching = "bipartite"
 
     name = "counting"
     component_names = ("format", "ratio", "closeness")
-    metric_names = ("count_accuracy", "absolute_error", "count", "false_positives", "false_negatives")
+    metric_names = ("count_accuracy", "mean_f1", "absolute_error", "count", "false_positives", "false_negatives")
     primary_metric = "count_accuracy"
     published_metric_names = ("count_accuracy",)
     row_keys = ("label", "points", "count", "boxes")
@@ -101,6 +121,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_matching(self.matching)
+        check_choice("reward", self.reward, ("perception_r1", "mean_f1"))
 
     def read_row(self, row: Row) -> tuple[str, CountingTarget]:
         """The kind of "label"; points from "boxes" or "points", the number from them or from "count"."""
@@ -166,14 +187,17 @@ class Counting(Task[CountingTarget, CountingPrediction]):
                 "ratio": min(count, target.count) / max(count, target.count) if count and target.count else 0.0,
                 "closeness": self._closeness(prediction.boxes, target) if prediction is not None else 0.0,
             }
+        mean_f1 = self._mean_f1(prediction, target) if prediction is not None and is_well_formed else 0.0
         metrics = {
             "count_accuracy": float(is_well_formed and count == target.count),
+            "mean_f1": mean_f1,
             "absolute_error": float(abs(count - target.count)),
             "count": float(count),
             "false_positives": float(max(count - target.count, 0)),
             "false_negatives": float(max(target.count - count, 0)),
         }
-        return Score(reward=prod(components.values()), components=components, metrics=metrics)
+        reward = mean_f1 if self.reward == "mean_f1" else prod(components.values())
+        return Score(reward=reward, components=components, metrics=metrics)
 
     def num_objects(self, target: CountingTarget) -> int:
         """Their true number."""
@@ -196,6 +220,17 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         if prediction is None:
             return None
         return {"count": prediction.count, "boxes": [to_pixels(box, image_size) for box in prediction.boxes]}
+
+    def _mean_f1(self, prediction: CountingPrediction, target: CountingTarget) -> float:
+        """Of a well-formed answer."""
+        if target.boxes is not None:
+            shares = threshold_shares(iou_matrix(prediction.boxes, target.boxes), IOU_THRESHOLDS)
+        elif target.points is not None:
+            centers = [center(box) for box in prediction.boxes]
+            shares = threshold_shares(-point_distances(centers, target.points) / sqrt(2), -_DISTANCES)
+        else:
+            shares = np.ones((prediction.count, target.count))
+        return soft_f1(shares, prediction.count, target.count)
 
     def _closeness(self, boxes: Sequence[Box], target: CountingTarget) -> float:
         """1 - mean distance of the matched centers and points, over the diagonal; 0 with nothing to match."""

@@ -11,13 +11,23 @@ from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.objects import DetectionWorld
 from perception_r1.errors import UserError
-from perception_r1.geometry import Matching, giou_matrix, iou_matrix, match, size_distances, to_pixels
+from perception_r1.geometry import (
+    IOU_THRESHOLDS,
+    Matching,
+    giou_matrix,
+    iou_matrix,
+    match,
+    size_distances,
+    soft_f1,
+    threshold_shares,
+    to_pixels,
+)
 from perception_r1.metrics import BoxAP
 from perception_r1.published import json_boxes
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Sample, Score
 from perception_r1.rows import Row, RowError
 from perception_r1.task import Task
-from perception_r1.tasks._options import check_matching, check_weights
+from perception_r1.tasks._options import check_choice, check_matching, check_weights
 
 _PAIR_IOU = 0.5
 """A matched pair stands when its IoU is greater than this."""
@@ -75,6 +85,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
 
     On an image without objects an empty list gets full marks.
 
+    With `reward` mean_f1 the reward is the metric of that name, from 0 to 1, for an answer that is nothing but a list,
+    and 0 for any other: the mean of F1 over COCO's IoU thresholds, for boxes that meet targets of their own name one to
+    one. Whatever is listed besides counts as wrong, whether it is valid or not.
+
     >>> task = Detection(categories=("cat", "dog"))
     >>> cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))
     >>> dog = LabelledBox(label="dog", box=(0.5, 0.5, 1.0, 1.0))
@@ -91,6 +105,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
     0.0
 
     Attributes:
+        reward: That of Perception-R1, or "mean_f1".
         categories: Names of the known categories; the 80 of COCO unless given.
         matching: How predictions meet targets: "bipartite" for the least total cost, "sequential" for the k-th with the
             k-th.
@@ -104,6 +119,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
     """
 
     prompt_template: str = "Please output bbox coordinates and names of {labels}."
+    reward: Literal["perception_r1", "mean_f1"] = "perception_r1"
     categories: tuple[str, ...] | None = None
     matching: Matching = "bipartite"
     format_weight: float = 0.25
@@ -115,7 +131,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
 
     name = "detection"
     component_names = ("format", "f1", "class", "iou", "missing")
-    metric_names = ("precision", "recall", "num_boxes", "false_positives", "false_negatives")
+    metric_names = ("mean_f1", "precision", "recall", "num_boxes", "false_positives", "false_negatives")
     primary_metric = "ap50"
     published_metric_names = BoxAP.names
     row_keys = ("objects",)
@@ -125,6 +141,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise UserError("categories must hold at least one name, and none twice")
         check_matching(self.matching)
+        check_choice("reward", self.reward, ("perception_r1", "mean_f1"))
         check_weights(**{f"{name}_weight": weight for name, weight in self._weights.items()})
 
     @property
@@ -201,19 +218,31 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             "iou": sum(overlaps) / num_pairs if num_pairs else float(is_rightly_empty),
             "missing": 1 - num_pairs / num_targets if num_targets else 0.0,
         }
+        mean_f1 = self._mean_f1(prediction, target)
         metrics = {
+            "mean_f1": mean_f1,
             "precision": precision,
             "recall": recall,
             "num_boxes": float(num_boxes),
             "false_positives": float(num_boxes - num_pairs),
             "false_negatives": float(num_targets - num_pairs),
         }
+        if self.reward == "mean_f1":
+            return Score(reward=mean_f1, components=components, metrics=metrics)
         gains = {name: weight for name, weight in self._weights.items() if name != "missing"}
         gain = sum(weight * components[name] for name, weight in gains.items())
         reward = min(max(gain - self.missing_weight * components["missing"], 0.0), sum(gains.values()))
         signed = self._weights | {"missing": -self.missing_weight}
         reward_terms = tuple((weight, components[name]) for name, weight in signed.items())
         return Score(reward=reward, components=components, metrics=metrics, reward_terms=reward_terms)
+
+    def _mean_f1(self, prediction: DetectionPrediction | None, target: DetectionTarget) -> float:
+        if prediction is None or not prediction.is_exact:
+            return 0.0
+        overlaps = iou_matrix([item.box for item in prediction.objects], [item.box for item in target.objects])
+        for k, item in enumerate(prediction.objects):
+            overlaps[k] *= [item.label == other.label for other in target.objects]
+        return soft_f1(threshold_shares(overlaps, IOU_THRESHOLDS), prediction.num_listed, len(target.objects))
 
     def num_objects(self, target: DetectionTarget) -> int:
         """Those of the image."""

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from perception_r1.codecs import Codec, ParsedBoxes
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.objects import GroundingWorld
-from perception_r1.geometry import center, iou, to_pixels
+from perception_r1.geometry import IOU_THRESHOLDS, center, giou_matrix, iou, iou_matrix, threshold_shares, to_pixels
 from perception_r1.published import first_box
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Sample, Score
 from perception_r1.rows import Row
 from perception_r1.task import Task
-from perception_r1.tasks._options import check_weights
+from perception_r1.tasks._options import check_choice, check_weights
 
 _THRESHOLDS = {"accuracy_50": 0.50, "accuracy_75": 0.75, "accuracy_95": 0.95}
 """IoU from which on a box counts as right."""
@@ -61,12 +61,17 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
     >>> task.score(None, target).reward
     0.0
 
+    With `reward` thresholds it is, from 0 to 1, the share of COCO's IoU thresholds that a single well-formed box
+    reaches; with giou, (1 + generalised IoU) / 2 of that box, which also tells boxes apart that miss.
+
     Attributes:
+        reward: That of Perception-R1, "thresholds" or "giou".
         format_weight: Weight of the format component: 1 when the whole text is exactly one labelled box.
         iou_weight: Weight of the squared IoU.
     """
 
     prompt_template: str = "Output the bounding box of the {query} in the image."
+    reward: Literal["perception_r1", "thresholds", "giou"] = "perception_r1"
     format_weight: float = 1.0
     iou_weight: float = 1.0
 
@@ -79,6 +84,7 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("reward", self.reward, ("perception_r1", "thresholds", "giou"))
         check_weights(format_weight=self.format_weight, iou_weight=self.iou_weight)
 
     def read_row(self, row: Row) -> tuple[str, GroundingTarget]:
@@ -129,9 +135,19 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
             "false_positives": len(boxes) - hit,
             "false_negatives": 1 - hit,
         }
+        if self.reward != "perception_r1":
+            is_answer = is_single and components["format"] == 1
+            reward = self._reward(boxes[0], target.box) if is_answer else 0.0
+            return Score(reward=reward, components=components, metrics=metrics)
         reward_terms = (self.format_weight, components["format"]), (self.iou_weight, overlap**2)
         reward = sum(weight * value for weight, value in reward_terms)
         return Score(reward=reward, components=components, metrics=metrics, reward_terms=reward_terms)
+
+    def _reward(self, box: Box, target: Box) -> float:
+        """Of a single well-formed box."""
+        if self.reward == "giou":
+            return (1 + float(giou_matrix([box], [target])[0, 0])) / 2
+        return float(threshold_shares(iou_matrix([box], [target]), IOU_THRESHOLDS)[0, 0])
 
     def overlays(self, answer: GroundingTarget | GroundingPrediction) -> Sequence[Overlay]:
         """The box of a target, every box of a prediction."""

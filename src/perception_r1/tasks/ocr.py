@@ -1,7 +1,7 @@
 """OCR: the text of a page. Reward = 1 - edit distance / length of the longer text."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rapidfuzz.distance import Levenshtein
 
@@ -12,6 +12,7 @@ from perception_r1.published import without_special_tokens
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.rows import Row
 from perception_r1.task import Task
+from perception_r1.tasks._options import check_choice
 from perception_r1.tasks._word_metrics import NAMES, Equals, check_available, word_metrics
 
 
@@ -41,12 +42,17 @@ class Ocr(Task[OcrTarget, str]):
     >>> task.score(None, OcrTarget(text="")).reward  # no answer at all: too long, or without its tags
     0.0
 
+    With `reward` lines it is the mean of the similarity and of the share of lines that are right, in their order, of
+    which one too many or too few counts as wrong.
+
     Attributes:
+        reward: "similarity", that of Perception-R1, or "lines".
         word_metrics: Also compute, in evaluation, precision, recall and F1 of the set of words, BLEU and METEOR, for
             which METEOR takes synonyms from "wordnet", as published, or knows only "stems". Needs `perception-r1[ocr]`.
     """
 
     prompt_template: str = "OCR this image."
+    reward: Literal["similarity", "lines"] = "similarity"
     word_metrics: Equals | None = None
 
     name = "ocr"
@@ -58,6 +64,7 @@ class Ocr(Task[OcrTarget, str]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("reward", self.reward, ("similarity", "lines"))
         if self.word_metrics is not None:
             check_available(self.word_metrics)
 
@@ -92,8 +99,12 @@ class Ocr(Task[OcrTarget, str]):
         """Similarity, and the edit distance (0..1) that it is one less."""
         distance = 1.0 if prediction is None else Levenshtein.normalized_distance(prediction, target.text)
         similarity = 1.0 - distance
+        reward = similarity
+        if self.reward == "lines" and prediction is not None:
+            lines = Levenshtein.normalized_similarity(prediction.split("\n"), target.text.split("\n"))
+            reward = (similarity + lines) / 2
         return Score(
-            reward=similarity,
+            reward=reward,
             components={"similarity": similarity},
             metrics={"edit_distance": distance, "exact_match": float(prediction == target.text)},
         )
