@@ -31,13 +31,14 @@ from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import evaluation_mode
 from perception_r1.modules.experience import Experience, logprob_mismatch
+from perception_r1.modules.resampling import Round, sample_until_informative
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import LoadedSample
-from perception_r1.scoring import ScoredCompletion, score_completions
+from perception_r1.scoring import score_completions
 from perception_r1.task import AnyTask, Mixture
 
 
@@ -47,6 +48,9 @@ class GRPO(PolicyModule):
     Args:
         task: That of the data module, or its mixture of several; the command line hands it over.
         group_size: Completions of each prompt (G), compared with each other.
+        num_prompts: Prompts that a step and device learns from; where a batch has more, the others are a reserve, of
+            which one is rolled out for each group that teaches nothing. null: all of the batch.
+        min_reward_std: A group teaches nothing where the standard deviation of its rewards is no larger than this.
         final_group_size: The group grows (or shrinks) evenly to this size over the run; null keeps it as it is.
         temperature: Of sampling; log-probabilities use the same.
         top_p: Sample only from the most probable tokens that together reach this probability; log-probabilities, also
@@ -81,6 +85,8 @@ class GRPO(PolicyModule):
         task: AnyTask,
         *,
         group_size: int = 8,
+        num_prompts: int | None = None,
+        min_reward_std: float = 0.0,
         final_group_size: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -112,6 +118,11 @@ class GRPO(PolicyModule):
             raise UserError(f"num_iterations is {num_iterations}; it must be 1 or more.")
         if kl_coef < 0 or not 0 <= clip_eps_low < 1 or clip_eps_high < 0:
             raise UserError("kl_coef and clip_eps_high must not be negative, and clip_eps_low must lie in [0, 1).")
+        if num_prompts is not None and num_prompts < 1:
+            raise UserError(f"num_prompts is {num_prompts}; it must be 1 or more, or null for all of a batch.")
+        if min_reward_std < 0:
+            raise UserError(f"min_reward_std is {min_reward_std}; it must not be negative.")
+        self.num_prompts, self.min_reward_std = num_prompts, min_reward_std
         self.group_size = group_size
         self.final_group_size = group_size if final_group_size is None else final_group_size
         self.temperature = temperature
@@ -151,16 +162,17 @@ class GRPO(PolicyModule):
         """Roll out, score, compare within the group, update, log."""
         started, seconds_before = time.perf_counter(), dict(self.phase_seconds)
         group_size = self.planned_group_size()
-        with self.phase("encode"):
-            prompts = encode_prompts(self.policy, self.task, batch)
-        if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
-            with self.phase("vision"):
-                prompts = self.policy.encode_images(prompts)
-        rollout = self.generate(prompts, group_size)
-        with self.phase("reward"):
-            scored_completions = score_completions(self.task, self.parse(batch, prompts, rollout))
+        seeds = self.seeds(len(batch))
+        torch.manual_seed(seeds[0])  # dropout of an adapter, if any
+        chosen, found = sample_until_informative(
+            lambda indices: self.roll_out([batch[i] for i in indices], group_size, [seeds[i] for i in indices]),
+            len(batch),
+            num_prompts=min(self.num_prompts or len(batch), len(batch)),
+            min_reward_std=self.min_reward_std,
+        )
+        prompts, rollout, scored_completions = chosen.prompts, chosen.rollout, chosen.scored_completions
         dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
-        rewards = torch.tensor([scored.score.reward for scored in scored_completions], dtype=dtype)
+        rewards = torch.tensor(chosen.rewards, dtype=dtype)
         with self.phase("reward"):
             advantages = self.advantages.compute(self, rollout, scored_completions, rewards, group_size)
         experience = self.make_experience(prompts, rollout, advantages)
@@ -170,7 +182,7 @@ class GRPO(PolicyModule):
             metrics, _ = self.update(experience, reference_logprobs, old_logprobs)
         mismatch = logprob_mismatch(rollout, experience.micro_batches, old_logprobs)
         metrics |= {"advantage_std": float(advantages.std()), "logprob_mismatch": mismatch}
-        self.log_step(rollout, scored_completions, rewards, group_size, metrics)
+        self.log_step(found, group_size, metrics)
         self.log_cost(rollout, experience, seconds_before, time.perf_counter() - started)
 
     def planned_group_size(self) -> int:
@@ -180,13 +192,27 @@ class GRPO(PolicyModule):
         passed = min(num_sizes - 1, num_sizes * self.global_step // max(1, self.num_steps))
         return self.group_size + (passed if growth > 0 else -passed)
 
-    def generate(self, prompts: PromptBatch, group_size: int) -> Rollout:
-        """G completions of each prompt, from seeds that depend on the run's seed and the step alone."""
+    def seeds(self, count: int) -> list[int]:
+        """One for each prompt of a batch; they depend on the run's seed and the step alone."""
         rollout_index = self.global_step // self.num_iterations
-        first = (rollout_index * self.trainer.world_size + self.global_rank) * len(prompts)
+        first = (rollout_index * self.trainer.world_size + self.global_rank) * count
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-        seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
-        torch.manual_seed(seeds[0])  # dropout of an adapter, if any
+        return torch.randint(2**62, (count,), generator=generator).tolist()
+
+    def roll_out(self, samples: Sequence[LoadedSample[Any]], group_size: int, seeds: Sequence[int]) -> Round:
+        """G scored completions of each sample, from one seed each."""
+        with self.phase("encode"):
+            prompts = encode_prompts(self.policy, self.task, samples)
+        if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
+            with self.phase("vision"):
+                prompts = self.policy.encode_images(prompts)
+        rollout = self.generate(prompts, group_size, seeds)
+        with self.phase("reward"):
+            scored_completions = score_completions(self.task, self.parse(samples, prompts, rollout))
+        return Round(samples=samples, prompts=prompts, rollout=rollout, scored_completions=scored_completions)
+
+    def generate(self, prompts: PromptBatch, group_size: int, seeds: Sequence[int]) -> Rollout:
+        """G completions of each prompt."""
         with evaluation_mode(self.policy):
             with self.phase("prefill"):
                 cache = self.policy.prefill(prompts)
@@ -306,16 +332,10 @@ class GRPO(PolicyModule):
         super().on_load_checkpoint(checkpoint)
         self.advantages.load_state_dict(checkpoint["run"].get("advantages", {"moments": {}}))
 
-    def log_step(
-        self,
-        rollout: Rollout,
-        scored_completions: Sequence[ScoredCompletion],
-        rewards: Tensor,
-        group_size: int,
-        metrics: dict[str, float],
-    ) -> None:
-        """Reward and its spread, every component and task metric, and how the completions are."""
-        self.train_metrics.update(scored_completions)
+    def log_step(self, found: Round, group_size: int, metrics: dict[str, float]) -> None:
+        """Reward and its spread, every component and task metric, and how the completions are, of all prompts."""
+        rollout, rewards = found.rollout, torch.tensor(found.rewards, dtype=torch.float64)
+        self.train_metrics.update(found.scored_completions)
         values = {tag: value for tag, value in self.train_metrics.compute().items() if not value.isnan()}
         self.log_dict(values, batch_size=1)
         self.train_metrics.reset()
@@ -326,6 +346,7 @@ class GRPO(PolicyModule):
             metrics
             | {
                 "group_size": float(group_size),
+                "num_prompts": float(len(found.samples)),
                 "reward_std": float(rewards.view(-1, group_size).std(1).mean()),
                 "frac_reward_zero_std": float(has_zero_std(rewards, group_size).float().mean()),
                 "entropy": rollout.entropy,

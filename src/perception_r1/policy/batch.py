@@ -8,7 +8,7 @@ size of the language model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import TypeAlias, TypeVar
 
@@ -69,6 +69,16 @@ class PromptBatch:
             pixel_values=_pick(self.pixel_values, images),
             image_features=None if self.image_features is None else _pick(self.image_features, images),
         )
+
+    @staticmethod
+    def concat(parts: "Sequence[PromptBatch]") -> "PromptBatch":
+        """Several batches as one, all with image features or all without; nothing is copied."""
+        found = {
+            field.name: tuple(value for part in parts for value in getattr(part, field.name) or ())
+            for field in fields(PromptBatch)
+        }
+        features = found.pop("image_features")
+        return PromptBatch(**found, image_features=None if parts[0].image_features is None else features)
 
     def to(self, device: torch.device | str) -> "PromptBatch":
         """The same batch with pixels and features on another device."""
