@@ -11,6 +11,7 @@ from perception_r1.errors import UserError
 from perception_r1.grpo.advantages import group_advantages
 from perception_r1.modules import GRPO
 from perception_r1.modules.advantages import Advantages
+from perception_r1.modules.resampling import Round
 from perception_r1.records import LabelledBox, Score
 from perception_r1.task import Mixture
 from perception_r1.tasks.counting import Counting
@@ -32,6 +33,20 @@ def scored(rewards, sources, reward_terms=()):
         SimpleNamespace(sample=SimpleNamespace(source=source), score=Score(reward=reward, reward_terms=reward_terms))
         for reward, source in zip(rewards, sources, strict=True)
     ]
+
+
+def compute(advantages, completions, group_size):
+    """As in a run in double precision."""
+    samples = completions[::group_size]
+    found = Round(samples=samples, prompts=None, rollout=None, scored_completions=completions)
+    return advantages.compute(ALONE, found)
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def test_a_reward_is_the_sum_of_its_terms():
@@ -59,18 +74,16 @@ def test_gdpo_scales_each_term_and_then_the_batch():
         )
         for row in values.tolist()
     ]
-    rewards = torch.zeros(6, dtype=torch.float64)
     advantages = Advantages(Ocr(), **options(estimator="gdpo"))
-    found = advantages.compute(ALONE, None, completions, rewards, 3)
+    found = compute(advantages, completions, 3)
     summed = sum(weight * group_advantages(values[:, k], 3) for k, weight in enumerate(weights))
     torch.testing.assert_close(found, summed / (summed.std() + 1e-4))
 
 
 def test_tasks_with_other_numbers_of_terms_go_side_by_side():
     completions = scored([0.2, 0.4], ["ocr", "ocr"]) + scored([1.0, 3.0], ["where"] * 2, ((1.0, 0.5), (2.0, 1.0)))
-    rewards = torch.tensor([0.2, 0.4, 1.0, 3.0])
     advantages = Advantages(Mixture(tasks={"ocr": Ocr(), "where": Grounding()}), **options(estimator="gdpo"))
-    found = advantages.compute(ALONE, None, completions, rewards, 2)
+    found = compute(advantages, completions, 2)
     assert float(found[0]) == pytest.approx(-float(found[1]), rel=1e-5)
     assert found[0] < 0
     assert found[2:].tolist() == [0.0, 0.0]  # its terms are the same
@@ -95,7 +108,7 @@ def test_the_scale_of_a_task_is_the_running_deviation_of_its_rewards():
             state = advantages.state_dict()
             advantages = Advantages(task, **options(scale_rewards="task"))
             advantages.load_state_dict(state)
-        found = advantages.compute(ALONE, None, scored(rewards.tolist(), names), rewards, 2)
+        found = compute(advantages, scored(rewards.tolist(), names), 2)
         plain = group_advantages(rewards, 2, scale="none")
         stds = [(moments[name][1] - moments[name][0] ** 2) ** 0.5 for name in names]
         torch.testing.assert_close(found, plain / (torch.tensor(stds).double() + 1e-4), rtol=1e-5, atol=0)

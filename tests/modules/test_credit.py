@@ -9,6 +9,7 @@ import torch
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO
+from perception_r1.modules.resampling import Round
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import Rollout
@@ -27,7 +28,7 @@ FALSE = LabelledBox(label="cat", box=(0.7, 0.0, 0.8, 0.1))
 
 
 def answered(module, target, *lists):
-    """A group of completions of one prompt, with their rollout and scores."""
+    """A group of completions of one prompt."""
     codec = module.codec
     texts = [codec.format_boxes(objects, SIZE) for objects in lists]
     completions = module.policy.encode_targets(texts)
@@ -45,12 +46,16 @@ def answered(module, target, *lists):
         is_truncated=[False] * len(texts),
         entropy=0.0,
     )
-    return rollout, score_completions(module.task, parsed)
+    return Round(
+        samples=[sample],
+        prompts=None,
+        rollout=rollout,
+        scored_completions=score_completions(module.task, parsed),
+    )
 
 
-def advantages(module, rollout, scored):
-    rewards = torch.tensor([each.score.reward for each in scored], dtype=torch.float64)
-    return module.advantages.compute(module, rollout, scored, rewards, len(scored))
+def advantages(module, found):
+    return module.advantages.compute(module, found)
 
 
 @pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -61,9 +66,9 @@ def module(request, model_folders):
     return made
 
 
-def parts_of(module, rollout, row):
+def parts_of(module, completion, row):
     """Text of each run of tokens with one advantage, and that advantage."""
-    gains, tokens = row.tolist(), rollout.tolist()
+    gains, tokens = row.tolist(), completion.tolist()
     runs: list[tuple[str, float]] = []
     for token, gain in zip(tokens, gains, strict=False):
         text = module.policy.processor.decode([torch.tensor([token])])[0]
@@ -75,37 +80,39 @@ def parts_of(module, rollout, row):
 
 
 def test_a_box_is_not_blamed_for_the_one_before_it(module):
-    rollout, scored = answered(module, DetectionTarget(objects=(CAT, DOG)), [FALSE, DOG], [CAT, DOG])
-    found = advantages(module, rollout, scored)
-    full = [each.score.reward for each in scored]
-    after = [[reward for _, reward in prefix_rewards(module.task, module.codec, each)] for each in scored]
+    answer = answered(module, DetectionTarget(objects=(CAT, DOG)), [FALSE, DOG], [CAT, DOG])
+    found = advantages(module, answer)
+    full = [each.score.reward for each in answer.scored_completions]
+    after = [
+        [reward for _, reward in prefix_rewards(module.task, module.codec, each)] for each in answer.scored_completions
+    ]
     assert full[0] < full[1]
     gains = [(full[0] - after[0][k] - full[1] + after[1][k]) / 2 for k in range(3)]
-    runs = parts_of(module, rollout.completions[0], found[0])
-    assert [gain for _, gain in runs] == pytest.approx(gains, abs=1e-9)
+    runs = parts_of(module, answer.rollout.completions[0], found[0])
+    assert [gain for _, gain in runs] == pytest.approx(gains, abs=1e-6)
     assert gains[0] < 0 < gains[1]  # the second box of this completion gained more than that of the other
     assert gains[2] == 0
     assert ["cat" in text for text, _ in runs] == [True, False, False]
     assert ["dog" in text for text, _ in runs] == [False, True, False]
     assert runs[-1][0].endswith("<|im_end|>")
     module.advantages.credit_assignment = "completion"
-    assert advantages(module, rollout, scored).shape == (2,)
+    assert advantages(module, answer).shape == (2,)
 
 
 def test_stopping_early_is_compared_with_what_others_still_gained(module):
     target = DetectionTarget(objects=(CAT, DOG))
-    rollout, scored = answered(module, target, [CAT], [CAT, DOG])
-    found = advantages(module, rollout, scored)
-    stop = float(found[0][len(rollout.completions[0]) - 1])
-    (goes_on,) = [gain for text, gain in parts_of(module, rollout.completions[1], found[1]) if "dog" in text]
+    answer = answered(module, target, [CAT], [CAT, DOG])
+    found = advantages(module, answer)
+    stop = float(found[0][len(answer.rollout.completions[0]) - 1])
+    (goes_on,) = [gain for text, gain in parts_of(module, answer.rollout.completions[1], found[1]) if "dog" in text]
     assert stop < 0 < goes_on
-    assert stop == pytest.approx(-goes_on, abs=1e-9)
+    assert stop == pytest.approx(-goes_on, abs=1e-6)
 
 
 def test_an_empty_list_counts_from_where_all_begin(module):
-    rollout, scored = answered(module, DetectionTarget(objects=()), [], [FALSE])
-    found = advantages(module, rollout, scored)
-    assert [each.score.reward for each in scored] == [3.0, 0.25]
+    answer = answered(module, DetectionTarget(objects=()), [], [FALSE])
+    found = advantages(module, answer)
+    assert [each.score.reward for each in answer.scored_completions] == [3.0, 0.25]
     assert float(found[0][0]) == pytest.approx(1.375)
     assert float(found[1][0]) == pytest.approx(-1.375)
 

@@ -16,8 +16,9 @@ from perception_r1.grpo.advantages import (
     reward_to_go_advantages,
 )
 from perception_r1.modules.base import PolicyModule
+from perception_r1.modules.resampling import Round
+from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.rollout import Rollout
 from perception_r1.scoring import ScoredCompletion, prefix_rewards
 from perception_r1.task import AnyTask, part_of, tasks_of
 
@@ -58,41 +59,25 @@ class Advantages:
         self.estimator, self.scale_rewards, self.credit_assignment = estimator, scale_rewards, credit_assignment
         self._moments: dict[str, tuple[float, float]] = {}
 
-    def compute(
-        self,
-        module: PolicyModule,
-        rollout: Rollout,
-        scored_completions: Sequence[ScoredCompletion],
-        rewards: Tensor,
-        group_size: int,
-    ) -> Tensor:
+    def compute(self, module: PolicyModule, found: Round) -> Tensor:
         """[N] advantages of completions, or [N, T] of their tokens, on the CPU.
 
         Args:
             module: What is trained; it knows the other devices.
-            rollout: N completions, the G of a prompt after one another.
-            scored_completions: The same, scored.
-            rewards: [N] theirs.
-            group_size: G.
+            found: The completions to compare.
         """
+        dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
+        rewards, scored_completions = torch.tensor(found.rewards, dtype=dtype), found.scored_completions
         scale: GroupScale = "none" if self.scale_rewards == "task" else self.scale_rewards
         if self.credit_assignment == "box":
-            advantages = box_advantages(
-                self.task,
-                module.policy,
-                rollout,
-                scored_completions,
-                group_size=group_size,
-                scale=scale,
-                dtype=rewards.dtype,
-            )
+            advantages = box_advantages(self.task, module.policy, found, scale=scale, dtype=dtype)
         elif self.estimator == "gdpo":
-            compared = normalized_terms(*_terms(scored_completions, rewards), group_size)
+            compared = normalized_terms(*_terms(scored_completions, dtype), found.group_size)
             advantages = compared / (module.std_over_devices(compared) + STD_FLOOR)
         else:
             advantages = group_advantages(
                 rewards,
-                group_size,
+                found.group_size,
                 estimator=self.estimator,
                 scale=scale,
                 batch_std=module.std_over_devices(rewards) if scale == "batch" else None,
@@ -130,44 +115,30 @@ class Advantages:
         return torch.tensor([stds[name] for name in names], dtype=rewards.dtype)
 
 
-def _terms(scored_completions: Sequence[ScoredCompletion], rewards: Tensor) -> tuple[Tensor, Tensor]:
+def _terms(scored_completions: Sequence[ScoredCompletion], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[N, K] values of the terms of each reward and their weights; of tasks with fewer terms the last ones are 0."""
     reward_terms = [scored.score.reward_terms or ((1.0, scored.score.reward),) for scored in scored_completions]
-    values = [torch.tensor([value for _, value in each], dtype=rewards.dtype) for each in reward_terms]
-    weights = [torch.tensor([weight for weight, _ in each], dtype=rewards.dtype) for each in reward_terms]
+    values = [torch.tensor([value for _, value in each], dtype=dtype) for each in reward_terms]
+    weights = [torch.tensor([weight for weight, _ in each], dtype=dtype) for each in reward_terms]
     return pad_sequence(values, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
-def box_advantages(
-    task: AnyTask,
-    policy: Policy,
-    rollout: Rollout,
-    scored_completions: Sequence[ScoredCompletion],
-    *,
-    group_size: int,
-    scale: GroupScale,
-    dtype: torch.dtype,
-) -> Tensor:
+def box_advantages(task: AnyTask, policy: Policy, found: Round, *, scale: GroupScale, dtype: torch.dtype) -> Tensor:
     """[N, T] advantages of tokens, on the CPU: each has that of the box to which it belongs.
 
     Args:
         task: What scored.
         policy: The policy that wrote, for its codec and its tokens.
-        rollout: N completions.
-        scored_completions: The same, scored.
-        group_size: G.
+        found: N completions.
         scale: See `reward_to_go_advantages`.
         dtype: Of the advantages.
     """
-    found = [prefix_rewards(task, policy.codec, scored) for scored in scored_completions]
-    gained = [
-        [*(reward for _, reward in prefixes), scored.score.reward]
-        for prefixes, scored in zip(found, scored_completions, strict=True)
-    ]
+    prefixes = [prefix_rewards(task, policy.codec, scored) for scored in found.scored_completions]
+    gained = [[*(reward for _, reward in each), total] for each, total in zip(prefixes, found.rewards, strict=True)]
     rows = []
-    advantages = reward_to_go_advantages(gained, group_size, scale=scale)
-    for completion, prefixes, parts in zip(rollout.completions, found, advantages, strict=True):
-        ends = torch.tensor([end for end, _ in prefixes[1:]])
+    advantages = reward_to_go_advantages(gained, found.group_size, scale=scale)
+    for completion, each, parts in zip(found.rollout.completions, prefixes, advantages, strict=True):
+        ends = torch.tensor([end for end, _ in each[1:]])
         token_ends = torch.tensor(policy.processor.token_ends(completion))
         rows.append(torch.tensor(parts, dtype=dtype)[torch.searchsorted(ends, token_ends)])
     return pad_sequence(rows, batch_first=True)

@@ -33,7 +33,6 @@ from perception_r1.modules.evaluation import evaluation_mode
 from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
 from perception_r1.policy.batch import PromptBatch, to_device
-from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
@@ -170,20 +169,17 @@ class GRPO(PolicyModule):
             num_prompts=min(self.num_prompts or len(batch), len(batch)),
             min_reward_std=self.min_reward_std,
         )
-        prompts, rollout, scored_completions = chosen.prompts, chosen.rollout, chosen.scored_completions
-        dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
-        rewards = torch.tensor(chosen.rewards, dtype=dtype)
         with self.phase("reward"):
-            advantages = self.advantages.compute(self, rollout, scored_completions, rewards, group_size)
-        experience = self.make_experience(prompts, rollout, advantages)
+            advantages = self.advantages.compute(self, chosen)
+        experience = self.make_experience(chosen.prompts, chosen.rollout, advantages)
         reference_logprobs = self.reference_logprobs(experience)
         metrics, old_logprobs = self.update(experience, reference_logprobs)
         for _ in range(self.num_iterations - 1):
             metrics, _ = self.update(experience, reference_logprobs, old_logprobs)
-        mismatch = logprob_mismatch(rollout, experience.micro_batches, old_logprobs)
+        mismatch = logprob_mismatch(chosen.rollout, experience.micro_batches, old_logprobs)
         metrics |= {"advantage_std": float(advantages.std()), "logprob_mismatch": mismatch}
         self.log_step(found, group_size, metrics)
-        self.log_cost(rollout, experience, seconds_before, time.perf_counter() - started)
+        self.log_cost(chosen.rollout, experience, seconds_before, time.perf_counter() - started)
 
     def planned_group_size(self) -> int:
         """G of the step that comes next: every size from first to final has the same number of steps."""
