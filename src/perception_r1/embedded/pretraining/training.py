@@ -63,7 +63,7 @@ class Settings:
         seed: Of the initial weights.
     """
 
-    num_steps: int = 10_000
+    num_steps: int = 8_000
     dense_steps: int = 1800
     mixed_steps: int = 4200
     cooldown_steps: int = 2500
