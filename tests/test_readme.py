@@ -289,6 +289,9 @@ def run_benchmark(arguments: list[str]) -> None:
     if name == "protocol":
         run_protocol(arguments)
         return
+    if name == "red_team":
+        run_red_team(arguments)
+        return
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
         path = Path(place) / "results.json"
         monkeypatch.setattr(sys, "argv", [*arguments[1:], *SMALLER[name], "--results", str(path)])
@@ -313,6 +316,21 @@ def run_protocol(arguments: list[str]) -> None:
         assert not end.value.code
         assert printed.getvalue().splitlines()[-1].startswith("| ocr | edit distance | 0.0")
         assert set(json.loads(path.read_text(encoding="utf-8"))["tasks"]["ocr"]) >= {"strict", "reading", "published"}
+
+
+def run_red_team(arguments: list[str]) -> None:
+    """In one scene of one task, away from the committed results."""
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
+        path = Path(place) / "results.json"
+        monkeypatch.setattr(
+            sys, "argv", [*arguments[1:], "--tasks", "ocr", "--num_scenes", "1", "--results", str(path)]
+        )
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / arguments[1]), run_name="__main__")
+        assert not end.value.code
+        assert printed.getvalue().startswith("ocr similarity: ")
+        assert set(json.loads(path.read_text(encoding="utf-8"))["rewards"]) == {"ocr similarity", "ocr lines"}
 
 
 def run_learning(arguments: list[str]) -> None:
