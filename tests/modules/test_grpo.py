@@ -431,8 +431,8 @@ def test_a_step_logs_the_seconds_of_its_phases(folder, tmp_path, policy):
 def test_the_sampling_gap_is_the_mean_distance_between_sampler_and_first_update(
     folder, tmp_path, monkeypatch, budget, shift
 ):
-    def sample(self, prompts, group_size):
-        rollout = plain(self, prompts, group_size)
+    def sample(self, prompts, group_size, seeds):
+        rollout = plain(self, prompts, group_size, seeds)
         turns = [shift * (-1) ** row for row in range(len(rollout.logprobs))]
         return replace(rollout, logprobs=[row + turn for row, turn in zip(rollout.logprobs, turns, strict=True)])
 
@@ -452,8 +452,8 @@ def test_mixed_precision_points_every_gradient_where_full_precision_does(folder,
     """After a rollout in the same autocast context, whose casts of the weights know nothing of gradients."""
     plain, rollouts = GRPO.generate, []
 
-    def sample(self, prompts, group_size):
-        rollouts.append(plain(self, prompts, group_size))
+    def sample(self, prompts, group_size, seeds):
+        rollouts.append(plain(self, prompts, group_size, seeds))
         return rollouts[0]
 
     monkeypatch.setattr(GRPO, "generate", sample)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-import perception_r1.modules.grpo as grpo_module
+import perception_r1.modules.advantages as advantages_module
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.cli import main
 from perception_r1.data.sources import JsonLines
@@ -106,9 +106,9 @@ def test_a_run_is_asked_in_the_precision_of_its_training(runs, tmp_path, capsys,
 
 
 def test_rewards_are_compared_in_full_precision_also_by_a_trainer_in_pure_bf16(folder, tmp_path, monkeypatch):
-    seen, plain = [], grpo_module.group_advantages
+    seen, plain = [], advantages_module.group_advantages
     spy = lambda rewards, *a, **k: seen.append(rewards.dtype) or plain(rewards, *a, **k)  # noqa: E731
-    monkeypatch.setattr(grpo_module, "group_advantages", spy)
+    monkeypatch.setattr(advantages_module, "group_advantages", spy)
     fit(folder, tmp_path, make_module(folder, GRPO), max_steps=1, precision="bf16-true")
     assert seen == [torch.float32]
 
