@@ -2,7 +2,6 @@
 
 import math
 import random
-import re
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from perception_r1.data.synthetic.objects import CountingWorld, DetectionWorld, 
 from perception_r1.data.synthetic.pages import CHARACTERS, TextWorld
 from perception_r1.data.synthetic.render import COLOURS, SHAPES, shape_mask
 from perception_r1.data.synthetic.worlds import World
-from perception_r1.errors import UserError
 
 SHAPE_WORLDS = [GroundingWorld(), CountingWorld(), DetectionWorld(), GroundingWorld(skew=0.5, min_distractors=5)]
 WORLDS = [*SHAPE_WORLDS, TextWorld(), TextWorld(skew=0.5)]
@@ -103,20 +101,6 @@ def test_counts_reach_from_none_to_twelve_and_agree_with_what_is_there():
         assert scene.values["count"] == len(named)
         counts.add(len(named))
     assert counts == set(range(13))
-
-
-def test_a_neighbour_that_is_named_is_there_once_on_the_right_side_of_the_object():
-    """Read from the phrase and checked with the boxes."""
-    for scene in scenes(GroundingWorld(needs_neighbour=True, min_distractors=2), 150):
-        question = str(scene.values["question"])
-        name, direction, neighbour = re.fullmatch(r"(.*) (left of|right of|above|below) the (.*)", question).groups()
-        (anchor,) = (thing.box for thing in scene.things if f"{thing.colour} {thing.name}" == neighbour)
-        assert not name.endswith(anchor_name := neighbour.split()[-1]), anchor_name
-        axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[direction]
-        box = scene.values["box"]
-        assert sign * (anchor[axis] + anchor[axis + 2] - box[axis] - box[axis + 2]) > 0
-    with pytest.raises(UserError, match="min_distractors"):
-        GroundingWorld(needs_neighbour=True)
 
 
 def test_a_colour_and_a_shape_that_are_asked_for_are_there_once():

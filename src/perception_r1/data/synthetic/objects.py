@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perception_r1.data.synthetic.phrases import has_neighbour, refer
+from perception_r1.data.synthetic.phrases import refer
 from perception_r1.data.synthetic.render import (
     COLOURS,
     SHAPES,
@@ -138,17 +138,14 @@ class GroundingWorld(ShapeWorld):
     Attributes:
         min_distractors: Fewest other objects.
         max_distractors: Most other objects, many of them alike in colour, shape or both.
-        needs_neighbour: Ask only for what a neighbour tells from the others: "ring left of the blue square".
     """
 
     min_distractors: int = 0
     max_distractors: int = 7
-    needs_neighbour: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = 2 if self.needs_neighbour else 0  # one that could be meant as well, and the neighbour
-        check_ranges(self, min_distractors=(least, 100), max_distractors=(self.min_distractors, 100))
+        check_ranges(self, min_distractors=(0, 100), max_distractors=(self.min_distractors, 100))
 
     def draw(self, rng: random.Random) -> Scene:
         """A row with question and box."""
@@ -166,8 +163,6 @@ class GroundingWorld(ShapeWorld):
     def ask(self, rng: random.Random, target: Thing, things: Sequence[Thing]) -> dict[str, object] | None:
         """The row of a question about one of these things; None where no phrase tells it from the others."""
         phrases = refer(target, things, side=self.image_size)
-        if self.needs_neighbour:
-            phrases = [phrase for phrase in phrases if has_neighbour(phrase)]
         if not phrases:
             return None
         return {"question": phrases[self.pick(rng, 0, len(phrases) - 1)], "box": list(target.box)}

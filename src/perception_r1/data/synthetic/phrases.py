@@ -48,16 +48,6 @@ def refer(thing: Thing, things: Sequence[Thing], *, side: int) -> list[str]:
     return phrases
 
 
-def has_neighbour(phrase: str) -> bool:
-    """Whether a phrase tells where the object lies beside another one.
-
-    >>> has_neighbour("small ring left of the blue cross"), has_neighbour("ring on the left")
-    (True, False)
-    """
-    return any(f" {words} the " in phrase for words in _DIRECTIONS)
-
-
-_DIRECTIONS = ("left of", "right of", "above", "below")
 _SIZES = ("small {}", "large {}")
 
 
