@@ -78,6 +78,10 @@ class BaseDataModule(LightningDataModule, ABC):
         """Names of the sources that `test` evaluates, as in `Sample.source`, at least one: each has a loader."""
 
     @abstractmethod
+    def tested_samples(self) -> Mapping[str, Samples]:
+        """What `test` evaluates, by the names of `tested_sources` and in their order; no scene is drawn for it."""
+
+    @abstractmethod
     def train_order(self, epoch: int) -> Sequence[int]:
         """Indices of the training samples of an epoch, in the order in which they are shown."""
 
@@ -113,14 +117,12 @@ class BaseDataModule(LightningDataModule, ABC):
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Test batches for this device: one loader for each of `tested_sources`, in a list if there are several."""
-        samples, sources = self.samples(self.eval_split), self.tested_sources
-        if len(sources) == 1 and not self._answered:
-            return self._eval_loader(samples)
-        indices: dict[str, list[int]] = {source: [] for source in sources}
-        for index, sample in enumerate(samples):
-            if (sample.source, sample.id) not in self._answered:
-                indices[sample.source].append(index)
-        loaders = [self._eval_loader(subset(samples, chosen)) for chosen in indices.values()]
+        loaders = []
+        for samples in self.tested_samples().values():
+            if self._answered:
+                keys = enumerate((sample.source, sample.id) for sample in samples)
+                samples = subset(samples, [index for index, key in keys if key not in self._answered])
+            loaders.append(self._eval_loader(samples))
         return loaders if len(loaders) > 1 else loaders[0]
 
     def transfer_batch_to_device(

@@ -87,6 +87,14 @@ class MixedData(BaseDataModule):
         """Task, and source where the data has names."""
         return tuple(_source(name, source) for name, part in self.parts.items() for source in part.tested_sources)
 
+    def tested_samples(self) -> Mapping[str, Samples]:
+        """Those of each task."""
+        return {
+            _source(name, source): _named(name, samples)
+            for name, part in self.parts.items()
+            for source, samples in part.tested_samples().items()
+        }
+
     def train_order(self, epoch: int) -> Sequence[int]:
         """As many indices as there are samples, by the weights."""
         sizes = [len(part.samples("train")) for part in self.parts.values()]

@@ -1,7 +1,7 @@
 """Base of the tasks' data modules: synthetic scenes or sources in, checked splits of samples out."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -132,6 +132,16 @@ class TaskDataModule(BaseDataModule):
     def tested_sources(self) -> tuple[str, ...]:
         """Names of the sources that `test` evaluates, as in `Sample.source`, at least one: each has a loader."""
         return tuple(self.sources.get(self.eval_split) or self.sources.get("train") or {"": None})
+
+    def tested_samples(self) -> Mapping[str, Samples]:
+        """The split as it is, or divided by the sources of its rows."""
+        samples, sources = self.samples(self.eval_split), self.tested_sources
+        if len(sources) == 1:
+            return {sources[0]: samples}
+        indices: dict[str, list[int]] = {source: [] for source in sources}
+        for index, sample in enumerate(samples):
+            indices[sample.source].append(index)
+        return {source: subset(samples, chosen) for source, chosen in indices.items()}
 
     def train_order(self, epoch: int) -> Sequence[int]:
         """A new random order in every epoch, that of the curriculum, or as the samples are."""
