@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_r1.data.curriculum import easy_to_hard
+from perception_r1.data.curriculum import PromptMemory, easy_to_hard
 from perception_r1.data.sources import DataError, JsonLines
 from perception_r1.records import Sample
 from tests.data.test_module import Recorder, data, every_step, fit, rows, trainer
@@ -122,3 +122,41 @@ def test_a_curriculum_covers_what_is_not_held_out_of_the_training_rows(task, wri
     ordered.setup("fit")
     shown = [("mine", sample.id) for batch in ordered.train_dataloader() for sample in batch]
     assert shown == sorted(names, key=lambda name: -rewards[name])[: len(shown)]
+
+
+known = st.sampled_from([True, False, None])
+
+
+@given(data=st.data(), size=st.integers(1, 12))
+def test_a_prompt_that_taught_nothing_sits_out_one_epoch_and_no_other_does(data, size):
+    memory, resting = PromptMemory(), set()
+    for epoch in range(4):
+        plain = data.draw(st.permutations(range(size)))
+        order = memory.order(epoch, plain)
+        kept = [index for index in plain if index not in resting] or plain
+        assert memory.resting == resting
+        assert len(order) == size
+        assert [*order[: len(kept)]] == kept
+        assert set(order) == set(kept)
+        last = {}
+        for start, index in enumerate(order):
+            value = data.draw(known)
+            memory.remember(start, [value])
+            last |= {} if value is None else {index: value}
+        resting = {index for index, value in last.items() if not value}
+
+
+@given(st.permutations(range(6)), st.lists(known, min_size=6, max_size=6), st.integers(0, 5))
+def test_a_memory_that_is_taken_up_again_gives_the_same_orders(plain, values, stop):
+    whole, first, second = PromptMemory(), PromptMemory(), PromptMemory()
+    for memory in (whole, first):
+        memory.order(0, plain)
+        memory.remember(0, [False, None, True, False, False, True])
+        memory.order(1, plain)
+    whole.remember(0, values)
+    first.remember(0, values[:stop])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.order(1, plain) == whole.order(1, plain)
+    second.remember(stop, values[stop:])
+    assert second.state_dict() == whole.state_dict()
+    assert second.order(2, plain) == whole.order(2, plain)

@@ -9,7 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from perception_r1.callbacks.log_samples import LogSamples
+from perception_r1.callbacks.online_curriculum import OnlineCurriculum
 from perception_r1.modules import GRPO, SFT
+from tests.modules.test_mixture import mixed
+from tests.modules.test_resampling import Rarely
 from tests.modules.toy import Checkpoints, Gradients, Log, Lottery, make_data, make_module, make_trainer
 from tests.modules.toy import trained_weights as weights_of
 
@@ -21,7 +24,7 @@ class Samples(Callback):
         self.ids: list[list[str]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.ids.append([sample.id for sample in batch])
+        self.ids.append(["/".join(filter(None, (sample.source, sample.id))) for sample in batch])
 
 
 class Updating(GRPO):
@@ -45,16 +48,19 @@ def settings(kind: str, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "uneven": ({"micro_batch_tokens": 150, "kl_coef": 0.0, "task": Lottery(spread=1.0 - rank)}, {}),
         "parts": (exact | {"micro_batch_tokens": None if rank else 1}, {"precision": "64-true"}),
         "whole": (exact, {"precision": "64-true"}),
+        # one prompt of the two of each device is a reserve
+        "reserve": ({"num_prompts": 1, "kl_coef": 0.0, "group_size": 2, "task": Rarely()}, {}),
+        "mixture": ({"kl_coef": 0.0, "group_size": 2, "scale_rewards": "task", "max_new_tokens": 40}, {}),
         "sft": ({"kind": SFT, "micro_batch_tokens": 1 if rank else None}, {}),
         "sft_whole": ({"kind": SFT, "max_grad_norm": 1e9}, {"precision": "64-true"}),
     }[kind]
 
 
 def train(model: str, folder: Path, kind: str) -> None:
-    samples, log, gradients = Samples(), Log(), Gradients()
+    samples, log, gradients, curriculum = Samples(), Log(), Gradients(), OnlineCurriculum(enabled=kind == "uneven")
     trainer = make_trainer(
         folder,
-        [samples, log, gradients, Checkpoints(), LogSamples(1, 64)],
+        [samples, log, gradients, curriculum, Checkpoints(), LogSamples(1, 64)],
         strategy="ddp",
         devices=2,
         limit_val_batches=1.0,
@@ -62,17 +68,22 @@ def train(model: str, folder: Path, kind: str) -> None:
         check_val_every_n_epoch=None,
         **settings(kind, 0)[1],
     )
-    module = make_module(Path(model), **({"kind": Updating} | settings(kind, trainer.global_rank)[0]))
+    data = mixed(batch_size=2) if kind == "mixture" else None
+    options = {"kind": Updating} | settings(kind, trainer.global_rank)[0] | ({"task": data.task} if data else {})
+    module = make_module(Path("tiny" if data else model), **options)
     module_kind = type(module)
-    trainer.fit(module, datamodule=make_data(module.task))
+    trainer.fit(module, datamodule=data or make_data(module.task))
     experiences = getattr(module, "experiences", [])
     result = {
         "ids": samples.ids,
+        "memory": curriculum.memory.state_dict(),
         "steps": log.steps,
         "num_parts": [len(experience.micro_batches) for experience in experiences],
         "completions": [[row.tolist() for row in experience.completions] for experience in experiences],
         "loss": log.steps[1]["train/loss"],
-        "validated": float(trainer.callback_metrics["val/length"]) if module_kind is not SFT else 0.0,
+        "validated": float(trainer.callback_metrics["val/where/reward" if data else "val/length"])
+        if module_kind is not SFT
+        else 0.0,
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
     torch.save((gradients.first, weights_of(module)), folder / f"rank{trainer.global_rank}.pt")

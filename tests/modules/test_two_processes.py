@@ -14,7 +14,7 @@ from tests.modules.toy import Lottery, make_data
 
 ROOT = Path(__file__).parents[2]
 
-KINDS = ("grpo", "uneven", "parts", "whole", "sft", "sft_whole")
+KINDS = ("grpo", "uneven", "parts", "whole", "reserve", "mixture", "sft", "sft_whole")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,17 @@ def test_two_processes_learn_the_same_from_different_samples(runs, kind):
     assert (first["validated"] > 0) == (not kind.startswith("sft"))
     assert sorted(path.name for path in runs.glob(f"{kind}/version_0/checkpoints/*")) == ["best.ckpt", "last.ckpt"]
     assert {path.parent.name for path in runs.glob(f"{kind}/version_0/samples/*/0.png")} == {"first", "last"}
+
+
+def test_both_processes_remember_what_the_prompts_of_both_taught(runs):
+    data = make_data()
+    data.setup("fit")
+    names = [sample.id for sample in data.samples("train")]
+    first, second = results(runs / "uneven")
+    assert first["memory"] == second["memory"]
+    dull = {names.index(name) for step in second["ids"] for name in step}  # all groups of this process were alike
+    assert dull <= set(first["memory"]["taught_nothing"])
+    assert len(dull) == 4
 
 
 def test_the_number_of_parts_may_differ_between_processes_and_changes_nothing(runs):

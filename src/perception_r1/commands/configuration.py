@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.checkpoints import Checkpoints
 from perception_r1.callbacks.log_samples import LogSamples
+from perception_r1.callbacks.online_curriculum import OnlineCurriculum
 from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
 from perception_r1.commands.compose import PARTS
@@ -53,6 +54,7 @@ class ConfiguredCLI(LightningCLI):
         parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(LogSamples, "log_samples")
+        parser.add_lightning_class_args(OnlineCurriculum, "online_curriculum")
         parser.add_lightning_class_args(RunCard, "run_card")
         parser.add_lightning_class_args(BeforeAfter, "before_after")
         parser.add_lightning_class_args(Evaluation, "evaluation")

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from perception_r1.data.curriculum import PromptMemory
 from perception_r1.data.loading import (
     Batch,
     BatchDataset,
@@ -58,6 +59,7 @@ class BaseDataModule(LightningDataModule, ABC):
         self.num_workers, self.seed = num_workers, seed
         self.eval_split = eval_split
         self._answered: Set[tuple[str, str]] = frozenset()
+        self._memory: PromptMemory | None = None
         positive = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
         positive |= {} if global_batch_size is None else {"global_batch_size": global_batch_size}
         check_numbers(positive, 1)
@@ -93,6 +95,10 @@ class BaseDataModule(LightningDataModule, ABC):
         """Do not test these samples, given by source and id: an evaluation that goes on has their answers already."""
         self._answered = answered
 
+    def follow(self, memory: PromptMemory) -> None:
+        """Let it change the order of the training samples."""
+        self._memory = memory
+
     def train_dataloader(self) -> ResumableLoader:
         """Full training batches for this device, resumable.
 
@@ -108,7 +114,7 @@ class BaseDataModule(LightningDataModule, ABC):
                 f"{batch_size * world_size or world_size} can"
             )
         settings = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
-        batches = TrainBatchSampler(len(samples), order=self.train_order, **settings)
+        batches = TrainBatchSampler(len(samples), order=self._order, **settings)
         return ResumableLoader(BatchDataset(samples), batches, self.num_workers, self._num_done)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -130,6 +136,10 @@ class BaseDataModule(LightningDataModule, ABC):
     ) -> list[LoadedSample[Any]]:
         """Unwrap the samples; images stay on the CPU until the policy encodes them."""
         return batch.samples
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        order = self.train_order(epoch)
+        return order if self._memory is None else self._memory.order(epoch, order)
 
     def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
         rank, world_size = self._ranks()

@@ -157,8 +157,12 @@ class GRPO(PolicyModule):
         if is_needed and self.reference is None:
             self.reference = Policy.load(self.policy_config, is_trained=False)
 
-    def training_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> None:
-        """Roll out, score, compare within the group, update, log."""
+    def training_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> dict[str, Tensor]:
+        """Roll out, score, compare within the group, update, log.
+
+        Returns:
+            "has_taught": [B] 1 where the group of a prompt taught something, 0 where not, -1 where it was not rolled out.
+        """
         started, seconds_before = time.perf_counter(), dict(self.phase_seconds)
         group_size = self.planned_group_size()
         seeds = self.seeds(len(batch))
@@ -180,6 +184,9 @@ class GRPO(PolicyModule):
         metrics |= {"advantage_std": float(advantages.std()), "logprob_mismatch": mismatch}
         self.log_step(found, group_size, metrics)
         self.log_cost(chosen.rollout, experience, seconds_before, time.perf_counter() - started)
+        has_taught = torch.full((len(batch),), -1)
+        has_taught[: len(found.samples)] = (found.spreads() > self.min_reward_std).long()
+        return {"has_taught": has_taught}
 
     def planned_group_size(self) -> int:
         """G of the step that comes next: every size from first to final has the same number of steps."""
