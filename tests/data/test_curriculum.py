@@ -141,7 +141,7 @@ def test_a_prompt_that_taught_nothing_sits_out_one_epoch_and_no_other_does(data,
         last = {}
         for start, index in enumerate(order):
             value = data.draw(known)
-            memory.remember(start, [value])
+            memory.update(start, [value])
             last |= {} if value is None else {index: value}
         resting = {index for index, value in last.items() if not value}
 
@@ -151,12 +151,12 @@ def test_a_memory_that_is_taken_up_again_gives_the_same_orders(plain, values, st
     whole, first, second = PromptMemory(), PromptMemory(), PromptMemory()
     for memory in (whole, first):
         memory.order(0, plain)
-        memory.remember(0, [False, None, True, False, False, True])
+        memory.update(0, [False, None, True, False, False, True])
         memory.order(1, plain)
-    whole.remember(0, values)
-    first.remember(0, values[:stop])
+    whole.update(0, values)
+    first.update(0, values[:stop])
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.order(1, plain) == whole.order(1, plain)
-    second.remember(stop, values[stop:])
+    second.update(stop, values[stop:])
     assert second.state_dict() == whole.state_dict()
     assert second.order(2, plain) == whole.order(2, plain)

@@ -64,7 +64,7 @@ def test_two_processes_learn_the_same_from_different_samples(runs, kind):
     assert {path.parent.name for path in runs.glob(f"{kind}/version_0/samples/*/0.png")} == {"first", "last"}
 
 
-def test_both_processes_remember_what_the_prompts_of_both_taught(runs):
+def test_both_processes_know_what_the_prompts_of_both_taught(runs):
     data = make_data()
     data.setup("fit")
     names = [sample.id for sample in data.samples("train")]

@@ -1,4 +1,4 @@
-"""What every prompt taught, remembered over the epochs, and what the next epoch shows because of it."""
+"""What every prompt taught, recorded over the epochs, and what the next epoch shows because of it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ from perception_r1.modules.grpo import GRPO
 class OnlineCurriculum(Callback):
     """Let prompts that taught nothing sit out the next epoch, see `PromptMemory`.
 
-    `train/frac_prompts_resting` is the share that sits out the epoch that goes on. Every device remembers the prompts
+    `train/frac_prompts_resting` is the share that sits out the epoch that goes on. Every device keeps record of the prompts
     of all.
 
     Args:
-        enabled: Remember them at all. It takes data that is shown several times: in the first epoch nothing changes.
+        enabled: Do so at all. It takes data that is shown several times: in the first epoch nothing changes.
 
     Raises:
         UserError: At the start of a fit that is no GRPO, or of several tasks, whose shares it would change.
@@ -41,14 +41,14 @@ class OnlineCurriculum(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember what the prompts of all devices taught."""
+        """Record what the prompts of all devices taught."""
         if not self.enabled or not isinstance(outputs, Mapping):
             return
         values = outputs["has_taught"].to(pl_module.device)
         if trainer.world_size > 1:
             values = pl_module.all_gather(values)
         known = [None if value < 0 else value > 0 for value in values.flatten().tolist()]
-        self.memory.remember(batch_idx * len(known), known)
+        self.memory.update(batch_idx * len(known), known)
         share = len(self.memory.resting) / len(trainer.datamodule.samples("train"))  # type: ignore[attr-defined]
         pl_module.log("train/frac_prompts_resting", torch.tensor(share), batch_size=1)
 

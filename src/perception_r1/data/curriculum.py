@@ -1,7 +1,7 @@
 """Orders of the training samples that depend on what the policy does with them.
 
 `easy_to_hard` goes from what it does well before training to what it does badly: the paper scores the training set once
-with the base model and lets a run go from higher rewards to lower ones. `PromptMemory` remembers over the epochs
+with the base model and lets a run go from higher rewards to lower ones. `PromptMemory` records over the epochs
 which prompts teach something.
 """
 
@@ -56,7 +56,7 @@ class PromptMemory:
         self._order = list(islice(cycle(kept), len(order))) if kept else order
         return self._order
 
-    def remember(self, start: int, has_taught: Sequence[bool | None]) -> None:
+    def update(self, start: int, has_taught: Sequence[bool | None]) -> None:
         """What the samples from position `start` of the epoch on did: None where a sample was not answered."""
         for index, value in zip(self._order[start : start + len(has_taught)], has_taught, strict=True):
             if value:

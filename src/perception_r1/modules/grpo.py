@@ -161,7 +161,7 @@ class GRPO(PolicyModule):
         """Roll out, score, compare within the group, update, log.
 
         Returns:
-            "has_taught": [B] 1 where the group of a prompt taught something, 0 where not, -1 where it was not rolled out.
+            "has_taught": [B] 1 where the group of a prompt taught something, 0 where not, -1 where not rolled out.
         """
         started, seconds_before = time.perf_counter(), dict(self.phase_seconds)
         group_size = self.planned_group_size()
