@@ -15,8 +15,8 @@ from perception_r1.modules.grpo import GRPO
 class OnlineCurriculum(Callback):
     """Let prompts that taught nothing sit out the next epoch, see `PromptMemory`.
 
-    `train/frac_prompts_resting` is the share that sits out the epoch that goes on. Every device keeps record of the prompts
-    of all.
+    `train/frac_prompts_resting` is the share that sits out the epoch that goes on. Every device keeps record of the
+    prompts of all.
 
     Args:
         enabled: Do so at all. It takes data that is shown several times: in the first epoch nothing changes.
