@@ -95,12 +95,12 @@ def test_a_recipe_trains_on_data_of_its_form(task, place, model_folders):
     assert (card["status"], card["steps"]) == ("finished", 2)
 
 
-@pytest.mark.parametrize("variant", ["lora", "frozen_vision", "think"])
+@pytest.mark.parametrize("variant", ["lora", "frozen_vision", "think", "modern"])
 def test_variants_go_on_top_of_a_recipe(variant, place, model_folders):
     card = train(place, model_folders["qwen2_vl"], "grounding", variant)
     assert (card["status"], card["steps"]) == ("finished", 2)
     share = card["policy"]["num_trainable"] / card["policy"]["num_parameters"]
-    assert share == 1 if variant == "think" else 0 < share < 1
+    assert share == 1 if variant in ("think", "modern") else 0 < share < 1
 
 
 @pytest.mark.parametrize("task", RECIPES)
