@@ -6,6 +6,7 @@ Trainings, each of BUDGET CPU-seconds of training steps on one thread (FEW_BUDGE
     sft          supervised fine-tuning on the same scenes
     sft-grpo     half of it supervised, then GRPO from there
     sequential   GRPO whose reward pairs the k-th prediction with the k-th target (counting and detection)
+    box          GRPO with an advantage for each box (counting and detection)
     think        GRPO that asks for thoughts before the answer
 
 grpo and sft are also trained on few labelled images, seen as often as the budget takes. Learning rate and whether the
@@ -47,9 +48,10 @@ RATES = {"grpo": (3e-5, 6e-5, 1.2e-4), "sft": (5e-5, 1.5e-4, 4e-4)}
 SEARCH_SEED = 1000
 EXTRA = {
     "sequential": ["--data.task.init_args.matching", "sequential"],
+    "box": ["--model.credit_assignment", "box"],
     "think": ["--variant", "think"],
 }
-TRAININGS = ("grpo", "sft", "sft-grpo", "sequential", "think")
+TRAININGS = ("grpo", "sft", "sft-grpo", "sequential", "box", "think")
 LABELS = (64, 256, 1024)
 CALIBRATION_STEPS = 12
 NUM_TESTED = {"grounding": 1200, "counting": 400, "detection": 400, "ocr": 1200}
@@ -178,7 +180,7 @@ def plan(tasks: Sequence[str], trainings: Sequence[str], labels: Sequence[int], 
     """The runs of the study, the most telling ones first."""
     jobs = [Job(task=task, training="base", seed=seed) for seed in seeds for task in tasks]
     for training in trainings:
-        matched = ("counting", "detection") if training == "sequential" else TASKS
+        matched = ("counting", "detection") if training in ("sequential", "box") else TASKS
         jobs += [Job(task=task, training=training, seed=seed) for seed in seeds for task in tasks if task in matched]
     for count in labels:
         for kind in (kind for kind in KINDS if kind in trainings):

@@ -33,6 +33,7 @@ TRAININGS = {
     "sft": "SFT",
     "sft-grpo": "SFT, then GRPO",
     "sequential": "GRPO, sequential matching",
+    "box": "GRPO, advantage for each box",
     "think": "GRPO, think",
 }
 SAMPLED = {
