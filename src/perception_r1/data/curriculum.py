@@ -33,7 +33,7 @@ def easy_to_hard(samples: Sequence[Sample[Any]], path: Path) -> list[int]:
 
 
 class PromptMemory:
-    """Prompts that taught nothing when they were last shown sit out one epoch; others are shown twice in their place.
+    """Prompts that taught nothing when they were last shown sit out one epoch; others are shown again in their place.
 
     Every epoch stays as long as it is. After the one that it sat out a prompt is shown again, for the policy may have
     changed; where no prompt teaches anything, all are shown.
