@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Callback
 
 from perception_r1.callbacks.checkpoints import Checkpoints
 from perception_r1.errors import UserError
@@ -104,6 +105,16 @@ def test_entropy_of_rounds_is_that_of_all_their_tokens():
     assert joined.rollout.entropy == pytest.approx((1 + 4 * 2) / 3)
 
 
+class Costs(Callback):
+    """What each step logged, with times."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, *args):
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
 class Rarely(Lottery):
     """Pays only for texts of an even length: many groups are all alike."""
 
@@ -117,9 +128,12 @@ def module_of(folder, **options):
 
 
 def test_a_step_rolls_out_no_more_than_it_needs_and_no_more_than_the_batch(folder, tmp_path):
-    log = Log()
+    log, costs = Log(), Costs()
     module = module_of(folder, num_prompts=2)
-    fit(folder, tmp_path, module, [log], max_steps=4, data=make_data(module.task, batch_size=8))
+    fit(folder, tmp_path, module, [log, costs], max_steps=4, data=make_data(module.task, batch_size=8))
+    for step, cost in zip(log.steps.values(), costs.steps, strict=True):  # G is 2
+        num_written = step["train/num_prompts"] * 2 * step["train/completion_length"]
+        assert cost["train/tokens_per_second"] * cost["train/seconds/step"] == pytest.approx(num_written, rel=1e-4)
     counts = [step["train/num_prompts"] for step in log.steps.values()]
     assert all(2 <= number <= 8 for number in counts)
     assert max(counts) > 2

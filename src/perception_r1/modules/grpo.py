@@ -183,7 +183,7 @@ class GRPO(PolicyModule):
         mismatch = logprob_mismatch(chosen.rollout, experience.micro_batches, old_logprobs)
         metrics |= {"advantage_std": float(advantages.std()), "logprob_mismatch": mismatch}
         self.log_step(found, group_size, metrics)
-        self.log_cost(chosen.rollout, experience, seconds_before, time.perf_counter() - started)
+        self.log_cost(found.rollout, experience, seconds_before, time.perf_counter() - started)
         has_taught = torch.full((len(batch),), -1)
         has_taught[: len(found.samples)] = (found.spreads() > self.min_reward_std).long()
         return {"has_taught": has_taught}
@@ -361,15 +361,16 @@ class GRPO(PolicyModule):
     def log_cost(self, rollout: Rollout, experience: Experience, before: dict[str, float], total: float) -> None:
         """Seconds of each phase of this step, written tokens per second, and what sharing prompts saves."""
         seconds = {name: value - before.get(name, 0.0) for name, value in self.phase_seconds.items()}
-        lengths = [len(completion) for completion in rollout.completions]
+        lengths = [len(completion) for completion in experience.completions]
         prompt_lengths = experience.prompts.lengths
         group_size = len(lengths) // len(prompt_lengths)
+        num_written = sum(map(len, rollout.completions))  # of the reserve as well
         rows = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
         written = sum(lengths[row] for row in rows)
         packed = sum(prompt_lengths[prompt] for batch in experience.micro_batches for prompt in batch.prompts)
         repeated = sum(prompt_lengths[row // group_size] for row in rows)
         self.log_train(
             {f"seconds/{name}": value for name, value in seconds.items()}
-            | {"seconds/step": total, "tokens_per_second": sum(lengths) / total}
+            | {"seconds/step": total, "tokens_per_second": num_written / total}
             | {"tokens/packed": float(packed + written), "tokens/repeated": float(repeated + written)}
         )
