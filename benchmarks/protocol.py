@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import yaml
-from learning_worlds import DATA, levels
 from pages import fill, table
+from study.worlds import DATA, levels
 
 from perception_r1.codecs import CODECS
 from perception_r1.evaluation.paper import GENERATION

@@ -17,7 +17,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 from pages import fill, table
 from rapidfuzz.distance import Levenshtein
 
-from perception_r1.geometry import IOU_THRESHOLDS, iou, iou_matrix, soft_f1, threshold_shares
+from perception_r1.geometry import IOU_THRESHOLDS, iou, iou_matrix, soft_fbeta, threshold_shares
 from perception_r1.records import Box, LabelledBox
 from perception_r1.task import Task
 from perception_r1.tasks.counting import Counting, CountingPrediction, CountingTarget
@@ -39,10 +39,20 @@ PAGE = ROOT / "docs" / "tasks.md"
 NAMES = ("cat", "cup", "dog")
 WORDS = ["a", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "far", "away"]
 TASKS: dict[str, list[Task[Any, Any]]] = {
-    "grounding": [Grounding(), Grounding(reward="thresholds"), Grounding(reward="giou")],
-    "counting": [Counting(), Counting(reward="mean_f1")],
-    "detection": [Detection(categories=NAMES), Detection(categories=NAMES, reward="mean_f1")],
-    "ocr": [Ocr(), Ocr(reward="lines")],
+    "grounding": [
+        Grounding(),
+        Grounding(iou_threshold=0.75),
+        Grounding(reward="thresholds"),
+        Grounding(reward="giou"),
+    ],
+    "counting": [Counting(), Counting(reward="mean_f1"), Counting(reward="mean_f1", beta=2.0)],
+    "detection": [
+        Detection(categories=NAMES),
+        Detection(categories=NAMES, iou_threshold=0.75),
+        Detection(categories=NAMES, reward="mean_f1"),
+        Detection(categories=NAMES, reward="mean_f1", beta=2.0),
+    ],
+    "ocr": [Ocr(), Ocr(reward="lines"), Ocr(reward="unit_tests")],
 }
 FULL_MARKS = {"grounding": 2.0, "detection": 3.0}
 """Of the paper's rewards; all others end at 1."""
@@ -174,8 +184,8 @@ def metrics(answer: Answer, right: Answer, task: str) -> tuple[float, ...]:
         for row, item in enumerate(answer):
             overlaps[row] *= [item.label == other.label for other in right]
     sizes = len(answer), len(right)
-    found = [soft_f1((overlaps >= threshold).astype(float), *sizes) for threshold in (0.5, 0.75)]
-    found.append(soft_f1(threshold_shares(overlaps, IOU_THRESHOLDS), *sizes))
+    found = [soft_fbeta((overlaps >= threshold).astype(float), *sizes) for threshold in (0.5, 0.75)]
+    found.append(soft_fbeta(threshold_shares(overlaps, IOU_THRESHOLDS), *sizes))
     if task == "counting":
         found += [float(sizes[0] == sizes[1]), -float(abs(sizes[0] - sizes[1]))]
     return tuple(found)
@@ -242,6 +252,15 @@ def reward_of(task: Task[Any, Any]) -> str:
     return str(task.reward)  # type: ignore[attr-defined]
 
 
+def name_of(task: Task[Any, Any]) -> str:
+    """Task and reward with the options that are not the task's own."""
+    options = {field.name: getattr(task, field.name) for field in fields(task)}
+    changed = [
+        name for name in ("iou_threshold", "beta") if name in options and options[name] != getattr(type(task), name)
+    ]
+    return ", ".join([f"{task.name} {reward_of(task)}", *(f"{name} {options[name]}" for name in changed)])
+
+
 def tell(answer: Answer) -> Any:
     """An answer for JSON."""
     if isinstance(answer, str):
@@ -254,7 +273,7 @@ def gaps_table(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, found in results.items():
         gaps = [f"{found[key]:.3f}" for key in ("worst_gap", "mean_of_worst_gaps")]
-        rows.append([*name.split(" "), *gaps, f"{found['num_answers']:,}"])
+        rows.append([*name.split(" ", 1), *gaps, f"{found['num_answers']:,}"])
     return table(["task", "reward", "worst gap", "mean of the scenes' worst", "answers scored"], rows)
 
 
@@ -268,7 +287,7 @@ def main() -> int:
     args = parser.parse_args()
     results = {}
     for task in (task for name in args.tasks for task in TASKS[name]):
-        name = f"{task.name} {reward_of(task)}"
+        name = name_of(task)
         results[name] = search(task, args.num_scenes, args.seed)
         print(f"{name}: {results[name]['worst_gap']:.3f}", flush=True)
     told = {"num_scenes": args.num_scenes, "seed": args.seed, "rewards": results}

@@ -101,23 +101,24 @@ def threshold_shares(values: Floats, thresholds: Floats) -> Floats:
     return np.asarray((values[..., None] >= thresholds - _ROUNDING).mean(axis=-1), np.float64)
 
 
-def soft_f1(shares: Floats, num_predicted: int, num_targets: int) -> float:
-    """F1 of predictions and targets that meet one to one, each pair counting for the share of it that is right.
+def soft_fbeta(shares: Floats, num_predicted: int, num_targets: int, beta: float = 1.0) -> float:
+    """F-beta of predictions and targets that meet one to one, each pair counting for the share of it that is right.
 
-    Where the shares are those of thresholds, it is the mean of F1 over the thresholds for this one matching.
+    Where the shares are those of thresholds, it is the mean of F-beta over the thresholds for this one matching.
 
     Args:
         shares: [n, m] in 0..1, n <= num_predicted predictions that can be right, and m targets.
         num_predicted: All predictions, also those that cannot be right.
         num_targets: m.
+        beta: Recall weighs beta times as much as precision.
 
-    >>> soft_f1(np.array([[1.0, 0.5], [0.5, 0.0]]), 3, 2)
+    >>> soft_fbeta(np.array([[1.0, 0.5], [0.5, 0.0]]), 3, 2)
     0.4
     """
     if not num_predicted and not num_targets:
         return 1.0
     best = sum(float(shares[pair]) for pair in match(-shares, "bipartite"))
-    return 2 * best / (num_predicted + num_targets)
+    return (1 + beta**2) * best / (num_predicted + beta**2 * num_targets)
 
 
 def to_pixels(box: Box, image_size: ImageSize) -> list[float]:

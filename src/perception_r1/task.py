@@ -133,6 +133,10 @@ class Task(ABC, Generic[TargetT, PredictionT]):
         """
         return self
 
+    def at_progress(self, progress: float) -> Self:
+        """The task as it scores when this share of the training is over, 0..1; always the same unless it says so."""
+        return self
+
     @property
     def eval_metric_names(self) -> tuple[str, ...]:
         """Names of `eval_metrics`."""
@@ -231,6 +235,13 @@ def task_of_source(task: AnyTask, source: str) -> Task[Any, Any]:
 def task_of(task: AnyTask, sample: Sample[Any]) -> Task[Any, Any]:
     """The task to which a sample belongs."""
     return task_of_source(task, sample.source)
+
+
+def at_progress(task: AnyTask, progress: float) -> AnyTask:
+    """The task, or each of several, as it scores when this share of the training is over, 0..1."""
+    if isinstance(task, Mixture):
+        return Mixture(tasks={name: part.at_progress(progress) for name, part in task.tasks.items()})
+    return task.at_progress(progress)
 
 
 def _count(overlays: Sequence[Overlay]) -> str:

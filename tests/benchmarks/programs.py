@@ -1,6 +1,6 @@
-"""The programs of benchmarks/ as modules; their folder is on the path only while one of them runs."""
+"""The programs of benchmarks/ as modules; their folder is on the path only while one of them is imported or runs."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +10,9 @@ RESULTS = BENCHMARKS / "results"
 
 
 def program(name: str) -> ModuleType:
-    """A module of benchmarks/, under its own name, so that others that import it get the same one."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    """A module of benchmarks/ under its own name, with those that it imports."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))

@@ -1,4 +1,4 @@
-"""The study of benchmarks/learning.py: its plan, its worlds, its measures, and that its page says what its runs say."""
+"""The study: its plan, its worlds, its measures, and that its page says what its runs say."""
 
 import json
 import math
@@ -13,12 +13,13 @@ from matplotlib.axes import Axes
 from PIL import Image
 from scipy.stats import ttest_1samp
 
+from perception_r1.cli import main as perception_r1
 from perception_r1.data.synthetic.worlds import World
 from tests.benchmarks.programs import RESULTS, program
 from tests.readme import ROOT
 
-learning, worlds, run, _, report = (
-    program(name) for name in ("learning", "learning_worlds", "learning_run", "pages", "learning_report")
+learning, trainings, worlds, run, report = (
+    program(f"study.{name}") for name in ("plan", "trainings", "worlds", "run", "report")
 )
 
 
@@ -32,8 +33,9 @@ def result(training, seed, value, *, task="grounding", labels=0):
 
 
 def test_every_training_of_a_task_is_planned_once_on_every_seed_after_its_base():
-    jobs = learning.plan(learning.TASKS, learning.TRAININGS, learning.LABELS, range(5))
-    assert len({(job.task, job.name) for job in jobs}) == len(jobs) == 5 * (4 + 4 * 4 + 2 * 2 + 4 * 2 * 3)
+    main = [name for name, training in trainings.TRAININGS.items() if training.part == "main"]
+    jobs = learning.plan(trainings.TASKS, main, learning.LABELS, range(5))
+    assert len({(job.task, job.name) for job in jobs}) == len(jobs) == 5 * (4 + 5 * 4 + 2 * 2 + 4 * 2 * 3)
     assert [job.training for job in jobs[:20]] == ["base"] * 20
     for training in ("sequential", "box"):
         assert {job.task for job in jobs if job.training == training} == {"counting", "detection"}
@@ -48,29 +50,85 @@ def test_trainings_cost_the_same_with_the_best_settings_of_the_search(tmp_path):
         job = learning.cost_job("ocr", kind, is_frozen)
         assert [steps for _, steps in study.phases(job)] == [learning.CALIBRATION_STEPS]
         study.path(job).write_text(json.dumps({"cpu_seconds_per_step": cost}))
-    for kind in learning.KINDS:
+    for kind in trainings.KINDS:
         for job in learning.trial_jobs("ocr", kind):
             ((options, steps),) = study.phases(job)
             assert steps * seconds[kind, job.choice.is_vision_frozen] == pytest.approx(learning.BUDGET, rel=0.01)
-            assert options == learning.KINDS[kind] + job.choice.options
+            assert options == trainings.KINDS[kind] + job.choice.options
             study.path(job).write_text(json.dumps({"best_validation": float(job.choice == best[kind])}))
         assert study.best_choice("ocr", kind) == best[kind]
-    assert len({len(learning.trial_jobs("ocr", kind)) for kind in learning.KINDS}) == 1
+    assert len({len(learning.trial_jobs("ocr", kind)) for kind in trainings.KINDS}) == 1
     few = learning.Job(task="ocr", training="sft", seed=0, labels=64)
     assert [steps * seconds["sft", False] for _, steps in study.phases(few)] == [learning.FEW_BUDGET]
-    for training, kinds in {"grpo": ["grpo"], "sft": ["sft"], "sft-grpo": ["sft", "grpo"], "think": ["grpo"]}.items():
+    for training, kinds in {"grpo": ["grpo"], "sft": ["sft"], "sft-grpo": ["sft", "grpo"], "batch": ["grpo"]}.items():
         found = study.phases(learning.Job(task="ocr", training=training, seed=3))
         assert ["sft" if "sft" in options else "grpo" for options, _ in found] == kinds
         used = sum(
             steps * seconds[kind, best[kind].is_vision_frozen] for (_, steps), kind in zip(found, kinds, strict=True)
         )
         assert used == pytest.approx(learning.BUDGET, rel=0.01)
-        assert ("think" in found[-1][0]) is (training == "think")
+        assert ("batch" in found[-1][0]) is (training == "batch")
         assert all(best[kind].options[1] in options for (options, _), kind in zip(found, kinds, strict=True))
 
 
+def test_a_training_whose_steps_cost_something_else_is_measured_by_itself(tmp_path):
+    study = learning.Study(results=tmp_path)
+    (tmp_path / "ocr").mkdir()
+    for kind in trainings.KINDS:
+        for job in learning.trial_jobs("ocr", kind):
+            study.path(job).write_text(json.dumps({"best_validation": float(job.choice.lr == 6e-5)}))
+    jobs = learning.plan(["ocr"], ["grpo", "twice", "sapo", "batch", "generalist"], [], [0, 1])
+    costs = {(job.task, job.name) for job in study.costs(jobs)}
+    own = {("ocr", f"cost-{name}-frozen") for name in ("grpo", "twice", "sapo")}
+    assert costs == own | {("all", "cost-grpo-whole")}
+    for seconds, job in enumerate(study.costs(jobs), 1):
+        study.path(job).parent.mkdir(exist_ok=True)
+        assert ("--model.num_iterations" in study.phases(job)[0][0]) is (job.training in ("cost-twice", "cost-sapo"))
+        study.path(job).write_text(json.dumps({"cpu_seconds_per_step": seconds}))
+    steps = {job.training: study.phases(job)[0][1] for job in jobs if job.training != "base"}
+    budget = learning.BUDGET
+    assert steps == {
+        "grpo": budget,
+        "twice": budget / 2,
+        "sapo": budget / 3,
+        "batch": budget,
+        "generalist": 4 * budget / 4,
+    }
+
+
+@pytest.mark.parametrize("name", trainings.TRAININGS)
+def test_the_command_line_takes_the_options_of_every_training(name, capsys):
+    training = trainings.TRAININGS[name]
+    for task in training.tasks:
+        for kind in training.kinds:
+            command = ["fit", "--task", task, *trainings.KINDS[kind], *training.on(task), "--print_config"]
+            assert perception_r1(command) == 0, capsys.readouterr().err
+
+
+def test_other_parts_are_compared_with_grpo_in_one_table():
+    results = [result("base", 0, 0.5), result("grpo", 0, 0.6), result("rloo", 0, 0.75)]
+    for each in results:
+        each["levels"]["training"]["reward/iou"] = 0.25
+    lines = report.part_table(results, "estimators").splitlines()
+    assert lines[2].startswith("| GRPO | +0.100 (1 of 1) | +0.000 (0 of 1) | - |")
+    assert [line for line in lines if line.startswith("| RLOO | +0.250 (1 of 1) |")]
+    assert len(lines) == 3 + sum(training.part == "estimators" for training in trainings.TRAININGS.values())
+
+
+def test_a_run_on_all_tasks_is_read_as_one_of_each(tmp_path):
+    (tmp_path / "all").mkdir()
+    levels = {"training": {"accuracy_50": 0.5}}
+    run_on_all = {"task": "all", "training": "generalist", "seed": 0, "labels": 0}
+    by_task = {"by_task": {task: {"levels": levels} for task in trainings.TASKS}}
+    (tmp_path / "all" / "generalist-seed-0.json").write_text(json.dumps(run_on_all | by_task))
+    (tmp_path / "all" / "cost-grpo-whole.json").write_text(json.dumps(run_on_all))
+    found = report.read(tmp_path)
+    assert [each["task"] for each in found] == list(trainings.TASKS)
+    assert all(each["levels"] == levels and each["training"] == "generalist" for each in found)
+
+
 def test_trials_have_names_of_their_own():
-    jobs = [job for kind in learning.KINDS for job in learning.trial_jobs("ocr", kind)]
+    jobs = [job for kind in trainings.KINDS for job in learning.trial_jobs("ocr", kind)]
     assert len({job.name for job in jobs}) == len(jobs)
     assert jobs[0].name == "trial-grpo-3e-05-frozen"
 
@@ -163,7 +221,7 @@ def test_a_report_draws_every_interval_that_its_tables_tell(tmp_path, monkeypatc
     for training, gain in {"base": 0.0, "grpo": 0.2, "sft": -0.1}.items():
         for seed in range(3):
             found = result(training, seed, 0.3 + gain + 0.01 * seed * (training != "base"))
-            found |= {"sampled": sampled, "is_measured": True}
+            found |= {"sampled": sampled}
             found["levels"]["training"] |= dict.fromkeys(report.OTHERS["grounding"], 0.1)
             path = tmp_path / "grounding" / f"{training}-seed-{seed}.json"
             path.parent.mkdir(exist_ok=True)
@@ -200,7 +258,7 @@ def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
         num_tested=8,
     )
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
-    monkeypatch.setattr(sys, "argv", ["learning_run.py", json.dumps(vars(planned)), str(tmp_path / "result.json")])
+    monkeypatch.setattr(sys, "argv", ["run.py", json.dumps(vars(planned)), str(tmp_path / "result.json")])
     assert run.main() == 0
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["training"] == "sft-grpo"
@@ -212,11 +270,11 @@ def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
     assert sampled["best"] >= sampled["mean"]
     assert sampled["kl_per_token"] != 0  # it was trained
     base = run.Run(task="ocr", training="base", seed=0, labels=0, phases=[], folder="", num_tested=8)
-    monkeypatch.setattr(sys, "argv", ["learning_run.py", json.dumps(vars(base)), str(tmp_path / "base.json")])
+    monkeypatch.setattr(sys, "argv", ["run.py", json.dumps(vars(base)), str(tmp_path / "base.json")])
     assert run.main() == 0
     assert json.loads((tmp_path / "base.json").read_text())["sampled"]["0.5"]["kl_per_token"] == 0
     few = replace(planned, labels=4, phases=[([*small, "--variant", "sft"], 1)], folder=str(tmp_path / "few"))
-    monkeypatch.setattr(sys, "argv", ["learning_run.py", json.dumps(vars(few)), str(tmp_path / "few.json")])
+    monkeypatch.setattr(sys, "argv", ["run.py", json.dumps(vars(few)), str(tmp_path / "few.json")])
     assert run.main() == 0
     found = json.loads((tmp_path / "few.json").read_text())
     assert set(found["levels"]) == set(report.LEVELS) - {"pretraining"}

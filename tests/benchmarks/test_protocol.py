@@ -7,7 +7,6 @@ from perception_r1.tasks.detection import Detection, DetectionTarget
 from tests.benchmarks.programs import BENCHMARKS, program
 from tests.tasks.test_published import score
 
-program("learning_worlds")
 pages = program("pages")
 protocol = program("protocol")
 RESULTS = {

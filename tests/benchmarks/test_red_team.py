@@ -25,7 +25,7 @@ def test_better_is_nowhere_worse():
 def test_a_gap_is_what_it_says(name, reward, is_safe, monkeypatch):
     monkeypatch.setattr(red_team, "NUM_STARTS", 3)
     monkeypatch.setattr(red_team, "NUM_STEPS", 60)
-    (task,) = (task for task in red_team.TASKS[name] if task.reward == reward)
+    task = next(task for task in red_team.TASKS[name] if task.reward == reward)
     draw = random.Random(1)
     scene = red_team.scene(task, draw)
     while len(scene.right) < 3:

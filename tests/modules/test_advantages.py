@@ -39,7 +39,7 @@ def compute(advantages, completions, group_size):
     """As in a run in double precision."""
     samples = completions[::group_size]
     found = Round(samples=samples, prompts=None, rollout=None, scored_completions=completions)
-    return advantages.compute(ALONE, found)
+    return advantages.compute(ALONE, found, advantages.task)
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def answered(module, target, *lists):
 
 
 def advantages(module, found):
-    return module.advantages.compute(module, found)
+    return module.advantages.compute(module, found, module.task)
 
 
 @pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

@@ -1,5 +1,6 @@
 """Groups that grow over a run."""
 
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO
 from tests.modules.test_checkpoints import assert_same, last
-from tests.modules.toy import Checkpoints, Log, fit, make_module, trained_weights
+from tests.modules.toy import Checkpoints, Log, Lottery, fit, make_module, trained_weights
 
 
 def planned(first: int, final: int, num_steps: int) -> list[int]:
@@ -85,3 +86,22 @@ def test_without_a_final_size_groups_stay(folder, tmp_path):
 def test_a_final_size_of_one_is_refused(folder):
     with pytest.raises(UserError, match="final_group_size is 1; a completion is compared with its group"):
         make_module(folder, final_group_size=1)
+
+
+def test_a_task_scores_by_the_progress_of_the_run(folder, tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Rising(Lottery):
+        scale: float = 1.0
+
+        def at_progress(self, progress):
+            return replace(self, scale=1 + progress)
+
+        def score(self, prediction, target):
+            score = super().score(prediction, target)
+            return replace(score, reward=self.scale)
+
+    _, steps = run(folder, tmp_path, 0, task=Rising(), max_steps=4, final_group_size=None)
+    assert [steps[step]["train/reward"] for step in range(1, 5)] == [1, 1.25, 1.5, 1.75]
+    run(folder, tmp_path, 1, task=Rising(), max_steps=4, stop=2, final_group_size=None)
+    _, rest = run(folder, tmp_path, 2, task=Rising(), max_steps=4, final_group_size=None, ckpt_path=last(tmp_path, 1))
+    assert [rest[step]["train/reward"] for step in (3, 4)] == [1.5, 1.75]

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from math import dist, sqrt
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from perception_r1.errors import UserError
 from perception_r1.records import LabelledBox
+from perception_r1.task import Mixture, at_progress
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.counting import Counting, CountingPrediction, CountingTarget
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
@@ -160,6 +162,105 @@ def test_an_answer_that_is_worse_at_every_threshold_never_earns_more(seed):
         ]
         assert len(gaps) > 50
         assert (max(gaps) <= 1e-9) is is_safe
+
+
+@given(predicted=items, targets=items, beta=st.sampled_from([0.5, 2.0]))
+def test_beta_weighs_what_is_missing_against_what_is_wrong(predicted, targets, beta):
+    prediction = DetectionPrediction(objects=tuple(predicted), num_listed=len(predicted), is_exact=True)
+    target = DetectionTarget(objects=tuple(targets))
+    score = Detection(categories=NAMES, reward="mean_f1", beta=beta).score(prediction, target)
+    f1 = score.metrics["mean_f1"]
+    if not predicted and not targets:
+        assert score.reward == f1 == 1
+    else:
+        hits = f1 * (len(predicted) + len(targets)) / 2
+        precision, recall = hits / max(1, len(predicted)), hits / max(1, len(targets))
+        weighed = (1 + beta**2) * precision * recall / (beta**2 * precision + recall) if hits else 0.0
+        assert score.reward == pytest.approx(weighed)
+    boxes_alone = CountingPrediction(
+        count=len(predicted), boxes=tuple(one.box for one in predicted), label="cup", is_well_formed=True
+    )
+    points = tuple(((one.box[0] + one.box[2]) / 2, (one.box[1] + one.box[3]) / 2) for one in targets)
+    counted = CountingTarget(count=len(targets), boxes=tuple(one.box for one in targets), points=points)
+    one_name = [LabelledBox(label="cat", box=one.box) for one in predicted]
+    same = Detection(categories=NAMES, reward="mean_f1", beta=beta).score(
+        DetectionPrediction(objects=tuple(one_name), num_listed=len(one_name), is_exact=True),
+        DetectionTarget(objects=tuple(LabelledBox(label="cat", box=one.box) for one in targets)),
+    )
+    assert Counting(reward="mean_f1", beta=beta).score(boxes_alone, counted).reward == pytest.approx(same.reward)
+
+
+@given(box=boxes, target=boxes, threshold=st.sampled_from([0.0, 0.5, 0.75, 1.0]))
+def test_below_the_threshold_a_box_of_grounding_earns_its_format_alone(box, target, threshold):
+    answer = GroundingPrediction(boxes=(box,), label="cup", is_well_formed=True)
+    overlap = naive_iou(box, target)
+    is_near = overlap >= threshold - 1e-9
+    plain = Grounding().score(answer, GroundingTarget(box=target))
+    score = Grounding(iou_threshold=threshold).score(answer, GroundingTarget(box=target))
+    assert score.reward == pytest.approx(1 + (overlap**2 if is_near else 0))
+    assert (score.metrics, score.components) == (plain.metrics, plain.components)
+    generalised = Grounding(reward="giou").score(answer, GroundingTarget(box=target)).reward
+    of_giou = Grounding(reward="giou", iou_threshold=threshold).score(answer, GroundingTarget(box=target)).reward
+    assert of_giou == (generalised if is_near else 0)
+
+
+@pytest.mark.parametrize(("threshold", "num_pairs"), [(0.5, 2), (0.7, 1), (0.9, 0)])
+def test_pairs_of_detection_need_more_than_the_threshold(threshold, num_pairs):
+    targets = tuple(LabelledBox(label="cat", box=(x, 0.0, x + 0.2, 0.5)) for x in (0.0, 0.5))
+    # IoU 0.6 and 0.8
+    found = tuple(LabelledBox(label="cat", box=(x, 0.0, x + 0.2, 0.5 * part)) for x, part in ((0.0, 0.6), (0.5, 0.8)))
+    task = Detection(categories=NAMES, iou_threshold=threshold)
+    score = task.score(
+        DetectionPrediction(objects=found, num_listed=2, is_exact=True), DetectionTarget(objects=targets)
+    )
+    assert score.components["missing"] == pytest.approx(1 - num_pairs / 2)
+    assert score.metrics["false_positives"] == 2 - num_pairs
+
+
+@pytest.mark.parametrize("kind", [Grounding, Detection])
+def test_the_threshold_goes_evenly_to_its_final_value(kind):
+    task = kind(iou_threshold=0.25, final_iou_threshold=0.75)
+    assert [task.at_progress(progress).iou_threshold for progress in (0.0, 0.5, 1.0)] == [0.25, 0.5, 0.75]
+    assert at_progress(Mixture(tasks={"one": task}), 0.5).tasks["one"] == task.at_progress(0.5)
+    steady = replace(task, final_iou_threshold=None)
+    assert steady.at_progress(0.5) == steady
+    assert Counting().at_progress(0.5) == Counting()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Grounding(iou_threshold=-0.1), "iou_threshold must lie in 0..1, not -0.1"),
+        (lambda: Detection(final_iou_threshold=95), "final_iou_threshold must lie in 0..1, not 95"),
+        (lambda: Detection(reward="mean_f1", iou_threshold=0.7), "mean_f1 has thresholds of its own"),
+        (lambda: Detection(beta=2.0), "beta belongs to the reward mean_f1"),
+        (lambda: Counting(reward="mean_f1", beta=0.0), "beta must be a number above 0, not 0.0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+PAGE = "a quick brown fox\njumps over\nthe lazy dog"
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        (PAGE, 6),
+        (PAGE.replace("fox", "fix"), 6),  # nearly
+        ("jumps over\na quick brown fox\nthe lazy dog", 5),  # one pair out of order
+        ("a quick brown fox\nthe lazy dog", 3),  # a line and both of its pairs are missing
+        (PAGE + "\nand runs", 5),  # a line too many
+        ("\n".join([PAGE] * 3), 0),  # more than twice the lines
+        ("", 1),
+    ],
+)
+def test_unit_tests_of_a_page_pass_or_fail(text, passed):
+    target = OcrTarget(text=PAGE)
+    assert Ocr(reward="unit_tests").score(text, target).reward == pytest.approx(passed / 6)
+    assert Ocr(reward="unit_tests").score(None, target).reward == 0
 
 
 @pytest.mark.parametrize("name", TASKS)

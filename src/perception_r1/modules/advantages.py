@@ -59,18 +59,19 @@ class Advantages:
         self.estimator, self.scale_rewards, self.credit_assignment = estimator, scale_rewards, credit_assignment
         self._moments: dict[str, tuple[float, float]] = {}
 
-    def compute(self, module: PolicyModule, found: Round) -> Tensor:
+    def compute(self, module: PolicyModule, found: Round, task: AnyTask) -> Tensor:
         """[N] advantages of completions, or [N, T] of their tokens, on the CPU.
 
         Args:
             module: What is trained; it knows the other devices.
             found: The completions to compare.
+            task: What scored them.
         """
         dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
         rewards, scored_completions = torch.tensor(found.rewards, dtype=dtype), found.scored_completions
         scale: GroupScale = "none" if self.scale_rewards == "task" else self.scale_rewards
         if self.credit_assignment == "box":
-            advantages = box_advantages(self.task, module.policy, found, scale=scale, dtype=dtype)
+            advantages = box_advantages(task, module.policy, found, scale=scale, dtype=dtype)
         elif self.estimator == "gdpo":
             compared = normalized_terms(*_terms(scored_completions, dtype), found.group_size)
             advantages = compared / (module.std_over_devices(compared) + STD_FLOOR)

@@ -38,7 +38,7 @@ from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import LoadedSample
 from perception_r1.scoring import score_completions
-from perception_r1.task import AnyTask, Mixture
+from perception_r1.task import AnyTask, Mixture, at_progress
 
 
 class GRPO(PolicyModule):
@@ -174,7 +174,7 @@ class GRPO(PolicyModule):
             min_reward_std=self.min_reward_std,
         )
         with self.phase("reward"):
-            advantages = self.advantages.compute(self, chosen)
+            advantages = self.advantages.compute(self, chosen, self.scoring_task)
         experience = self.make_experience(chosen.prompts, chosen.rollout, advantages)
         reference_logprobs = self.reference_logprobs(experience)
         metrics, old_logprobs = self.update(experience, reference_logprobs)
@@ -187,6 +187,11 @@ class GRPO(PolicyModule):
         has_taught = torch.full((len(batch),), -1)
         has_taught[: len(found.samples)] = (found.spreads() > self.min_reward_std).long()
         return {"has_taught": has_taught}
+
+    @property
+    def scoring_task(self) -> AnyTask:
+        """The task as it scores in the step that comes next."""
+        return at_progress(self.task, self.global_step / max(1, self.num_steps))
 
     def planned_group_size(self) -> int:
         """G of the step that comes next: every size from first to final has the same number of steps."""
@@ -211,7 +216,7 @@ class GRPO(PolicyModule):
                 prompts = self.policy.encode_images(prompts)
         rollout = self.generate(prompts, group_size, seeds)
         with self.phase("reward"):
-            scored_completions = score_completions(self.task, self.parse(samples, prompts, rollout))
+            scored_completions = score_completions(self.scoring_task, self.parse(samples, prompts, rollout))
         return Round(samples=samples, prompts=prompts, rollout=rollout, scored_completions=scored_completions)
 
     def generate(self, prompts: PromptBatch, group_size: int, seeds: Sequence[int]) -> Rollout:

@@ -18,7 +18,7 @@ from perception_r1.geometry import (
     iou_matrix,
     match,
     point_distances,
-    soft_f1,
+    soft_fbeta,
     threshold_shares,
     to_pixels,
 )
@@ -26,7 +26,7 @@ from perception_r1.published import count_boxes
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Point, Sample, Score
 from perception_r1.rows import Row, RowError
 from perception_r1.task import Task
-from perception_r1.tasks._options import check_choice, check_matching
+from perception_r1.tasks._options import check_beta, check_choice, check_matching
 
 _HALF_SIDE = 0.02
 """Half the side of the square that stands for a point, in fractions of the image."""
@@ -81,7 +81,8 @@ class Counting(Task[CountingTarget, CountingPrediction]):
 
     With `reward` mean_f1 the reward is the metric of that name, from 0 to 1, for a well-formed answer, and 0 for any
     other: the mean of F1, over COCO's IoU thresholds, of boxes that meet objects one to one; where the data has points,
-    over distances of the centers of up to a tenth of the diagonal; where it has a number alone, of the numbers.
+    over distances of the centers of up to a tenth of the diagonal; where it has a number alone, of the numbers. With
+    `beta` it is F-beta.
 
     Where there is nothing to count, the empty answer of the model family is the right one, and all three are 1; the
     paper has no such images.
@@ -105,11 +106,13 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         reward: That of Perception-R1, or "mean_f1".
         matching: How boxes meet points: "bipartite" for the least total distance, "sequential" for the k-th box with
             the k-th point.
+        beta: In the reward mean_f1, objects that are missing weigh beta^2 times as much as boxes that are wrong.
     """
 
     prompt_template: str = "Output all the bounding boxes of the {query}"
     reward: Literal["perception_r1", "mean_f1"] = "perception_r1"
     matching: Matching = "bipartite"
+    beta: float = 1.0
 
     name = "counting"
     component_names = ("format", "ratio", "closeness")
@@ -122,6 +125,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         super().__post_init__()
         check_matching(self.matching)
         check_choice("reward", self.reward, ("perception_r1", "mean_f1"))
+        check_beta(self.beta, self.reward)
 
     def read_row(self, row: Row) -> tuple[str, CountingTarget]:
         """The kind of "label"; points from "boxes" or "points", the number from them or from "count"."""
@@ -187,7 +191,8 @@ class Counting(Task[CountingTarget, CountingPrediction]):
                 "ratio": min(count, target.count) / max(count, target.count) if count and target.count else 0.0,
                 "closeness": self._closeness(prediction.boxes, target) if prediction is not None else 0.0,
             }
-        mean_f1 = self._mean_f1(prediction, target) if prediction is not None and is_well_formed else 0.0
+        answer = prediction if is_well_formed else None
+        mean_f1, mean_fbeta = (self._mean_fbeta(answer, target, beta) for beta in (1, self.beta))
         metrics = {
             "count_accuracy": float(is_well_formed and count == target.count),
             "mean_f1": mean_f1,
@@ -196,7 +201,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             "false_positives": float(max(count - target.count, 0)),
             "false_negatives": float(max(target.count - count, 0)),
         }
-        reward = mean_f1 if self.reward == "mean_f1" else prod(components.values())
+        reward = mean_fbeta if self.reward == "mean_f1" else prod(components.values())
         return Score(reward=reward, components=components, metrics=metrics)
 
     def num_objects(self, target: CountingTarget) -> int:
@@ -221,8 +226,10 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             return None
         return {"count": prediction.count, "boxes": [to_pixels(box, image_size) for box in prediction.boxes]}
 
-    def _mean_f1(self, prediction: CountingPrediction, target: CountingTarget) -> float:
-        """Of a well-formed answer."""
+    def _mean_fbeta(self, prediction: CountingPrediction | None, target: CountingTarget, beta: float) -> float:
+        """Of a well-formed answer; 0 without one."""
+        if prediction is None:
+            return 0.0
         if target.boxes is not None:
             shares = threshold_shares(iou_matrix(prediction.boxes, target.boxes), IOU_THRESHOLDS)
         elif target.points is not None:
@@ -230,7 +237,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             shares = threshold_shares(-point_distances(centers, target.points) / sqrt(2), -_DISTANCES)
         else:
             shares = np.ones((prediction.count, target.count))
-        return soft_f1(shares, prediction.count, target.count)
+        return soft_fbeta(shares, prediction.count, target.count, beta)
 
     def _closeness(self, boxes: Sequence[Box], target: CountingTarget) -> float:
         """1 - mean distance of the matched centers and points, over the diagonal; 0 with nothing to match."""

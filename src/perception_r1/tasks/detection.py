@@ -18,7 +18,7 @@ from perception_r1.geometry import (
     iou_matrix,
     match,
     size_distances,
-    soft_f1,
+    soft_fbeta,
     threshold_shares,
     to_pixels,
 )
@@ -27,10 +27,15 @@ from perception_r1.published import json_boxes
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Sample, Score
 from perception_r1.rows import Row, RowError
 from perception_r1.task import Task
-from perception_r1.tasks._options import check_choice, check_matching, check_weights
+from perception_r1.tasks._options import (
+    check_beta,
+    check_choice,
+    check_iou_thresholds,
+    check_matching,
+    check_weights,
+    threshold_at,
+)
 
-_PAIR_IOU = 0.5
-"""A matched pair stands when its IoU is greater than this."""
 _SIZE_COST, _LABEL_COST, _OVERLAP_COST = 5.0, 1.0, 2.0
 """Weights of L1 distance, equal labels and GIoU in the cost of a match (DETR's, which the paper takes over)."""
 
@@ -75,7 +80,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
 
     Reward = format_weight * format + f1_weight * F1 + class_weight * class + iou_weight * IoU - missing_weight *
     missing, at least 0 and at most the sum of the four weights (3 by default). Valid objects meet targets by least
-    total cost; a pair stands when its IoU is greater than 0.5.
+    total cost; a pair stands when its IoU is greater than iou_threshold (0.5).
 
     - format: share of the listed entries that are valid; 0 when there is text around the list.
     - F1: of the pairs among the valid objects (precision) and among the targets (recall), whatever the labels.
@@ -87,7 +92,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
 
     With `reward` mean_f1 the reward is the metric of that name, from 0 to 1, for an answer that is nothing but a list,
     and 0 for any other: the mean of F1 over COCO's IoU thresholds, for boxes that meet targets of their own name one to
-    one. Whatever is listed besides counts as wrong, whether it is valid or not.
+    one. Whatever is listed besides counts as wrong, whether it is valid or not. With `beta` it is F-beta.
 
     >>> task = Detection(categories=("cat", "dog"))
     >>> cat = LabelledBox(label="cat", box=(0.0, 0.0, 0.5, 0.5))
@@ -114,6 +119,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         class_weight: Weight of the share of pairs with the right label.
         iou_weight: Weight of the pairs' mean IoU.
         missing_weight: Penalty for the share of targets that have no pair; 0 turns it off.
+        iou_threshold: A matched pair stands when its IoU is greater than this.
+        final_iou_threshold: In training `iou_threshold` goes evenly to this, as in Vision-R1 (arXiv 2503.18013);
+            validation keeps the first. None: it stays in training too.
+        beta: In the reward mean_f1, objects that are missing weigh beta^2 times as much as boxes that are wrong.
         published_boxes: What the published scorer takes the numbers of an answer for: "unmapped" for pixels of the
             original image, as the public code does, or "resized" for those of the image that the model saw.
     """
@@ -127,6 +136,9 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
     class_weight: float = 1.0
     iou_weight: float = 1.0
     missing_weight: float = 0.5
+    iou_threshold: float = 0.5
+    final_iou_threshold: float | None = None
+    beta: float = 1.0
     published_boxes: Literal["unmapped", "resized"] = "unmapped"
 
     name = "detection"
@@ -143,6 +155,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         check_matching(self.matching)
         check_choice("reward", self.reward, ("perception_r1", "mean_f1"))
         check_weights(**{f"{name}_weight": weight for name, weight in self._weights.items()})
+        check_beta(self.beta, self.reward)
+        check_iou_thresholds(self.iou_threshold, self.final_iou_threshold)
+        if self.reward == "mean_f1" and (self.iou_threshold, self.final_iou_threshold) != (0.5, None):
+            raise UserError("reward mean_f1 has thresholds of its own; leave iou_threshold and final_iou_threshold out")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -154,6 +170,10 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         if self.categories is not None:
             return self
         return replace(self, categories=tuple(dict.fromkeys(labels)))
+
+    def at_progress(self, progress: float) -> Self:
+        """With the IoU that a pair needs by now."""
+        return replace(self, iou_threshold=threshold_at(progress, self.iou_threshold, self.final_iou_threshold))
 
     @property
     def _weights(self) -> dict[str, float]:
@@ -218,7 +238,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             "iou": sum(overlaps) / num_pairs if num_pairs else float(is_rightly_empty),
             "missing": 1 - num_pairs / num_targets if num_targets else 0.0,
         }
-        mean_f1 = self._mean_f1(prediction, target)
+        mean_f1, mean_fbeta = (self._mean_fbeta(prediction, target, beta) for beta in (1, self.beta))
         metrics = {
             "mean_f1": mean_f1,
             "precision": precision,
@@ -228,7 +248,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             "false_negatives": float(num_targets - num_pairs),
         }
         if self.reward == "mean_f1":
-            return Score(reward=mean_f1, components=components, metrics=metrics)
+            return Score(reward=mean_fbeta, components=components, metrics=metrics)
         gains = {name: weight for name, weight in self._weights.items() if name != "missing"}
         gain = sum(weight * components[name] for name, weight in gains.items())
         reward = min(max(gain - self.missing_weight * components["missing"], 0.0), sum(gains.values()))
@@ -236,13 +256,14 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         reward_terms = tuple((weight, components[name]) for name, weight in signed.items())
         return Score(reward=reward, components=components, metrics=metrics, reward_terms=reward_terms)
 
-    def _mean_f1(self, prediction: DetectionPrediction | None, target: DetectionTarget) -> float:
+    def _mean_fbeta(self, prediction: DetectionPrediction | None, target: DetectionTarget, beta: float) -> float:
         if prediction is None or not prediction.is_exact:
             return 0.0
         overlaps = iou_matrix([item.box for item in prediction.objects], [item.box for item in target.objects])
         for k, item in enumerate(prediction.objects):
             overlaps[k] *= [item.label == other.label for other in target.objects]
-        return soft_f1(threshold_shares(overlaps, IOU_THRESHOLDS), prediction.num_listed, len(target.objects))
+        shares = threshold_shares(overlaps, IOU_THRESHOLDS)
+        return soft_fbeta(shares, prediction.num_listed, len(target.objects), beta)
 
     def num_objects(self, target: DetectionTarget) -> int:
         """Those of the image."""
@@ -276,7 +297,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         cost = _SIZE_COST * size_distances(boxes, target_boxes) - _OVERLAP_COST * giou_matrix(boxes, target_boxes)
         for k, item in enumerate(objects):
             cost[k] -= [_LABEL_COST * (item.label == other.label) for other in targets]
-        pairs = [(k, j) for k, j in match(cost, self.matching) if overlaps[k, j] > _PAIR_IOU]
+        pairs = [(k, j) for k, j in match(cost, self.matching) if overlaps[k, j] > self.iou_threshold]
         return [objects[k].label == targets[j].label for k, j in pairs], [float(overlaps[pair]) for pair in pairs]
 
 

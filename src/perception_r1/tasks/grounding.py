@@ -1,8 +1,8 @@
 """Grounding: one box for the thing that a phrase names. Reward = format + IoU^2."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 from perception_r1.codecs import Codec, ParsedBoxes
 from perception_r1.data.module import TaskDataModule
@@ -12,7 +12,7 @@ from perception_r1.published import first_box
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay, Sample, Score
 from perception_r1.rows import Row
 from perception_r1.task import Task
-from perception_r1.tasks._options import check_choice, check_weights
+from perception_r1.tasks._options import check_choice, check_iou_thresholds, check_weights, threshold_at
 
 _THRESHOLDS = {"accuracy_50": 0.50, "accuracy_75": 0.75, "accuracy_95": 0.95}
 """IoU from which on a box counts as right."""
@@ -68,12 +68,17 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         reward: That of Perception-R1, "thresholds" or "giou".
         format_weight: Weight of the format component: 1 when the whole text is exactly one labelled box.
         iou_weight: Weight of the squared IoU.
+        iou_threshold: A box with a lower IoU earns nothing beyond its format.
+        final_iou_threshold: In training `iou_threshold` goes evenly to this, as in Vision-R1 (arXiv 2503.18013);
+            validation keeps the first. None: it stays in training too.
     """
 
     prompt_template: str = "Output the bounding box of the {query} in the image."
     reward: Literal["perception_r1", "thresholds", "giou"] = "perception_r1"
     format_weight: float = 1.0
     iou_weight: float = 1.0
+    iou_threshold: float = 0.0
+    final_iou_threshold: float | None = None
 
     name = "grounding"
     component_names = ("format", "iou")
@@ -86,6 +91,11 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
         super().__post_init__()
         check_choice("reward", self.reward, ("perception_r1", "thresholds", "giou"))
         check_weights(format_weight=self.format_weight, iou_weight=self.iou_weight)
+        check_iou_thresholds(self.iou_threshold, self.final_iou_threshold)
+
+    def at_progress(self, progress: float) -> Self:
+        """With the IoU that a box needs by now."""
+        return replace(self, iou_threshold=threshold_at(progress, self.iou_threshold, self.final_iou_threshold))
 
     def read_row(self, row: Row) -> tuple[str, GroundingTarget]:
         """The phrase of "question" and the box of "box"."""
@@ -135,11 +145,12 @@ class Grounding(Task[GroundingTarget, GroundingPrediction]):
             "false_positives": len(boxes) - hit,
             "false_negatives": 1 - hit,
         }
+        is_near = overlap >= self.iou_threshold - _ROUNDING
         if self.reward != "perception_r1":
-            is_answer = is_single and components["format"] == 1
+            is_answer = is_single and components["format"] == 1 and is_near
             reward = self._reward(boxes[0], target.box) if is_answer else 0.0
             return Score(reward=reward, components=components, metrics=metrics)
-        reward_terms = (self.format_weight, components["format"]), (self.iou_weight, overlap**2)
+        reward_terms = (self.format_weight, components["format"]), (self.iou_weight, overlap**2 if is_near else 0.0)
         reward = sum(weight * value for weight, value in reward_terms)
         return Score(reward=reward, components=components, metrics=metrics, reward_terms=reward_terms)
 

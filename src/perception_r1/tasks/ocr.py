@@ -1,9 +1,11 @@
 """OCR: the text of a page. Reward = 1 - edit distance / length of the longer text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
@@ -14,6 +16,9 @@ from perception_r1.rows import Row
 from perception_r1.task import Task
 from perception_r1.tasks._options import check_choice
 from perception_r1.tasks._word_metrics import NAMES, Equals, check_available, word_metrics
+
+_NEARLY = 0.9
+"""Similarity from which on a line of an answer is taken for one of the page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +48,18 @@ class Ocr(Task[OcrTarget, str]):
     0.0
 
     With `reward` lines it is the mean of the similarity and of the share of lines that are right, in their order, of
-    which one too many or too few counts as wrong.
+    which one too many or too few counts as wrong. With unit_tests it is the share of tests that the answer passes, as
+    in olmOCR 2 (arXiv 2510.19817): each line of the page is there, or nearly so; so are two neighbours, in their order;
+    and there are no more lines than on the page.
 
     Attributes:
-        reward: "similarity", that of Perception-R1, or "lines".
+        reward: "similarity", that of Perception-R1, "lines" or "unit_tests".
         word_metrics: Also compute, in evaluation, precision, recall and F1 of the set of words, BLEU and METEOR, for
             which METEOR takes synonyms from "wordnet", as published, or knows only "stems". Needs `perception-r1[ocr]`.
     """
 
     prompt_template: str = "OCR this image."
-    reward: Literal["similarity", "lines"] = "similarity"
+    reward: Literal["similarity", "lines", "unit_tests"] = "similarity"
     word_metrics: Equals | None = None
 
     name = "ocr"
@@ -64,7 +71,7 @@ class Ocr(Task[OcrTarget, str]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("reward", self.reward, ("similarity", "lines"))
+        check_choice("reward", self.reward, ("similarity", "lines", "unit_tests"))
         if self.word_metrics is not None:
             check_available(self.word_metrics)
 
@@ -103,6 +110,8 @@ class Ocr(Task[OcrTarget, str]):
         if self.reward == "lines" and prediction is not None:
             lines = Levenshtein.normalized_similarity(prediction.split("\n"), target.text.split("\n"))
             reward = (similarity + lines) / 2
+        elif self.reward == "unit_tests":
+            reward = 0.0 if prediction is None else _passed_tests(prediction.split("\n"), target.text.split("\n"))
         return Score(
             reward=reward,
             components={"similarity": similarity},
@@ -117,6 +126,26 @@ class Ocr(Task[OcrTarget, str]):
     def serialize_prediction(self, prediction: str | None, image_size: ImageSize) -> dict[str, str] | None:
         """`{"text": "..."}`."""
         return None if prediction is None else {"text": prediction}
+
+
+def _passed_tests(lines: Sequence[str], targets: Sequence[str]) -> float:
+    """Share of the tests that an answer's lines pass; of equal lines of a page the order is not tested.
+
+    >>> _passed_tests(["a quick brown fix", "dog", "dog"], ["a quick brown fox", "cat", "dog"])
+    0.5
+    """
+    if len(lines) > 2 * len(targets):
+        return 0.0
+    similarities = cdist(targets, lines, scorer=Levenshtein.normalized_similarity)  # [targets, lines]
+    is_there: list[bool] = (similarities.max(axis=1) >= _NEARLY).tolist()
+    positions = similarities.argmax(axis=1)
+    tests = [*is_there, len(lines) <= len(targets)]
+    tests += [
+        is_there[k] and is_there[k + 1] and bool(positions[k] < positions[k + 1])
+        for k in range(len(targets) - 1)
+        if targets.count(targets[k]) == targets.count(targets[k + 1]) == 1
+    ]
+    return sum(tests) / len(tests)
 
 
 class OcrData(TaskDataModule):

@@ -1,6 +1,6 @@
-"""One run of the study of learning.py, in a process of its own: train, then measure on every level.
+"""One run of the study, in a process of its own: train, then measure on every level.
 
-    python benchmarks/learning_run.py '{"task": "counting", "training": "grpo", "seed": 0, ...}' RESULT.json
+    python benchmarks/study/run.py '{"task": "counting", "training": "grpo", "seed": 0, ...}' RESULT.json
 
 Only the CPU-seconds of training steps count towards a run's budget: neither its start nor its validations.
 """
@@ -15,20 +15,20 @@ from statistics import mean
 from typing import Any
 
 import torch
-from learning_worlds import DATA, levels
 from lightning.pytorch import Callback, LightningModule, Trainer
+from study.worlds import DATA, levels
 
 from perception_r1.cli import main as perception_r1
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.geometry import iou_matrix, match
 from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.modules.encoding import encode_prompts
-from perception_r1.modules.evaluation import EvaluationModule, evaluation_mode
+from perception_r1.modules.evaluation import MEAN_OF_PRIMARY, EvaluationModule, evaluation_mode
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Box, LoadedSample
 from perception_r1.scoring import ScoredCompletion, score_completions
-from perception_r1.task import Task
+from perception_r1.task import Task, tasks_of
 from perception_r1.tasks import TASKS
 
 GROUP_SIZE = 8
@@ -46,14 +46,15 @@ class Run:
     """What a run is.
 
     Attributes:
-        task: Name of the task.
-        training: One of `TRAININGS` in learning.py, or "base": nothing is trained.
+        task: Name of the task, or "all".
+        training: One of `TRAININGS`, or "base": nothing is trained.
         seed: Of scenes and sampling; all trainings of a seed are tested on the same scenes.
         labels: Labelled images, seen as often as it takes; 0 for ever new ones.
         phases: Options and steps of each training in turn; a later one starts from the weights of the one before.
         folder: Where its trainings lie.
         num_tested: Held-out images of pretraining and of training; half as many of the levels beyond.
-        is_measured: Measure the result on all levels; otherwise only validate it.
+        part: The part of the study: the result is measured on every level in "main", on that of training in others, and
+            only validated in none.
     """
 
     task: str
@@ -63,7 +64,7 @@ class Run:
     phases: list[tuple[list[str], int]]
     folder: str
     num_tested: int
-    is_measured: bool = True
+    part: str = "main"
 
 
 class CpuSeconds(Callback):
@@ -95,7 +96,7 @@ def train(run: Run) -> tuple[Path | None, list[list[float]]]:
         data = ["--data.num_train", str(run.labels)] if run.labels else []
         command = [
             *("fit", "--task", run.task, *options, *start, *data, "--seed_everything", str(run.seed)),
-            *("--trainer.max_steps", str(num_steps), "--trainer.callbacks+=learning_run.CpuSeconds"),
+            *("--trainer.max_steps", str(num_steps), "--trainer.callbacks+=study.run.CpuSeconds"),
             *("--trainer.val_check_interval", str(max(1, num_steps // 4))),
             *("--before_after.enabled", "false", "--log_samples.num_samples", "0"),
             *("--trainer.logger.init_args.save_dir", run.folder, "--trainer.logger.init_args.name", "."),
@@ -120,37 +121,49 @@ def best_validation(folder: Path, metric: str) -> float:
     return max(event.value for event in events.Scalars(f"val/{metric}"))
 
 
-def load(folder: Path | None, task_name: str) -> tuple[Task[Any, Any], Policy]:
-    """Task and policy of a run, or of the base."""
+def load(folder: Path | None, task_name: str) -> tuple[dict[str, Task[Any, Any]], Policy]:
+    """Tasks by name and policy of a run, or of the base."""
     if folder is None:
-        return DATA[task_name]().task, Policy.load(PolicyConfig(name="tiny")).eval()
+        return {task_name: DATA[task_name]().task}, Policy.load(PolicyConfig(name="tiny")).eval()
     opened = open_run(folder)
     policy, _ = load_checkpoint(opened.policy, checkpoint_path(opened, "best"))
-    return opened.task, policy
+    return {task.name: task for task in tasks_of(opened.task).values()}, policy
 
 
 def measure(run: Run, folder: Path | None) -> dict[str, Any]:
+    """What `measure_task` finds; of a run on all tasks, of each of them ("by_task")."""
+    tasks, policy = load(folder, run.task)
+    found = {name: measure_task(run, task, policy, is_base=folder is None) for name, task in tasks.items()}
+    return {"by_task": found} if run.task == "all" else found[run.task]
+
+
+def measure_task(run: Run, task: Task[Any, Any], policy: Policy, *, is_base: bool) -> dict[str, Any]:
     """Greedy metrics on every level, what sampling finds, and how far the policy is from the base.
 
     Of trainings on few labels: greedy metrics on the level of training and beyond.
     """
-    task, policy = load(folder, run.task)
     module = EvaluationModule(task, policy=PolicyConfig(name="tiny"), max_new_tokens=MAX_NEW_TOKENS)
     module.policy = policy
     found: dict[str, Any] = {"levels": {}}
-    tested = {name: world for name, world in levels(run.task).items() if not (run.labels and name == "pretraining")}
+    is_main = run.part == "main"
+    left_out = {"pretraining"} if run.labels else set()
+    tested = {
+        name: world
+        for name, world in levels(task.name).items()
+        if name == "training" or (is_main and name not in left_out)
+    }
     for name, world in tested.items():
         num_test = run.num_tested if name in ("pretraining", "training") else run.num_tested // 2
-        data = DATA[run.task](task=task, world=world, seed=run.seed, num_test=num_test)
+        data = DATA[task.name](task=task, world=world, seed=run.seed, num_test=num_test)
         data.setup("test")
         samples = list(data.samples("test"))
         answers = [answer for batch in in_batches(samples, 50) for answer in module.score_greedy(batch)]
         metrics = make_metrics(task)
         update_metrics(metrics, answers)
         values = {tag: float(value) for tag, value in metrics.compute().items() if not value.isnan()}
-        found["levels"][name] = values | (box_metrics(answers) if run.task in ("counting", "detection") else {})
-        if name == "training" and not run.labels:
-            temperatures = TEMPERATURES if folder is None else TEMPERATURES[:1]
+        found["levels"][name] = values | (box_metrics(answers) if task.name in ("counting", "detection") else {})
+        if name == "training" and is_main and not run.labels:
+            temperatures = TEMPERATURES if is_base else TEMPERATURES[:1]
             base, chosen = Policy.load(PolicyConfig(name="tiny")).eval(), samples[:NUM_SAMPLED]
             found["sampled"] = {f"{each:g}": sample(module, base, chosen, answers, each) for each in temperatures}
     return found
@@ -255,8 +268,9 @@ def main() -> int:
     if folder is not None:
         counted = seconds[-1][2:] or seconds[-1]
         result["cpu_seconds_per_step"] = round(mean(counted), 4)
-        result["best_validation"] = best_validation(folder, TASKS[run.task].primary_metric)
-    if run.is_measured:
+        metric = MEAN_OF_PRIMARY if run.task == "all" else TASKS[run.task].primary_metric
+        result["best_validation"] = best_validation(folder, metric)
+    if run.part:
         result |= measure(run, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")

@@ -1,4 +1,4 @@
-"""Where the study of learning.py tests: the world of pretraining, that of training, and two levels beyond both.
+"""Where the study tests: the world of pretraining, that of training, and two levels beyond both.
 
 pretraining   the worlds as they are by themselves, in which the embedded model was pretrained
 training      their harder parts, of configs/tiny, in which it is trained further
@@ -28,7 +28,7 @@ from perception_r1.tasks.detection import DetectionData
 from perception_r1.tasks.grounding import GroundingData
 from perception_r1.tasks.ocr import OcrData
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "tiny"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 DATA: dict[str, type[TaskDataModule]] = {
     "grounding": GroundingData,
     "counting": CountingData,

@@ -1,8 +1,9 @@
-"""Tables and plots of the study of learning.py, from the runs that are there."""
+"""Tables and plots of the study, from the runs that are there."""
 
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 
 from pages import fill, table
 from scipy.stats import t as student
+from study.trainings import PARTS, TRAININGS
 
 Result: TypeAlias = Mapping[str, Any]
 """The file of a run."""
@@ -28,14 +30,18 @@ OTHERS = {
     "ocr": {"reward": "reward"},
 }
 """Metrics besides, which the reward of the task does not name, or not alone."""
-TRAININGS = {
-    "grpo": "GRPO",
-    "sft": "SFT",
-    "sft-grpo": "SFT, then GRPO",
-    "sequential": "GRPO, sequential matching",
-    "box": "GRPO, advantage for each box",
-    "think": "GRPO, think",
-}
+MAIN = {name: training.title for name, training in TRAININGS.items() if training.part == "main"}
+"""Trainings of the main part, and their titles."""
+COLUMNS = (
+    ("grounding", "accuracy_50", "accuracy at .5"),
+    ("grounding", "reward/iou", "mean IoU"),
+    ("counting", "count_accuracy", "count accuracy"),
+    ("counting", "box_recall", "objects boxed"),
+    ("detection", "ap50", "AP50"),
+    ("detection", "ap75", "AP75"),
+    ("ocr", "reward/similarity", "1 - edit distance"),
+)
+"""Task, metric and its name in the tables of the other parts."""
 SAMPLED = {
     "mean": "mean of 8 samples",
     "best": "best of 8",
@@ -48,9 +54,11 @@ COLOURS = {"grpo": "#c2185b", "sft": "#1976d2"}
 
 
 def read(folder: Path) -> list[Result]:
-    """All measured runs below a folder."""
+    """All measured runs below a folder; one on all tasks as one of each."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
-    return [result for result in found if result["is_measured"]]
+    of_one = [result for result in found if "levels" in result]
+    of_all = [result for result in found if "by_task" in result]
+    return of_one + [result | {"task": task} | own for result in of_all for task, own in result["by_task"].items()]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -98,6 +106,15 @@ def words(values: Sequence[float], *, is_gain: bool = True) -> str:
     return f"{text} ({sum(value > 0 for value in values)} of {len(values)})" if is_gain else text
 
 
+def part_table(results: Sequence[Result], part: str) -> str:
+    """Training by metric: the gains on the training level of a part's trainings, beside those of GRPO."""
+    rows = []
+    for name in ["grpo", *(name for name, training in TRAININGS.items() if training.part == part)]:
+        cells = [words(gains(results, task, name, 0, at_level("training", metric))) for task, metric, _ in COLUMNS]
+        rows.append([TRAININGS[name].title, *cells])
+    return table(["training", *(f"{task}: {title}" for task, _, title in COLUMNS)], rows)
+
+
 def base_table(results: Sequence[Result]) -> str:
     """The primary metric of the base on every level."""
     rows = []
@@ -116,9 +133,9 @@ def main_table(results: Sequence[Result]) -> str:
     for task, (metric, name) in PRIMARY.items():
         base = [at_level("training", metric)(r) for r in results if (r["task"], r["training"]) == (task, "base")]
         if base:
-            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in TRAININGS]
+            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in MAIN]
             rows.append([task, name, words(base, is_gain=False), *cells])
-    return table(["task", "metric", "base", *TRAININGS.values()], rows)
+    return table(["task", "metric", "base", *MAIN.values()], rows)
 
 
 def other_table(results: Sequence[Result]) -> str:
@@ -126,10 +143,10 @@ def other_table(results: Sequence[Result]) -> str:
     rows = []
     for task, metrics in OTHERS.items():
         for metric, name in metrics.items():
-            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in TRAININGS]
+            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in MAIN]
             if set(cells) != {"-"}:
                 rows.append([task, name, *cells])
-    return table(["task", "metric", *TRAININGS.values()], rows)
+    return table(["task", "metric", *MAIN.values()], rows)
 
 
 def level_table(results: Sequence[Result]) -> str:
@@ -153,7 +170,7 @@ def label_table(results: Sequence[Result]) -> str:
         for level, kind in itertools.product(LEVELS[1:], ("grpo", "sft")):
             cells = [words(gains(results, task, kind, count, at_level(level, metric))) for count in counts]
             if set(cells) - {"-"}:
-                rows.append([task, level, TRAININGS[kind], *cells])
+                rows.append([task, level, MAIN[kind], *cells])
     return table(["task", "level", "training", *(f"{count} images" for count in counts)], rows)
 
 
@@ -176,7 +193,7 @@ TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "levels": level_table,
     "labels": label_table,
     "sampling": sampling_table,
-}
+} | {part: partial(part_table, part=part) for part in PARTS if part != "main"}
 """The tables that a page can have, by the name in the comment before it: `<!-- learning: gains -->`."""
 
 
@@ -203,14 +220,14 @@ def plot(results: Sequence[Result], path: Path) -> None:
     figure, axes = plt.subplots(3, len(PRIMARY), figsize=(14, 9), squeeze=False)
     for column, (task, (metric, name)) in enumerate(PRIMARY.items()):
         groups = [
-            {label: gains(results, task, kind, 0, at_level("training", metric)) for kind, label in TRAININGS.items()},
+            {label: gains(results, task, kind, 0, at_level("training", metric)) for kind, label in MAIN.items()},
             {
-                f"{level}, {TRAININGS[kind]}": gains(results, task, kind, 0, at_level(level, metric))
+                f"{level}, {MAIN[kind]}": gains(results, task, kind, 0, at_level(level, metric))
                 for level in LEVELS
                 for kind in COLOURS
             },
             {
-                f"{count} images, {TRAININGS[kind]}": gains(results, task, kind, count, at_level("training", metric))
+                f"{count} images, {MAIN[kind]}": gains(results, task, kind, count, at_level("training", metric))
                 for count in sorted({r["labels"] for r in results if r["labels"]})
                 for kind in COLOURS
             },
