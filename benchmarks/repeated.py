@@ -71,7 +71,7 @@ class RepeatedPolicy(Policy):
             completions=completions,
             logprobs=[torch.zeros(len(row), device=self.device) for row in completions],  # generate does not tell
             is_truncated=(~has_ended).tolist(),
-            entropy=float("nan"),
+            entropies=[torch.full((len(row),), float("nan"), device=self.device) for row in completions],
         )
 
     def forward(

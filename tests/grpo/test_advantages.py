@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from perception_r1.grpo.advantages import (
+    entropy_bonus,
     group_advantages,
     has_zero_std,
+    is_uncertain,
     normalized_terms,
     reward_to_go_advantages,
 )
-from perception_r1.grpo.loss import grpo_loss
+from perception_r1.grpo.loss import LossConfig, grpo_loss
 
 ADVANTAGES = Path(__file__).parents[1] / "golden" / "advantages.jsonl"
 GOLDEN = [json.loads(line) for line in ADVANTAGES.read_text().splitlines()]
@@ -145,9 +147,7 @@ def test_their_gradient_is_that_of_the_expected_reward():
                 advantages=gain,
                 weights=torch.full((2,), 0.5, dtype=torch.float64),
                 is_token=torch.ones(2, 2, dtype=torch.bool),
-                clip_eps_low=0.2,
-                clip_eps_high=0.2,
-                kl_coef=0.0,
+                config=LossConfig(kl_coef=0.0),
             )
             output.loss.backward()
             expected -= probability * leaf.grad
@@ -171,3 +171,26 @@ def test_a_term_that_is_the_same_throughout_a_group_adds_nothing():
     found = normalized_terms(values, torch.ones(4, 2), 2)
     alone = group_advantages(torch.tensor([1.0, 0.0, 0.3, 0.1]), 2)
     assert found.tolist() == pytest.approx(alone.tolist())
+
+
+def test_the_entropy_bonus_pulls_as_the_gradient_of_the_entropy():
+    """In expectation over one token out of six."""
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    exact = logits.clone().requires_grad_()
+    entropy = torch.special.entr(exact.softmax(0)).sum()
+    entropy.backward()
+    leaf = logits.clone().requires_grad_()
+    logprobs = leaf.log_softmax(0)
+    bonus = entropy_bonus(logprobs.detach(), entropy.detach().expand(6))
+    (logprobs.exp().detach() * bonus * logprobs).sum().backward()
+    torch.testing.assert_close(leaf.grad, exact.grad, rtol=1e-10, atol=1e-12)
+    assert float((logprobs.exp() * bonus).sum()) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
+def test_uncertain_tokens_are_those_above_the_quantile(share):
+    entropies = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chosen = is_uncertain(entropies, share)
+    expected = sorted(entropies.tolist(), reverse=True)[: max(1, round(50 * share))]
+    assert sorted(entropies[chosen].tolist(), reverse=True) == expected
+    assert is_uncertain(torch.zeros(4), 0.25).all()  # ties are kept

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from perception_r1.grpo.loss import grpo_loss, k3_kl, sampler_weights, token_weights
+from perception_r1.errors import UserError
+from perception_r1.grpo.loss import LossConfig, grpo_loss, kl_estimate, sampler_weights, token_weights
 
 LENGTHS = [3, 1, 4, 2]
 CLIP_LOW, CLIP_HIGH, KL_COEF = 0.2, 0.3, 0.04
@@ -55,9 +56,7 @@ def loss_of(policy, old, reference, advantages, weights, mask, kl_coef=KL_COEF):
         advantages=advantages,
         weights=weights,
         is_token=mask,
-        clip_eps_low=CLIP_LOW,
-        clip_eps_high=CLIP_HIGH,
-        kl_coef=kl_coef,
+        config=LossConfig(clip_eps_low=CLIP_LOW, clip_eps_high=CLIP_HIGH, kl_coef=kl_coef),
     )
 
 
@@ -145,10 +144,44 @@ def test_the_kl_estimate_is_never_negative_and_unbiased():
     generator = torch.Generator().manual_seed(0)
     policy = torch.randn(5, dtype=torch.float64, generator=generator).log_softmax(0)
     reference = torch.randn(5, dtype=torch.float64, generator=generator).log_softmax(0)
-    estimates = k3_kl(policy, reference)
+    estimates = kl_estimate(policy, reference)
     assert (estimates >= 0).all()
     exact = (policy.exp() * (policy - reference)).sum()
     assert float((policy.exp() * estimates).sum()) == pytest.approx(float(exact))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_right"),
+    [({}, False), ({"kl_estimator": "k2"}, True), ({"kl_bias_correction": True}, True)],
+)
+@pytest.mark.parametrize("is_older", [False, True])
+def test_the_gradient_of_the_penalty_beside_that_of_the_divergence(options, is_right, is_older):
+    """In expectation over what the policy, or an older one, writes: one token out of five."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, dtype=torch.float64, generator=generator)
+    reference = torch.randn(5, dtype=torch.float64, generator=generator).log_softmax(0)
+    old = (logits + is_older * torch.randn(5, dtype=torch.float64, generator=generator)).log_softmax(0)
+    exact = logits.clone().requires_grad_()
+    (exact.softmax(0) * (exact.log_softmax(0) - reference)).sum().backward()
+    leaf = logits.clone().requires_grad_()
+    output = grpo_loss(
+        leaf.log_softmax(0)[:, None],
+        old[:, None],
+        reference[:, None],
+        advantages=torch.zeros(5, dtype=torch.float64),
+        weights=old.exp(),  # the expectation
+        is_token=torch.ones(5, 1, dtype=torch.bool),
+        config=LossConfig(kl_coef=1.0, **options),
+    )
+    output.loss.backward()
+    is_right = is_right and not (is_older and "kl_estimator" in options)
+    assert torch.allclose(leaf.grad, exact.grad, rtol=1e-10, atol=1e-12) is is_right
+
+
+@pytest.mark.parametrize("options", [{"kl_coef": -0.1}, {"clip_eps_low": 1.0}, {"sapo_temperature_neg": 0.0}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        LossConfig(**options)
 
 
 # --------------------------------------------------------------------------------- other advantages and objectives
@@ -181,11 +214,7 @@ def test_objectives_and_their_gradients_equal_a_loop_over_tokens(objective, leve
         advantages=advantages,
         weights=weights,
         is_token=is_token(),
-        clip_eps_low=low,
-        clip_eps_high=high,
-        kl_coef=0.0,
-        objective=objective,
-        level=level,
+        config=LossConfig(clip_eps_low=low, clip_eps_high=high, objective=objective, importance_sampling_level=level),
     )
     output.loss.backward()
     loss, slopes = 0.0, torch.zeros_like(policy)
@@ -210,15 +239,9 @@ def test_all_objectives_pull_alike_on_the_first_update(objective, level):
     policy, _, _, advantages = make_batch()
     weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
     leaf = policy.clone().requires_grad_()
-    options = {
-        "clip_eps_low": CLIP_LOW,
-        "clip_eps_high": CLIP_HIGH,
-        "kl_coef": 0.0,
-        "objective": objective,
-        "level": level,
-    }
+    config = LossConfig(objective=objective, importance_sampling_level=level)
     mask = is_token()
-    grpo_loss(leaf, policy, None, advantages=advantages, weights=weights, is_token=mask, **options).loss.backward()
+    grpo_loss(leaf, policy, None, advantages=advantages, weights=weights, is_token=mask, config=config).loss.backward()
     torch.testing.assert_close(leaf.grad, (-advantages * weights)[:, None].expand_as(policy).masked_fill(~mask, 0.0))
 
 
@@ -251,8 +274,8 @@ def test_importance_weights_equal_a_loop_over_tokens(correction):
             assert float(found.expand_as(old)[row, k]) == pytest.approx(expected, rel=1e-12)
     assert 0 < beyond < sum(LENGTHS)
     weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
-    options = {"clip_eps_low": CLIP_LOW, "clip_eps_high": CLIP_HIGH, "kl_coef": 0.0}
-    options |= {"advantages": advantages, "weights": weights, "is_token": is_token()}
+    options = {"advantages": advantages, "weights": weights, "is_token": is_token()}
+    options["config"] = LossConfig(clip_eps_low=CLIP_LOW, clip_eps_high=CLIP_HIGH)
     loss = grpo_loss(policy, old, None, **options, importance_weights=found).loss
     each = [
         naive_objective(

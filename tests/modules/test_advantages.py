@@ -1,6 +1,7 @@
 """Advantages of a step by the options of GRPO: terms of the reward, and running scales of tasks."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,49 @@ def test_a_run_goes_on_with_the_scales_that_it_had(folder, tmp_path):
     assert fresh.advantages.state_dict() == module.advantages.state_dict()
 
 
+@pytest.mark.parametrize(("coef", "top"), [(0.5, 1.0), (0.0, 0.4), (0.5, 0.4)])
+def test_entropy_decides_token_by_token(coef, top):
+    rollout = SimpleNamespace(
+        completions=[torch.zeros(2), torch.zeros(3)],
+        logprobs=[torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -0.25, -4.0])],
+        entropies=[torch.tensor([1.5, 0.5]), torch.tensor([0.75, 0.25, 2.0])],
+    )
+    advantages = Advantages(Ocr(), **options(scale_rewards="none", entropy_coef=coef, top_entropy_quantile=top))
+    completions = scored([1.0, 0.0], ["ocr", "ocr"])
+    found = Round(samples=[0], prompts=None, rollout=rollout, scored_completions=completions)
+    is_kept = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]) if top < 1 else torch.ones(2, 3)  # two of five
+    bonus = torch.tensor([[-0.5, 1.5, 0.0], [-0.25, 0.0, 2.0]])
+    expected = torch.tensor([[0.5], [-0.5]]) * is_kept + coef * bonus
+    expected[0, 2] = 0.0  # behind the end
+    torch.testing.assert_close(advantages.compute(ALONE, found, Ocr()), expected, rtol=0, atol=0)
+
+
+def test_truncated_completions_teach_nothing_where_they_are_masked(folder, tmp_path):
+    seen = []
+
+    class Watched(GRPO):
+        """Every other completion is taken for one that was cut."""
+
+        def make_experience(self, prompts, rollout, advantages):
+            cut = [row % 2 == 1 for row in range(len(rollout.completions))]
+            lengths = [1 + row % 3 for row in range(len(cut))]
+            shorter = [tokens[:n] for tokens, n in zip(rollout.completions, lengths, strict=True)]
+            logprobs = [values[:n] for values, n in zip(rollout.logprobs, lengths, strict=True)]
+            changed = replace(rollout, completions=shorter, logprobs=logprobs, is_truncated=cut)
+            seen.append((lengths, super().make_experience(prompts, changed, advantages)))
+            return super().make_experience(prompts, rollout, advantages)
+
+    for loss_type in ("grpo", "dapo"):
+        module = make_module(folder, Watched, mask_truncated_completions=True, loss_type=loss_type)
+        fit(folder, tmp_path, module, max_steps=1)
+        lengths, experience = seen[-1]
+        for row, weight in enumerate(experience.weights.tolist()):
+            whole = 1 / lengths[row] / len(lengths) if loss_type == "grpo" else 1 / sum(lengths[::2])
+            assert weight == pytest.approx(0 if row % 2 else whole)
+
+
 def test_what_does_not_go_together_is_refused():
+    with pytest.raises(UserError, match="top_entropy_quantile is 0; it must be above 0"):
+        make_module(Path("none"), GRPO, top_entropy_quantile=0)
     with pytest.raises(UserError, match="gdpo has scales of its own; leave scale_rewards at group"):
         make_module(Path("none"), GRPO, advantage_estimator="gdpo", scale_rewards="batch")

@@ -44,7 +44,7 @@ def answered(module, target, *lists):
         completions=completions,
         logprobs=[torch.zeros(len(row)) for row in completions],
         is_truncated=[False] * len(texts),
-        entropy=0.0,
+        entropies=[torch.zeros(len(row)) for row in completions],
     )
     return Round(
         samples=[sample],

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from perception_r1.callbacks.checkpoints import Checkpoints
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO
-from perception_r1.modules.resampling import Round, join, sample_until_informative
+from perception_r1.modules.resampling import Round, sample_until_informative
 from perception_r1.policy.rollout import Rollout
 from tests.modules.toy import Log, Lottery, fit, make_data, make_module, trained_weights
 from tests.policy import oracle
@@ -32,7 +32,7 @@ def made_round(rewards):
             completions=[torch.tensor(row) for row in rows],
             logprobs=[torch.tensor(row) for row in rows],
             is_truncated=[False] * len(rows),
-            entropy=float(sum(numbers)) / max(1, len(numbers)),
+            entropies=[torch.tensor(row) for row in rows],
         ),
         scored_completions=[
             SimpleNamespace(score=SimpleNamespace(reward=reward)) for _, group in rewards for reward in group
@@ -96,13 +96,6 @@ def test_joined_prompts_are_those_of_the_parts(folder):
         assert again.image_grids == whole.image_grids
         assert all(torch.equal(*pair) for pair in zip(again.pixel_values, whole.pixel_values, strict=True))
         assert (again.image_features is None) is (prompts.image_features is None)
-
-
-def test_entropy_of_rounds_is_that_of_all_their_tokens():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perception_r1.modules.resampling.PromptBatch", JoinedPrompts)
-        joined = join([made_round([(1, (0.0, 1.0))]), made_round([(4, (0.0, 1.0)), (4, (0.0, 1.0))])])
-    assert joined.rollout.entropy == pytest.approx((1 + 4 * 2) / 3)
 
 
 class Costs(Callback):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from perception_r1.grpo.loss import grpo_loss
+from perception_r1.grpo.loss import LossConfig, grpo_loss
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.policy.policy import Policy
@@ -68,9 +68,7 @@ def update(policy, prompts, budget=None):
             advantages=torch.zeros(len(rows), device="meta"),
             weights=torch.zeros(len(rows), device="meta"),
             is_token=torch.zeros(logprobs.shape, dtype=torch.bool, device="meta"),
-            clip_eps_low=0.2,
-            clip_eps_high=0.2,
-            kl_coef=0.04,
+            config=LossConfig(kl_coef=0.04),
         )
         output.loss.backward()
     assert all(parameter.grad is not None for parameter in trained if parameter is not policy.model.lm_head.weight)

@@ -3,9 +3,10 @@
     advantage   A_i = (r_i - mean(r_group)) / (std(r_group) + 1e-4), std unbiased           GRPO, arXiv 2402.03300
 
 Besides it there are other estimators and scales (`group_advantages`), terms of the reward on scales of their own
-(`normalized_terms`), and advantages for parts of a completion (`reward_to_go_advantages`).
+(`normalized_terms`), advantages for parts of a completion (`reward_to_go_advantages`), and what depends on the entropy
+of tokens (`entropy_bonus`, `is_uncertain`).
 
-Legend: B prompts, G completions per prompt, N = B*G completions.
+Legend: B prompts, G completions per prompt, N = B*G completions, M tokens of all completions.
 """
 
 import math
@@ -128,6 +129,33 @@ def reward_to_go_advantages(
         size = math.sqrt(sum(value * value for value in values) / len(values)) + STD_FLOOR
         scaled += [[value / size for value in row] for row in group]
     return scaled
+
+
+def entropy_bonus(logprobs: Tensor, entropies: Tensor) -> Tensor:
+    """Advantages of tokens with which the policy gradient is, in expectation, that of the entropy of each token.
+
+    That gradient is the mean of those of the log-probabilities, weighted by -logp; less the entropy, the weights have
+    mean 0.
+
+    Args:
+        logprobs: [M] of each token, in the distribution from which it was drawn.
+        entropies: [M] of these distributions, in nats.
+
+    Returns:
+        [M]
+    """
+    return -logprobs - entropies
+
+
+def is_uncertain(entropies: Tensor, top_quantile: float) -> Tensor:
+    """[M] True for the share of tokens whose distributions have the largest entropies [M], ties included.
+
+    >>> import torch
+    >>> is_uncertain(torch.tensor([0.1, 2.0, 0.5, 1.0]), 0.5)
+    tensor([False,  True, False,  True])
+    """
+    num_others = len(entropies) - max(1, round(top_quantile * len(entropies)))
+    return entropies >= entropies.sort().values[num_others]
 
 
 def has_zero_std(rewards: Tensor, group_size: int) -> Tensor:

@@ -11,7 +11,9 @@ from perception_r1.errors import UserError
 from perception_r1.grpo.advantages import (
     STD_FLOOR,
     GroupScale,
+    entropy_bonus,
     group_advantages,
+    is_uncertain,
     normalized_terms,
     reward_to_go_advantages,
 )
@@ -19,6 +21,7 @@ from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.resampling import Round
 from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.rollout import Rollout
 from perception_r1.scoring import ScoredCompletion, prefix_rewards
 from perception_r1.task import AnyTask, part_of, tasks_of
 
@@ -38,9 +41,11 @@ class Advantages:
         estimator: See `GRPO`.
         scale_rewards: See `GRPO`.
         credit_assignment: See `GRPO`.
+        entropy_coef: See `GRPO`.
+        top_entropy_quantile: See `GRPO`.
 
     Raises:
-        UserError: The options do not go together.
+        UserError: An option is out of range, or they do not go together.
     """
 
     def __init__(
@@ -50,12 +55,17 @@ class Advantages:
         estimator: AdvantageEstimator,
         scale_rewards: ScaleRewards,
         credit_assignment: CreditAssignment,
+        entropy_coef: float = 0.0,
+        top_entropy_quantile: float = 1.0,
     ) -> None:
         if credit_assignment == "box" and (estimator != "grpo" or any(each.think for each in tasks_of(task).values())):
             raise UserError("credit_assignment box goes with advantage_estimator grpo, and not with think.")
         if estimator == "gdpo" and scale_rewards != "group":
             raise UserError("advantage_estimator gdpo has scales of its own; leave scale_rewards at group.")
+        if not 0 < top_entropy_quantile <= 1:
+            raise UserError(f"top_entropy_quantile is {top_entropy_quantile}; it must be above 0 and at most 1.")
         self.task = task
+        self.entropy_coef, self.top_entropy_quantile = entropy_coef, top_entropy_quantile
         self.estimator, self.scale_rewards, self.credit_assignment = estimator, scale_rewards, credit_assignment
         self._moments: dict[str, tuple[float, float]] = {}
 
@@ -86,6 +96,8 @@ class Advantages:
         if self.scale_rewards == "task":
             stds = self._task_stds(module, scored_completions, rewards)
             advantages = advantages / (stds + STD_FLOOR).view(-1, *[1] * (advantages.ndim - 1))
+        if self.entropy_coef or self.top_entropy_quantile < 1:
+            advantages = self._by_entropy(advantages, found.rollout)
         return advantages
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,6 +107,18 @@ class Advantages:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it up again."""
         self._moments = dict(state["moments"])
+
+    def _by_entropy(self, advantages: Tensor, rollout: Rollout) -> Tensor:
+        """[N, T] from [N] or [N, T]."""
+        lengths = [len(completion) for completion in rollout.completions]
+        rows = [row.expand(n) if row.ndim == 0 else row[:n] for row, n in zip(advantages, lengths, strict=True)]
+        flat, logprobs, entropies = (
+            torch.cat(list(each)).cpu() for each in (rows, rollout.logprobs, rollout.entropies)
+        )
+        if self.top_entropy_quantile < 1:
+            flat = flat * is_uncertain(entropies, self.top_entropy_quantile)
+        flat = flat + self.entropy_coef * entropy_bonus(logprobs, entropies)
+        return pad_sequence(flat.split(lengths), batch_first=True)
 
     def _task_stds(
         self, module: PolicyModule, scored_completions: Sequence[ScoredCompletion], rewards: Tensor

@@ -19,6 +19,8 @@ from perception_r1.errors import UserError
 from perception_r1.grpo.advantages import has_zero_std
 from perception_r1.grpo.loss import (
     ImportanceSamplingLevel,
+    KLEstimator,
+    LossConfig,
     LossType,
     Objective,
     SamplerCorrection,
@@ -55,6 +57,12 @@ class GRPO(PolicyModule):
         top_p: Sample only from the most probable tokens that together reach this probability; log-probabilities, also
             those of the reference, are of the distribution that is left. 1 samples from all tokens.
         kl_coef: Weight of the KL penalty towards the policy before training (beta); 0: no reference is loaded or run.
+        kl_estimator: Of that divergence: k3 (GRPO) or k2, see `kl_estimate`.
+        kl_bias_correction: Multiply the estimates by the ratio, which makes the gradient of k3 that of the divergence.
+        entropy_coef: Weight of a bonus for the entropy of every token; 0: none.
+        top_entropy_quantile: Learn from the share of the tokens of a step and device that were drawn from the
+            distributions with the largest entropy, 0.2 say (arXiv 2506.01939); 1: from all of them.
+        mask_truncated_completions: Learn nothing from completions that ran into the length limit (DAPO).
         clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low.
         clip_eps_high: The probability ratio is clipped above at 1 + clip_eps_high.
         sampler_correction: Importance weights for an engine that does not compute what training computes (see
@@ -90,6 +98,11 @@ class GRPO(PolicyModule):
         temperature: float = 1.0,
         top_p: float = 1.0,
         kl_coef: float = 0.04,
+        kl_estimator: KLEstimator = "k3",
+        kl_bias_correction: bool = False,
+        entropy_coef: float = 0.0,
+        top_entropy_quantile: float = 1.0,
+        mask_truncated_completions: bool = False,
         clip_eps_low: float = 0.2,
         clip_eps_high: float = 0.2,
         sampler_correction: SamplerCorrection | None = None,
@@ -115,8 +128,6 @@ class GRPO(PolicyModule):
             raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1.")
         if num_iterations < 1:
             raise UserError(f"num_iterations is {num_iterations}; it must be 1 or more.")
-        if kl_coef < 0 or not 0 <= clip_eps_low < 1 or clip_eps_high < 0:
-            raise UserError("kl_coef and clip_eps_high must not be negative, and clip_eps_low must lie in [0, 1).")
         if num_prompts is not None and num_prompts < 1:
             raise UserError(f"num_prompts is {num_prompts}; it must be 1 or more, or null for all of a batch.")
         if min_reward_std < 0:
@@ -127,21 +138,31 @@ class GRPO(PolicyModule):
         self.temperature = temperature
         self.top_p = top_p
         self.kl_coef = kl_coef
-        self.clip_eps_low = clip_eps_low
-        self.clip_eps_high = clip_eps_high
+        self.mask_truncated_completions = mask_truncated_completions
         if sampler_correction_cap <= 0:
             raise UserError(f"sampler_correction_cap is {sampler_correction_cap}; it must be above 0.")
         self.sampler_correction: SamplerCorrection | None = sampler_correction
         self.sampler_correction_cap = sampler_correction_cap
         self.num_iterations = num_iterations
-        if not (sapo_temperature_pos > 0 and sapo_temperature_neg > 0):
-            raise UserError("sapo_temperature_pos and sapo_temperature_neg must be above 0.")
-        self.objective: Objective = objective
-        self.importance_sampling_level: ImportanceSamplingLevel = importance_sampling_level
-        self.sapo_temperatures = sapo_temperature_pos, sapo_temperature_neg
         self.loss_type: LossType = loss_type
+        self.loss_config = LossConfig(
+            clip_eps_low=clip_eps_low,
+            clip_eps_high=clip_eps_high,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_bias_correction=kl_bias_correction,
+            objective=objective,
+            importance_sampling_level=importance_sampling_level,
+            sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg,
+        )
         self.advantages = Advantages(
-            task, estimator=advantage_estimator, scale_rewards=scale_rewards, credit_assignment=credit_assignment
+            task,
+            estimator=advantage_estimator,
+            scale_rewards=scale_rewards,
+            credit_assignment=credit_assignment,
+            entropy_coef=entropy_coef,
+            top_entropy_quantile=top_entropy_quantile,
         )
         self.reference: Policy | None = None
 
@@ -240,6 +261,8 @@ class GRPO(PolicyModule):
         A group without any advantage pulls nowhere; without KL penalty its gradient is exactly zero, so it is left out.
         """
         lengths = [len(completion) for completion in rollout.completions]
+        is_kept = [not (self.mask_truncated_completions and is_truncated) for is_truncated in rollout.is_truncated]
+        num_kept = sum(length for length, is_one in zip(lengths, is_kept, strict=True) if is_one)
         has_pull = (advantages.view(len(prompts), -1).abs().amax(1) > 0).tolist()
         chosen = [prompt for prompt in range(len(prompts)) if self.kl_coef > 0 or has_pull[prompt]]
         if not chosen and self.trainer.world_size > 1:
@@ -252,8 +275,9 @@ class GRPO(PolicyModule):
                 to_device(torch.tensor(lengths), self.device),
                 loss_type=self.loss_type,
                 max_new_tokens=self.max_new_tokens,
-                num_tokens=self.mean_over_devices(sum(lengths)),
-            ),
+                num_tokens=self.mean_over_devices(max(1, num_kept)),
+            )
+            * to_device(torch.tensor(is_kept), self.device),
             sampled_logprobs=rollout.logprobs,
             micro_batches=plan_micro_batches(prompts.lengths, lengths, chosen, self.micro_batch_tokens),
         )
@@ -302,12 +326,7 @@ class GRPO(PolicyModule):
                     advantages=experience.advantages[rows],
                     weights=experience.weights[rows],
                     is_token=is_token,
-                    clip_eps_low=self.clip_eps_low,
-                    clip_eps_high=self.clip_eps_high,
-                    kl_coef=self.kl_coef,
-                    objective=self.objective,
-                    level=self.importance_sampling_level,
-                    sapo_temperatures=self.sapo_temperatures,
+                    config=self.loss_config,
                     importance_weights=self.importance_weights(experience, micro_batch, before, is_token),
                 )
                 with self.phase("backward"):
@@ -357,7 +376,7 @@ class GRPO(PolicyModule):
                 "num_prompts": float(len(found.samples)),
                 "reward_std": float(rewards.view(-1, group_size).std(1).mean()),
                 "frac_reward_zero_std": float(has_zero_std(rewards, group_size).float().mean()),
-                "entropy": rollout.entropy,
+                "entropy": float(torch.cat(list(rollout.entropies)).mean()),
                 "completion_length": sum(num_tokens) / len(num_tokens),
                 "truncation_rate": sum(rollout.is_truncated) / len(num_tokens),
             }

@@ -4,7 +4,7 @@ Legend: B prompts, G completions per prompt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -56,11 +56,11 @@ class Round:
         return Round(
             samples=[self.samples[index] for index in indices],
             prompts=self.prompts.select(indices),
-            rollout=replace(
-                rollout,
+            rollout=Rollout(
                 completions=[rollout.completions[row] for row in rows],
                 logprobs=[rollout.logprobs[row] for row in rows],
                 is_truncated=[rollout.is_truncated[row] for row in rows],
+                entropies=[rollout.entropies[row] for row in rows],
             ),
             scored_completions=[self.scored_completions[row] for row in rows],
         )
@@ -99,8 +99,6 @@ def join(rounds: Sequence[Round]) -> Round:
     if len(rounds) == 1:
         return rounds[0]
     rollouts = [each.rollout for each in rounds]
-    num_tokens = [sum(map(len, rollout.completions)) for rollout in rollouts]
-    entropies = [rollout.entropy * number for rollout, number in zip(rollouts, num_tokens, strict=True)]
     return Round(
         samples=list(chain.from_iterable(each.samples for each in rounds)),
         prompts=PromptBatch.concat([each.prompts for each in rounds]),
@@ -108,7 +106,7 @@ def join(rounds: Sequence[Round]) -> Round:
             completions=list(chain.from_iterable(rollout.completions for rollout in rollouts)),
             logprobs=list(chain.from_iterable(rollout.logprobs for rollout in rollouts)),
             is_truncated=list(chain.from_iterable(rollout.is_truncated for rollout in rollouts)),
-            entropy=sum(entropies) / max(1, sum(num_tokens)),
+            entropies=list(chain.from_iterable(rollout.entropies for rollout in rollouts)),
         ),
         scored_completions=list(chain.from_iterable(each.scored_completions for each in rounds)),
     )

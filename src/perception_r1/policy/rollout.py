@@ -59,13 +59,13 @@ class Rollout:
         completions: N tensors of token ids on the CPU, the end token included where one was written.
         logprobs: N tensors: of each token, in the distribution from which it was drawn.
         is_truncated: N flags: the length limit came before an end token.
-        entropy: Mean entropy of the sampling distribution over all written tokens, in nats.
+        entropies: N tensors: of the distribution from which each token was drawn, in nats.
     """
 
     completions: list[Tensor]
     logprobs: list[Tensor]
     is_truncated: list[bool]
-    entropy: float
+    entropies: list[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +164,7 @@ def trim_completions(buffer: GenerationBuffer, params: SamplingParams) -> Rollou
         completions=list(trim(tokens).split(counts)),
         logprobs=list(trim(buffer.logprobs).split(counts)),
         is_truncated=(~has_ended).tolist(),
-        entropy=float(trim(buffer.entropies).mean()),
+        entropies=list(trim(buffer.entropies).split(counts)),
     )
 
 
