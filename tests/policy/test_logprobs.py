@@ -159,6 +159,30 @@ def test_completions_must_fit_the_prompts(policy):
         policy(oracle.encode(policy.processor), oracle.random_completions([1, 2, 3, 4]))
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl"], indirect=True)
+def test_under_autocast_keys_are_in_half_precision_before_they_are_copied(policy, monkeypatch):
+    policy.float()
+    completions = oracle.random_completions(LENGTHS)
+    kinds = set()
+
+    def watched(query, key, value, **options):
+        kinds.update(tensor.dtype for tensor in (query, key, value))
+        return scaled_dot_product_attention(query, key, value, **options)
+
+    def rounded(query, key, value, **options):
+        return scaled_dot_product_attention(*(tensor.bfloat16() for tensor in (query, key, value)), **options)
+
+    prompts = oracle.encode(policy.processor, [0, 1, 2])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
+        found = policy(prompts, completions)
+        monkeypatch.setattr(attention.F, "scaled_dot_product_attention", rounded)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+        late = policy(prompts, completions)
+    assert kinds == {torch.bfloat16}
+    assert torch.equal(found, late)
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
 def test_gradient_checkpointing_changes_no_gradient(grouped_folders, family, lora):
     def gradients(is_checkpointed):

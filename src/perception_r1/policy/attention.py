@@ -7,6 +7,7 @@ Legend: T packed tokens, H heads, K key-value heads, D head size; in a bucket of
 tokens, G completions each, C longest completion input. In decoding: B prompts, S rows of each, W written tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def shared_prompt_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    query, key, value = _autocast(query, key, value)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     options = {"scale": scaling, "dropout_p": dropout}
     prompts, completions = [], []
@@ -62,6 +64,15 @@ def shared_prompt_attention(
         if len(bucket.rows):
             completions.append(_attend_completions(query, key, value, prompt_key, prompt_value, bucket, options))
     return torch.cat(prompts + completions)[None], None
+
+
+def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
+    """In the type to which SDPA would cast them, before they are copied for every completion."""
+    kind = tensors[0].device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not is_on or tensors[0].dtype == torch.float64:
+        return tensors
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 def _of_prompts(tensor: Tensor, bucket: LengthBucket) -> Tensor:

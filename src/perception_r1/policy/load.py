@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.policy.attention import NAME as SHARED_PROMPT
+from perception_r1.policy.vision import share_calls
 
 EMBEDDED = "tiny"
 """Name of the model that comes with this package."""
@@ -98,6 +99,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     if kinds != {"full_attention"}:
         raise UserError(f"{config.name} attends through {', '.join(sorted(kinds))}; only full attention is known here.")
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
+    share_calls(model)
     return cast(PreTrainedModel, model)
 
 

@@ -19,9 +19,21 @@ from transformers.vision_utils import (
 )
 
 from perception_r1.policy.batch import PromptBatch, to_device
+from perception_r1.policy.segments import NAME as SEGMENTED
+from perception_r1.policy.segments import cut
 
 QwenVL: TypeAlias = Any
 """A `...ForConditionalGeneration` of the Qwen-VL families, for which transformers has no common type."""
+
+
+def share_calls(model: QwenVL) -> None:
+    """Let equal segments be attended to in one call, where the tower's attention is torch's own."""
+    visual = model.model.visual
+    if visual.config._attn_implementation == "sdpa":
+        model.set_attn_implementation({"vision_config": SEGMENTED})
+        full = getattr(visual, "fullatt_block_indexes", range(len(visual.blocks)))
+        for number, block in enumerate(visual.blocks):
+            block.attn.is_windowed = number not in full
 
 
 def encode_images(model: QwenVL, prompts: PromptBatch) -> tuple[Tensor, ...]:
@@ -56,7 +68,12 @@ def _geometry(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any
             align_corners=visual.interpolation_align_corners,
             spatial_merge_size=merge_size,
         )
+    shared: dict[str, Any] = {}
     if is_flash_attention_requested(visual.config):  # the kernel reads them; other attention is cut up on the host
         moved |= segments
+    elif visual.config._attn_implementation == SEGMENTED:
+        names = {"cu_seqlens": "images", "cu_window_seqlens": "windows"}
+        shared = {names[name]: cut(ends.diff().tolist(), device) for name, ends in segments.items()}
+        segments = {name: ends[[0, -1]] for name, ends in segments.items()}  # one call for all of them
     named = longest | segments | {name: to_device(tensor, device) for name, tensor in moved.items()}
-    return {f"image_{name}": value for name, value in named.items()}
+    return shared | {f"image_{name}": value for name, value in named.items()}
