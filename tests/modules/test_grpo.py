@@ -376,7 +376,7 @@ def test_a_vision_tower_that_is_not_trained_sees_each_picture_once_in_a_step(fol
     assert log.steps[4]["train/kl"] > 0
 
 
-@pytest.mark.parametrize(("budget", "of_parts"), [(None, [2]), (1, [1] * 8)])
+@pytest.mark.parametrize(("budget", "of_parts"), [(None, [2]), (1, [1, 1])])
 def test_a_vision_tower_that_is_trained_runs_in_rollout_reference_and_every_update(folder, tmp_path, budget, of_parts):
     towers = Towers()
     module = make_module(folder, micro_batch_tokens=budget, num_iterations=2)
@@ -388,7 +388,7 @@ def test_a_vision_tower_that_is_trained_runs_in_rollout_reference_and_every_upda
     ("options", "pulled", "prompts_packed"),
     [
         ({}, [0, 1], [0, 1]),
-        ({"micro_batch_tokens": 1}, [0, 1], [0, 0, 0, 0, 1, 1, 1, 1]),
+        ({"micro_batch_tokens": 1}, [0, 1], [0, 1]),
         ({"kl_coef": 0.0}, [1], [1]),
         ({"kl_coef": 0.0}, [], []),
     ],

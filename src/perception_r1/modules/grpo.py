@@ -34,6 +34,7 @@ from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import evaluation_mode
 from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
+from perception_r1.modules.split_groups import SharedPrompt
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
@@ -289,10 +290,12 @@ class GRPO(PolicyModule):
             return None
         context = self.policy.without_adapter() if self.reference is None else nullcontext(self.reference)
         with self.phase("reference"), context as reference:
-            return [
-                reference(*experience.select(micro_batch), self.temperature, self.top_p)
-                for micro_batch in experience.micro_batches
-            ]
+            shared, logprobs = SharedPrompt(reference), []
+            for micro_batch in experience.micro_batches:
+                prompts, completions = experience.select(micro_batch)
+                states = shared.states(prompts, micro_batch)
+                logprobs.append(reference(prompts, completions, self.temperature, self.top_p, states))
+            return logprobs
 
     def update(
         self, experience: Experience, reference_logprobs: list[Tensor] | None, old_logprobs: list[Tensor] | None = None
@@ -309,11 +312,13 @@ class GRPO(PolicyModule):
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # of loss, KL and clipped tokens
         all_logprobs: list[Tensor] = []
+        shared = SharedPrompt(self.policy)
         for index, micro_batch in enumerate(experience.micro_batches):
             with self.accumulation(is_last=index + 1 == len(experience.micro_batches)):
                 prompts, completions = experience.select(micro_batch)
                 with self.phase("policy_forward"):
-                    logprobs = self.policy(prompts, completions, self.temperature, self.top_p)  # [n, T]
+                    states = shared.states(prompts, micro_batch)
+                    logprobs = self.policy(prompts, completions, self.temperature, self.top_p, states)  # [n, T]
                 all_logprobs.append(logprobs.detach())
                 tokens = torch.tensor([len(completion) for completion in completions])
                 rows, lengths = (to_device(part, self.device) for part in (torch.tensor(micro_batch.rows), tokens))
@@ -330,7 +335,7 @@ class GRPO(PolicyModule):
                     importance_weights=self.importance_weights(experience, micro_batch, before, is_token),
                 )
                 with self.phase("backward"):
-                    self.manual_backward(output.loss)
+                    self.manual_backward(output.loss + shared.pull(micro_batch))
                 sums += torch.stack([output.loss.detach(), output.kl_sum, output.num_clipped])
         loss, kl, num_clipped = sums.tolist()  # waits for the device, once
         with self.phase("optimizer"):
@@ -391,7 +396,8 @@ class GRPO(PolicyModule):
         num_written = sum(map(len, rollout.completions))  # of the reserve as well
         rows = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
         written = sum(lengths[row] for row in rows)
-        packed = sum(prompt_lengths[prompt] for batch in experience.micro_batches for prompt in batch.prompts)
+        computed = [prompt for batch in experience.micro_batches if batch.part == 0 for prompt in batch.prompts]
+        packed = sum(prompt_lengths[prompt] for prompt in computed)
         repeated = sum(prompt_lengths[row // group_size] for row in rows)
         self.log_train(
             {f"seconds/{name}": value for name, value in seconds.items()}

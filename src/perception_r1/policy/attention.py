@@ -8,7 +8,7 @@ tokens, G completions each, C longest completion input. In decoding: B prompts, 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +58,21 @@ def shared_prompt_attention(
     options = {"scale": scaling, "dropout_p": dropout}
     prompts, completions = [], []
     for bucket in packing.buckets:
-        prompt_query, prompt_key, prompt_value = (_of_prompts(tensor, bucket) for tensor in (query, key, value))
-        attended = _attend(prompt_query, prompt_key, prompt_value, is_causal=True, **options)
-        prompts.append(attended.transpose(1, 2).flatten(0, 1))  # [n*P, H, D]
+        if packing.known is None:
+            prompt_query, prompt_key, prompt_value = (_of_prompts(tensor, bucket) for tensor in (query, key, value))
+            attended = _attend(prompt_query, prompt_key, prompt_value, is_causal=True, **options)
+            prompts.append(attended.transpose(1, 2).flatten(0, 1))  # [n*P, H, D]
+        else:
+            prompt_key, prompt_value = packing.known[_layer(module)]
+        if packing.recorded is not None:  # the first time: what checkpointing computes again is not passed on
+            packing.recorded.setdefault(_layer(module), (prompt_key, prompt_value))
         if len(bucket.rows):
             completions.append(_attend_completions(query, key, value, prompt_key, prompt_value, bucket, options))
     return torch.cat(prompts + completions)[None], None
+
+
+def _layer(module: nn.Module) -> int:
+    return cast(int, module.layer_idx)
 
 
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:

@@ -45,6 +45,24 @@ def packed_forward(
         # row, zeros elsewhere, and the mask's role is played by the number of the only row of the batch.
         spread = embeds.new_zeros(len(features) - 1, *embeds.shape).index_copy(1, image_indices, features[1:])
         deepstack = {"visual_pos_masks": tokens.new_zeros(1), "deepstack_visual_embeds": list(spread)}
+    return _language_model(model, embeds, position_ids, packing, cache=cache, **deepstack)
+
+
+def forward_behind(model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing) -> Tensor:
+    """The language model over a row of completions alone, behind the only prompt, which the packing knows.
+
+    Returns:
+        [R, H] last hidden states.
+    """
+    embedding = model.model.get_input_embeddings()
+    tokens, position_ids = move_together(_lay_out_completions(prompts, completions), embedding.weight.device)
+    embeds = embedding(tokens)  # [R, H]
+    return _language_model(model, embeds, position_ids, packing) if len(embeds) else embeds
+
+
+def _language_model(model: QwenVL, embeds: Tensor, position_ids: Tensor, packing: Packing, **more: Any) -> Tensor:
+    """[T, H] last hidden states of a row from its embeddings [T, H] and rotary positions [3, T]."""
+    cache = more.pop("cache", None)
     output = model.model.language_model(
         inputs_embeds=embeds[None],
         position_ids=position_ids[:, None],
@@ -52,7 +70,7 @@ def packed_forward(
         past_key_values=cache,
         use_cache=cache is not None,
         packing=packing,
-        **deepstack,
+        **more,
     )
     return cast(Tensor, output.last_hidden_state[0])
 
@@ -65,15 +83,23 @@ def lay_out_row(
     Returns:
         Token ids [T], rotary positions [3, T], and where image features stand [F]; all on the CPU.
     """
+    tokens, position_ids = _lay_out_completions(prompts, completions)
+    tokens, position_ids = torch.cat([*prompts.input_ids, tokens]), torch.cat([*prompts.position_ids, position_ids], 1)
+    is_image = tokens[: sum(prompts.lengths)] == image_token_id
+    return tokens, position_ids, is_image.nonzero()[:, 0]
+
+
+def _lay_out_completions(prompts: PromptBatch, completions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids [R] and rotary positions [3, R] of completions, each without its last token, on the CPU."""
     group_size = len(completions) // len(prompts)
     starts = [position for position in prompts.next_positions for _ in range(group_size)]  # of each completion
     steps = [
         torch.arange(start, start + len(completion) - 1).expand(3, -1)
         for start, completion in zip(starts, completions, strict=True)
     ]
-    tokens = torch.cat([*prompts.input_ids, *(completion[:-1] for completion in completions)])
-    is_image = tokens[: sum(prompts.lengths)] == image_token_id
-    return tokens, torch.cat([*prompts.position_ids, *steps], 1), is_image.nonzero()[:, 0]
+    none = torch.empty(0, dtype=torch.long)
+    tokens = torch.cat([none, *(completion[:-1] for completion in completions)])
+    return tokens, torch.cat([none.expand(3, 0), *steps], 1)
 
 
 def process_logits(

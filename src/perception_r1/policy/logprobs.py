@@ -6,6 +6,7 @@ Legend: B prompts, G completions per prompt, N = B*G completions, T completion t
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from perception_r1.policy.batch import PromptBatch, to_device
-from perception_r1.policy.forward import argsort_by_length, packed_forward, process_logits
-from perception_r1.policy.packing import pack
+from perception_r1.policy.forward import argsort_by_length, forward_behind, packed_forward, process_logits
+from perception_r1.policy.packing import KeysAndValues, pack, pack_behind
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.vision import QwenVL
 
 _HEAD_ROWS = 2048
@@ -29,6 +31,7 @@ def completion_logprobs(
     suppress_tokens: Tensor,
     temperature: float,
     top_p: float = 1.0,
+    states: PromptStates | None = None,
 ) -> Tensor:
     """Log-probability of every completion token, as the sampler would have drawn it.
 
@@ -39,6 +42,7 @@ def completion_logprobs(
         suppress_tokens: Ids of tokens that are never written.
         temperature: The sampling temperature.
         top_p: Of nucleus sampling. What was written stays in the nucleus, so that its log-probability is finite.
+        states: Those of `prompt_states` of the only prompt, which is then not computed again.
 
     Returns:
         [N, T], zero behind the end of a completion.
@@ -53,13 +57,26 @@ def completion_logprobs(
     rows = [prompt * group_size + g for prompt in order for g in range(group_size)]
     prompts, completions = prompts.select(order), [completions[row] for row in rows]
     lengths = [len(completion) for completion in completions]
-    packing = pack(prompts.lengths, lengths, suppress_tokens.device)
-    hidden = packed_forward(model, prompts, completions, packing)  # [tokens of the row, H]
+    if states is None:
+        packing = pack(prompts.lengths, lengths, suppress_tokens.device)
+        hidden = packed_forward(model, prompts, completions, packing)  # [tokens of the row, H]
+    else:
+        (length,) = prompts.lengths
+        packing = pack_behind(length, lengths, states.layers, suppress_tokens.device)
+        hidden = torch.cat([states.hidden, forward_behind(model, prompts, completions, packing)])
     targets = to_device(torch.cat(completions), hidden.device)
     predictors = hidden.index_select(0, packing.predictor_indices)
     picked = _target_logprobs(model, predictors, targets, suppress_tokens, temperature, top_p)
     found = dict(zip(rows, picked.split(lengths), strict=True))
     return pad_sequence([found[row] for row in range(len(rows))], batch_first=True)
+
+
+def prompt_states(model: QwenVL, prompts: PromptBatch) -> PromptStates:
+    """What completions need to know of a single prompt, with gradient where that is on."""
+    recorded: dict[int, KeysAndValues] = {}
+    packing = replace(pack(prompts.lengths, [], model.model.get_input_embeddings().weight.device), recorded=recorded)
+    hidden = packed_forward(model, prompts, [], packing)
+    return PromptStates(layers=recorded, hidden=hidden[-1:])
 
 
 def _target_logprobs(

@@ -7,14 +7,17 @@ from lengths alone, and goes to the device in one copy.
 Legend: B prompts, G completions per prompt, N = B*G completions, C longest completion input of a bucket.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from perception_r1.policy.batch import move_together
+
+KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +46,16 @@ class Packing:
     """A row; its buckets hold all prompts, in their order.
 
     Attributes:
+        buckets: Of prompts.
         predictor_indices: [targets] where each token of the completions, one after another, is predicted in the row.
+        recorded: Takes up keys and values [n, K, P, D] of the only bucket's prompts, by layer; None: nothing does.
+        known: Keys and values that were recorded before; the row then holds completions alone. None: it holds all.
     """
 
     buckets: tuple[LengthBucket, ...]
     predictor_indices: Tensor
+    recorded: dict[int, KeysAndValues] | None = None
+    known: Mapping[int, KeysAndValues] | None = None
 
 
 def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.device) -> Packing:
@@ -81,6 +89,36 @@ def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.devic
     return Packing(buckets=tuple(buckets), predictor_indices=predictor_indices)
 
 
+def pack_behind(
+    prompt: int, completions: Sequence[int], known: Mapping[int, KeysAndValues], device: torch.device
+) -> Packing:
+    """The row of some completions alone, whose only prompt is known.
+
+    Predictors are numbered as if the row began with the prompt's last token.
+
+    Args:
+        prompt: Its number of tokens.
+        completions: G numbers of tokens, none 0.
+        known: Keys and values of the prompt, by layer.
+        device: Where the tensors are to be.
+    """
+    starts = list(accumulate((length - 1 for length in completions[:-1]), initial=0))  # of each in the row
+    predictors = [
+        torch.cat([torch.tensor([0]), 1 + start + torch.arange(length - 1)])
+        for start, length in zip(starts, completions, strict=True)
+    ]
+    predictor_indices, rows, inputs = move_together([torch.cat(predictors), *_bucket_rows(starts, completions)], device)
+    bucket = LengthBucket(
+        start=0,
+        num_prompts=1,
+        length=prompt,
+        group_size=len(completions),
+        rows=rows,
+        inputs=None if len(inputs) == len(rows) else inputs,
+    )
+    return Packing(buckets=(bucket,), predictor_indices=predictor_indices, known=known)
+
+
 def _bucket_rows(starts: Sequence[int], completions: Sequence[int]) -> list[Tensor]:
     """`rows` and `inputs` of a bucket, of which the latter may be all."""
     step = torch.arange(max(completions, default=1) - 1)
@@ -91,10 +129,24 @@ def _bucket_rows(starts: Sequence[int], completions: Sequence[int]) -> list[Tens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Numbers of the prompts and completions computed at once: whole groups, or some completions of a single one."""
+    """Numbers of the prompts and completions computed at once: whole groups, or some completions of a single one.
+
+    Attributes:
+        prompts: Numbers of the prompts.
+        rows: Numbers of the completions.
+        part: Which part of a group that is split, from 0 on.
+        num_parts: Into how many it is split; 1: these are whole groups.
+    """
 
     prompts: list[int]
     rows: list[int]
+    part: int = 0
+    num_parts: int = 1
+
+    @property
+    def is_last_part(self) -> bool:
+        """No other part of the group follows."""
+        return self.part + 1 == self.num_parts
 
 
 def plan_micro_batches(
@@ -102,8 +154,8 @@ def plan_micro_batches(
 ) -> list[MicroBatch]:
     """Cut a batch into micro-batches of at most `budget` tokens, in order.
 
-    A group is split only if it exceeds the budget by itself; then its prompt is computed once per micro-batch. A
-    completion that exceeds the budget together with its prompt is a micro-batch of its own.
+    A group is split only if it exceeds the budget by itself; every part has room for the prompt as well. A completion
+    that exceeds the budget together with its prompt is a micro-batch of its own.
 
     Args:
         prompts: B numbers of tokens.
@@ -128,13 +180,18 @@ def plan_micro_batches(
             micro_batches[-1].rows.extend(rows)
             room -= size
             continue
+        parts: list[list[int]] = []
         room = 0
         for row in rows:
             if completions[row] > room:
-                micro_batches.append(MicroBatch(prompts=[prompt], rows=[]))
+                parts.append([])
                 room = budget - prompts[prompt]
-            micro_batches[-1].rows.append(row)
+            parts[-1].append(row)
             room -= completions[row]
+        micro_batches += [
+            MicroBatch(prompts=[prompt], rows=part, part=number, num_parts=len(parts))
+            for number, part in enumerate(parts)
+        ]
         room = 0  # the next group begins anew
     return micro_batches
 

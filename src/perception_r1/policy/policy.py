@@ -16,9 +16,10 @@ from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import PolicyConfig, load_model, model_family, model_path, prepare_for_training
-from perception_r1.policy.logprobs import completion_logprobs
+from perception_r1.policy.logprobs import completion_logprobs, prompt_states
 from perception_r1.policy.prefill import PromptCache, prefill
 from perception_r1.policy.processor import Processor
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.rollout import Rollout, SamplingParams, generate
 from perception_r1.policy.vision import QwenVL, encode_images
 
@@ -136,8 +137,17 @@ class Policy(nn.Module):
             self._graphs = GraphGenerator(Decoder(self.model))
         return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
 
+    def prompt_states(self, prompts: PromptBatch) -> PromptStates:
+        """A single prompt for several passes over completions; see `policy/prompt_states.py`."""
+        return prompt_states(self.model, prompts)
+
     def forward(
-        self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0, top_p: float = 1.0
+        self,
+        prompts: PromptBatch,
+        completions: Sequence[Tensor],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        states: PromptStates | None = None,
     ) -> Tensor:
         """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`."""
         return completion_logprobs(
@@ -147,6 +157,7 @@ class Policy(nn.Module):
             suppress_tokens=self.suppress_tokens,
             temperature=temperature,
             top_p=top_p,
+            states=states,
         )
 
     @contextmanager
