@@ -170,3 +170,27 @@ def test_a_box_at_known_pixels_survives_the_way_through_text(model_folders, fami
         assert item["box"][0::2] == pytest.approx(box[0::2], abs=width / columns + ROUNDING)
         assert item["box"][1::2] == pytest.approx(box[1::2], abs=height / rows + ROUNDING)
     assert found[0]["box"] == [0, 0, width, height]
+
+
+@families
+def test_pixels_are_those_of_the_image_processor_bit_by_bit(model_folders, family):
+    processor = Processor.load(model_folders[family], max_pixels=100_000)
+    pictures = [noise(200, 120), noise(56, 84, seed=1), Image.linear_gradient("L").convert("RGB")]
+    expected = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    as_bytes = processor.encode_bytes([chat("")] * 3, [[picture] for picture in pictures], max_tokens=None)
+    assert torch.equal(torch.cat(processor.normalize(as_bytes).pixel_values), expected)
+    num_bytes = sum(pixels.nbytes for pixels in as_bytes.pixel_values)
+    assert num_bytes * 8 == expected.nbytes
+
+
+def test_every_byte_has_the_value_of_the_image_processor(folder):
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(
+        folder, image_mean=[0.1, 0.5, 0.9], image_std=[0.3, 0.5, 0.7]
+    )
+    processor = Processor(AutoTokenizer.from_pretrained(folder), image_processor)
+    levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    picture = Image.fromarray(torch.stack([levels, levels.T, levels.flip(0)], 2).numpy()).resize((448, 448), 0)
+    expected = image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+    batch = processor.encode([chat("")], [[picture]], max_tokens=None)
+    assert [len(channel.unique()) for channel in expected.view(len(expected), 3, -1).unbind(1)] == [256] * 3
+    assert torch.equal(batch.pixel_values[0], expected)

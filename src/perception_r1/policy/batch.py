@@ -33,7 +33,7 @@ class PromptBatch:
         num_images: Images of each prompt, B entries.
         image_sizes: Sizes of the first image of each prompt, B entries.
         image_grids: Patches of each image, I entries.
-        pixel_values: Patches of each image, I entries [N, D].
+        pixel_values: Patches of each image, I entries [N, D]; bytes until `Processor.normalize`.
         image_features: Of each image, I entries [1 + L, tokens, H]: what stands in its place, then what (Qwen3-VL) is
             added after each of the first L layers; None until the vision tower has run.
     """

@@ -78,7 +78,11 @@ class Policy(nn.Module):
         Raises:
             UserError: A prompt is too long, or the model cannot take it for another reason.
         """
-        return self.processor.encode(chats, images, max_tokens=self.max_prompt_length).to(self.device)
+        return self.receive(self.processor.encode_bytes(chats, images, max_tokens=self.max_prompt_length))
+
+    def receive(self, prompts: PromptBatch) -> PromptBatch:
+        """Prompts of `Processor.encode_bytes`, whoever called it, as `encode` returns them."""
+        return self.processor.normalize(prompts.to(self.device))
 
     def encode_targets(self, texts: Sequence[str]) -> list[Tensor]:
         """Token ids of ideal answers, each closed by the end token that the model itself writes first; on the CPU.
