@@ -24,6 +24,7 @@ from pages import fill, table
 from study.worlds import DATA, levels
 
 from perception_r1.codecs import CODECS
+from perception_r1.data.loading import Batch
 from perception_r1.evaluation.paper import GENERATION
 from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.modules.evaluation import EvaluationModule
@@ -73,7 +74,7 @@ class Evaluated:
         module = EvaluationModule(task, policy=config, **options)
         module.configure_model()
         parts = [self.samples[start : start + _BATCH] for start in range(0, len(self.samples), _BATCH)]
-        answers = [answer for part in parts for answer in module.score_greedy(part)]
+        answers = [answer for part in parts for answer in module.score_greedy(Batch(part))]
         return rewritten(self.task, answers) if self.name == "detection" else answers
 
     def value(self, answers: Sequence[ScoredCompletion]) -> float:

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from perception_r1.data.loading import Batch
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.policy.load import PolicyConfig
@@ -64,7 +65,7 @@ class Prompts(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """More than anybody will ask for."""
-        return DataLoader(self.samples * 1000, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(self.samples * 1000, batch_size=self.batch_size, collate_fn=Batch)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Samples stay where they are; the policy moves what it encodes."""

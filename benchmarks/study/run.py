@@ -20,6 +20,7 @@ from study.worlds import DATA, levels
 
 from perception_r1.cli import main as perception_r1
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
+from perception_r1.data.loading import Batch
 from perception_r1.geometry import iou_matrix, match
 from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.modules.encoding import encode_prompts
@@ -157,7 +158,7 @@ def measure_task(run: Run, task: Task[Any, Any], policy: Policy, *, is_base: boo
         data = DATA[task.name](task=task, world=world, seed=run.seed, num_test=num_test)
         data.setup("test")
         samples = list(data.samples("test"))
-        answers = [answer for batch in in_batches(samples, 50) for answer in module.score_greedy(batch)]
+        answers = [answer for batch in in_batches(samples, 50) for answer in module.score_greedy(Batch(batch))]
         metrics = make_metrics(task)
         update_metrics(metrics, answers)
         values = {tag: float(value) for tag, value in metrics.compute().items() if not value.isnan()}

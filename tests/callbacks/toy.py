@@ -87,8 +87,8 @@ class ToyData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader(3)
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> list[Sample[Any]]:
-        return batch.samples
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch
 
     def fingerprint(self) -> str:
         return "abc123"
@@ -121,7 +121,7 @@ class ToyModule(LightningModule):
         self.log_dict({"train/reward": self.global_step + 0.5, "train/kl": 0.01, "train/reward/format": 1.0})
         return self.layer(torch.ones(1, 2)).sum()
 
-    def score_greedy(self, batch: list[Sample[Box]]) -> list[ScoredCompletion]:
+    def score_greedy(self, batch: Batch) -> list[ScoredCompletion]:
         return [toy_scored(sample, is_right=self.global_step > 0) for sample in batch]
 
     def validation_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from perception_r1.data.loading import Batch
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.sources import DataError, JsonLines
 from perception_r1.data.synthetic.objects import DetectionWorld
@@ -30,7 +31,7 @@ class Recorder(LightningModule):
         self.evaluated: list[str] = []
 
     def training_step(self, batch, batch_idx):
-        assert isinstance(batch, list)
+        assert isinstance(batch, Batch)
         assert all(isinstance(sample, Sample) and sample.image.mode == "RGB" for sample in batch)
         self.seen.append([sample.id for sample in batch])
         loss = self.layer(torch.ones(1, dtype=self.layer.weight.dtype)).sum()

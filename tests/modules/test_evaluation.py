@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from perception_r1.callbacks.before_after import BeforeAfter
+from perception_r1.data.loading import Batch
 from perception_r1.data.sources import JsonLines
 from perception_r1.modules import SFT
 from perception_r1.modules.base import PolicyModule
@@ -39,7 +40,7 @@ def module(folder):
 @pytest.mark.parametrize("budget", [1, 60, 100, 10_000])
 def test_a_budget_of_tokens_changes_no_answer_and_no_order(module, monkeypatch, budget):
     samples = odd_samples()
-    whole = module.score_greedy(samples)
+    whole = module.score_greedy(Batch(samples))
     assert [scored.sample.id for scored in whole] == [sample.id for sample in samples]
     assert len({scored.completion for scored in whole}) > 1
     sizes = []
@@ -52,12 +53,12 @@ def test_a_budget_of_tokens_changes_no_answer_and_no_order(module, monkeypatch, 
 
     monkeypatch.setattr(type(module.policy), "generate", generate)
     module.eval_batch_tokens = budget
-    assert module.score_greedy(samples) == whole
+    assert module.score_greedy(Batch(samples)) == whole
     assert (len(sizes) == 1) == (budget == 10_000)
 
 
 def test_nothing_to_answer_is_no_work(module):
-    assert module.score_greedy([]) == []
+    assert module.score_greedy(Batch([])) == []
 
 
 def test_validation_takes_all_sources_together(folder, tmp_path, monkeypatch):
@@ -118,6 +119,6 @@ def test_answers_are_given_without_dropout_and_training_goes_on_with_it(folder, 
     module.policy = Policy.load(module.policy_config)
     for is_training in (True, False):
         module.policy.train(is_training)
-        module.complete(odd_samples(2))
+        module.complete(Batch(odd_samples(2)))
         assert module.policy.model.training == is_training
     assert modes == [False, False]

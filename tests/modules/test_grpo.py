@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import perception_r1.modules.grpo as grpo_module
+from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import MAX_SKIPPED_IN_A_ROW
@@ -347,7 +348,7 @@ def test_validation_is_greedy_and_counts_every_sample_once(folder, tmp_path):
     )
     data = make_data()
     data.setup("validate")
-    scored_completions = [module.score_greedy([sample]) for sample in data.samples("val")]
+    scored_completions = [module.score_greedy(Batch([sample])) for sample in data.samples("val")]
     assert len(scored_completions) == 4
     luck = [scored.score.components["luck"] for group in scored_completions for scored in group]
     assert float(trainer.callback_metrics["val/reward/luck"]) == pytest.approx(sum(luck) / 4)
@@ -420,7 +421,7 @@ def test_a_step_logs_the_seconds_of_its_phases(folder, tmp_path, policy):
         for name, value in trainer.callback_metrics.items()
         if name.startswith("train/seconds/")
     }
-    phases = {"encode", "prefill", "decode", "reward", "reference", "policy_forward", "backward", "optimizer"}
+    phases = {"data", "encode", "prefill", "decode", "reward", "reference", "policy_forward", "backward", "optimizer"}
     assert set(seconds) == phases | {"step"} | ({"vision"} if policy else set())
     assert min(seconds.values()) > 0
     assert sum(value for name, value in seconds.items() if name != "step") <= seconds["step"]

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from perception_r1.callbacks.checkpoints import Checkpoints
+from perception_r1.data.loading import Batch
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig, PolicyModule
 from perception_r1.policy.load import PolicyConfig
@@ -152,7 +153,7 @@ class Quick(PolicyModule):
             self.policy.weight.fill_(0.5)
             self.policy.bias.fill_(0.25)
 
-    def training_step(self, batch: list[Sample[Any]], batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         numbers = torch.tensor([[float(sample.id)] for sample in batch])
         for _ in range(self.updates_per_batch):
             loss = (self.policy(numbers) - numbers.sin()).square().mean()
@@ -160,7 +161,7 @@ class Quick(PolicyModule):
             metrics = self.apply_gradients(float(loss.detach()))
         self.log_train(metrics | {"loss": loss.detach()})
 
-    def score_greedy(self, samples: list[Sample[Any]]) -> list[ScoredCompletion]:
+    def score_greedy(self, samples: Batch) -> list[ScoredCompletion]:
         value = float(self.policy.weight.sum() * 3 + self.policy.bias.sum())
         score = Score(reward=value, components={"luck": math.sin(9 * value)}, metrics={"length": value})
         image_size = ImageSize(width=8, height=8, resized_width=8, resized_height=8)

@@ -1,4 +1,6 @@
+import pickle
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 
@@ -64,3 +66,11 @@ def test_integers_that_are_moved_together_keep_their_shapes():
     ]
     assert all(map(torch.equal, move_together(tensors, torch.device("cpu")), tensors))
     assert to_device(tensors[0], "cpu") is tensors[0]
+
+
+def test_a_batch_that_is_sent_to_another_process_arrives_whole(folder):
+    batch = encode(processor_of(folder))
+    sent = pickle.loads(ForkingPickler.dumps(batch))  # as a worker of a loader sends it
+    assert_same(sent, batch)
+    assert not any(tensor.is_shared() for tensor in sent.input_ids + sent.position_ids + sent.pixel_values)
+    assert_same(sent.select([1]), batch.select([1]))

@@ -15,7 +15,6 @@ from perception_r1.callbacks.files import run_folder
 from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
-from perception_r1.records import LoadedSample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion
 from perception_r1.task import Task, task_of
 
@@ -48,13 +47,14 @@ class LogSamples(Callback):
         folder, datamodule = run_folder(trainer), getattr(trainer, "datamodule", None)
         if trainer.ckpt_path is not None or datamodule is None or not self.num_samples or not trainer.is_global_zero:
             return
-        module, samples = cast("EvaluationModule", pl_module), list[LoadedSample[Any]]()
+        module = cast("EvaluationModule", pl_module)
         for batch in datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule) else ():
-            samples += datamodule.transfer_batch_to_device(batch, module.device, 0)
-            if len(samples) >= self.num_samples:
+            batch = datamodule.transfer_batch_to_device(batch, module.device, 0)
+            chosen = batch.select(range(min(len(batch), self.num_samples - len(self._scored_completions))))
+            with trainer.precision_plugin.val_step_context(), torch.no_grad():
+                self._scored_completions += module.score_greedy(chosen)
+            if len(self._scored_completions) >= self.num_samples:
                 break
-        with trainer.precision_plugin.val_step_context(), torch.no_grad():
-            self._scored_completions = module.score_greedy(samples[: self.num_samples])
         self._log(trainer, module, folder)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -69,7 +69,7 @@ def answer_images(
 class PictureBatch(Batch):
     """The pictures of a batch that can be answered, and what is wrong with the others."""
 
-    def __init__(self, samples: list[LoadedSample[Any]], problems: list[str]) -> None:
+    def __init__(self, samples: Sequence[LoadedSample[Any]], problems: Sequence[str]) -> None:
         super().__init__(samples)
         self.problems = problems
 
@@ -77,13 +77,13 @@ class PictureBatch(Batch):
 def _batches(module: EvaluationModule, paths: Sequence[Path], query: str) -> Iterator[PictureBatch]:
     """Batches of pictures, loaded when they are asked for."""
     for start in range(0, len(paths), BATCH_SIZE):
-        batch = PictureBatch([], [])
+        samples, problems = list[LoadedSample[Any]](), list[str]()
         for path in paths[start : start + BATCH_SIZE]:
             try:
-                batch.samples.append(_load(path, query, module))
+                samples.append(_load(path, query, module))
             except UserError as error:
-                batch.problems.append(str(error))
-        yield batch
+                problems.append(str(error))
+        yield PictureBatch(samples, problems)
 
 
 def _load(path: Path, query: str, module: EvaluationModule) -> LoadedSample[None]:

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,6 +11,7 @@ from perception_r1.data.curriculum import PromptMemory
 from perception_r1.data.loading import (
     Batch,
     BatchDataset,
+    Encoder,
     EvalBatchSampler,
     ResumableLoader,
     TrainBatchSampler,
@@ -20,12 +20,12 @@ from perception_r1.data.loading import (
 from perception_r1.data.samples import subset
 from perception_r1.data.splits import Samples
 from perception_r1.errors import UserError
-from perception_r1.records import LoadedSample, Split
+from perception_r1.records import Split
 from perception_r1.task import AnyTask
 
 
 class BaseDataModule(LightningDataModule, ABC):
-    """Batches of samples. Every batch that reaches a module is a `list[LoadedSample]`.
+    """Batches of samples, with their prompts where worker processes encode them.
 
     Training batches come in an order that depends on seed and epoch alone and is resumed exactly. Evaluation shows
     every sample once, on all devices together.
@@ -35,7 +35,8 @@ class BaseDataModule(LightningDataModule, ABC):
         global_batch_size: Prompts per training step on all devices together, in place of `batch_size`; the number of
             devices must divide it.
         eval_batch_size: Most samples in an evaluation batch.
-        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        num_workers: Processes that read, resize and encode the images of the next batches while this one is trained on;
+            0 does so in the training process, when its turn comes.
         seed: Seed of the synthetic scenes and of the training order.
         eval_split: The split that `test` evaluates; with "train" it makes the file for `curriculum`.
 
@@ -58,6 +59,7 @@ class BaseDataModule(LightningDataModule, ABC):
         self.global_batch_size = global_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.eval_split = eval_split
+        self._encode: Encoder | None = None
         self._answered: Set[tuple[str, str]] = frozenset()
         self._memory: PromptMemory | None = None
         positive = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
@@ -91,6 +93,10 @@ class BaseDataModule(LightningDataModule, ABC):
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the samples of all splits; it needs no setup."""
 
+    def encode_with(self, encode: Encoder) -> None:
+        """Let the workers encode prompts so; without workers the module does it itself."""
+        self._encode = encode
+
     def leave_out(self, answered: Set[tuple[str, str]]) -> None:
         """Do not test these samples, given by source and id: an evaluation that goes on has their answers already."""
         self._answered = answered
@@ -115,7 +121,8 @@ class BaseDataModule(LightningDataModule, ABC):
             )
         settings = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
         batches = TrainBatchSampler(len(samples), order=self._order, **settings)
-        return ResumableLoader(BatchDataset(samples), batches, self.num_workers, self._num_done)
+        dataset, pin_memory = self._dataset(samples), self._is_pinned()
+        return ResumableLoader(dataset, batches, self.num_workers, self._num_done, pin_memory=pin_memory)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""
@@ -131,11 +138,15 @@ class BaseDataModule(LightningDataModule, ABC):
             loaders.append(self._eval_loader(samples))
         return loaders if len(loaders) > 1 else loaders[0]
 
-    def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> list[LoadedSample[Any]]:
-        """Unwrap the samples; images stay on the CPU until the policy encodes them."""
-        return batch.samples
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """The batch as it is: the policy moves what it needs.
+
+        Raises:
+            UserError: A worker could not make it.
+        """
+        if batch.problem is not None:
+            raise batch.problem
+        return batch
 
     def _order(self, epoch: int) -> Sequence[int]:
         order = self.train_order(epoch)
@@ -144,7 +155,13 @@ class BaseDataModule(LightningDataModule, ABC):
     def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
         rank, world_size = self._ranks()
         batches = EvalBatchSampler(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
-        return eval_loader(BatchDataset(samples), batches, self.num_workers)
+        return eval_loader(self._dataset(samples), batches, self.num_workers, pin_memory=self._is_pinned())
+
+    def _dataset(self, samples: Samples) -> BatchDataset:
+        return BatchDataset(samples, self._encode if self.num_workers else None)
+
+    def _is_pinned(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _num_done(self) -> int:
         """Batches of this epoch that the trainer has done."""

@@ -5,47 +5,93 @@ device gets the same number of batches.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
+from perception_r1.policy.batch import PromptBatch
 from perception_r1.records import LoadedSample, Sample, TargetT
+
+Encoder: TypeAlias = Callable[[Sequence[Sample[Any]]], PromptBatch]
+"""Makes prompts of samples; see `PromptEncoder`."""
 
 
 class Batch:
-    """A few samples on their way to the module, which gets them as a list (`BaseDataModule.transfer_batch_to_device`).
+    """A few samples on their way to the module, with their prompts where a worker has encoded them.
 
     It is no sequence: Lightning's precision plugins take sequences and dataclasses apart in search of tensors and then
     fail to put frozen ones together again.
+
+    Args:
+        samples: Their images are loaded, unless there are prompts.
+        prompts: The same samples as `PromptEncoder` encodes them; None: that is left to the module.
+        problem: Why a worker could not make the batch: the main process raises it as it is.
+
+    Attributes:
+        seconds: How long the training step waited for it.
     """
 
-    def __init__(self, samples: list[LoadedSample[Any]]) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample[Any]],
+        prompts: PromptBatch | None = None,
+        problem: UserError | None = None,
+    ) -> None:
         self.samples = samples
+        self.prompts = prompts
+        self.problem = problem
+        self.seconds = 0.0
 
-    def __iter__(self) -> Iterator[LoadedSample[Any]]:
+    def __iter__(self) -> Iterator[Sample[Any]]:
         return iter(self.samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    def select(self, indices: Sequence[int]) -> "Batch":
+        """The samples with these numbers, in this order, with their prompts."""
+        prompts = None if self.prompts is None else self.prompts.select(indices)
+        return Batch([self.samples[index] for index in indices], prompts)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch with its pixels in memory from which a device copies without anybody waiting."""
+        if self.prompts is not None:
+            self.prompts = self.prompts.pin_memory()
+        return self
+
 
 class BatchDataset(Dataset[Batch]):
-    """Samples by lists of indices, with their images loaded."""
+    """Samples by lists of indices.
 
-    def __init__(self, samples: Sequence[Sample[Any]]) -> None:
+    Args:
+        samples: Of a split.
+        encode: Encodes a batch where it is made, and its images stay there; None: images are loaded into the samples.
+    """
+
+    def __init__(self, samples: Sequence[Sample[Any]], encode: Encoder | None = None) -> None:
         self.samples = samples
+        self.encode = encode
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        return Batch([load_sample_image(self.samples[index]) for index in indices])
+        try:
+            samples = [self.samples[index] for index in indices]
+            if self.encode is None or not samples:
+                return Batch([load_sample_image(sample) for sample in samples])
+            return Batch(samples, self.encode(samples))
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return Batch([], problem=error)  # a loader would put its own traceback into the sentence
 
 
 def shuffled(size: int, seed: int, epoch: int) -> list[int]:
@@ -127,9 +173,11 @@ class EvalBatchSampler(DistributedSampler[Any]):
             yield list(range(share * self.size // num_shares, (share + 1) * self.size // num_shares))
 
 
-def eval_loader(dataset: BatchDataset, sampler: EvalBatchSampler, num_workers: int = 0) -> DataLoader[Batch]:
+def eval_loader(
+    dataset: BatchDataset, sampler: EvalBatchSampler, num_workers: int = 0, *, pin_memory: bool = False
+) -> DataLoader[Batch]:
     """A loader that never touches torch's global random state; a plain one, as Lightning rebuilds it for prediction."""
-    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    return DataLoader(dataset, sampler=sampler, **_options(num_workers, pin_memory))
 
 
 class ResumableLoader(DataLoader[Batch]):
@@ -141,17 +189,25 @@ class ResumableLoader(DataLoader[Batch]):
     """
 
     def __init__(
-        self, dataset: BatchDataset, sampler: TrainBatchSampler, num_workers: int = 0, num_done: Callable[[], int] = int
+        self,
+        dataset: BatchDataset,
+        sampler: TrainBatchSampler,
+        num_workers: int = 0,
+        num_done: Callable[[], int] = int,
+        *,
+        pin_memory: bool = False,
     ) -> None:
-        super().__init__(
-            dataset, sampler=sampler, batch_size=None, num_workers=num_workers, generator=torch.Generator()
-        )
+        super().__init__(dataset, sampler=sampler, **_options(num_workers, pin_memory))
         self._batches = sampler
         self._num_done = num_done
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self._batches.start = self._num_done()
-        yield from super().__iter__()
+        batches, started = super().__iter__(), time.perf_counter()
+        for batch in batches:
+            batch.seconds = time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
         """What the order of the samples depends on, but for the seed; `load_state_dict` compares it."""
@@ -169,6 +225,11 @@ class ResumableLoader(DataLoader[Batch]):
                     f"the checkpoint cannot be resumed with {key}={value}, it was written with {state[key]}:"
                     " restore the data and batch settings (batch_size x devices), or start from its weights only"
                 )
+
+
+def _options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
+    generator = torch.Generator()
+    return {"batch_size": None, "num_workers": num_workers, "pin_memory": pin_memory, "generator": generator}
 
 
 def load_sample_image(sample: Sample[TargetT]) -> LoadedSample[TargetT]:

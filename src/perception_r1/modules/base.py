@@ -219,7 +219,11 @@ class PolicyModule(EvaluationModule):
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
+        self.count_seconds(name, time.perf_counter() - started)
+
+    def count_seconds(self, name: str, seconds: float) -> None:
+        """Add seconds to those of a phase."""
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
 
     def log_train(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Log metrics of this step under `train/`, means over the ranks."""

@@ -5,21 +5,24 @@ from typing import Any
 
 from torch import Tensor
 
+from perception_r1.data.encoding import PromptEncoder
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.policy import Policy
-from perception_r1.records import LoadedSample
+from perception_r1.records import Sample
 from perception_r1.task import AnyTask, task_of
 
 
-def encode_prompts(policy: Policy, task: AnyTask, samples: Sequence[LoadedSample[Any]]) -> PromptBatch:
-    """Prompts for samples whose images are loaded; raises as `Policy.encode` does."""
-    chats = [task_of(task, sample).messages(sample) for sample in samples]
-    return policy.encode(chats, [[sample.image] for sample in samples])
+def prompt_encoder(policy: Policy, task: AnyTask) -> PromptEncoder:
+    """How samples of a task become prompts of a policy."""
+    return PromptEncoder(processor=policy.processor, task=task, max_prompt_length=policy.max_prompt_length)
 
 
-def encode_targets(
-    policy: Policy, task: AnyTask, samples: Sequence[LoadedSample[Any]], prompts: PromptBatch
-) -> list[Tensor]:
+def encode_prompts(policy: Policy, task: AnyTask, samples: Sequence[Sample[Any]]) -> PromptBatch:
+    """Prompts for samples, on the policy's device; raises as `PromptEncoder` does."""
+    return policy.receive(prompt_encoder(policy, task)(samples))
+
+
+def encode_targets(policy: Policy, task: AnyTask, samples: Sequence[Sample[Any]], prompts: PromptBatch) -> list[Tensor]:
     """Token ids of the ideal answer to each of these prompts; raises as `Policy.encode_targets` does."""
     pairs = zip(samples, prompts.image_sizes, strict=True)
     return policy.encode_targets(

@@ -5,7 +5,7 @@ Samples --encode, generate greedily, decode, parse--> ParsedCompletion --score--
 The trainer's strategy calls every step, so all of them run in the precision of the trainer.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -17,15 +17,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import MetricCollection
 
 from perception_r1.codecs import Codec
+from perception_r1.data.base import BaseDataModule
+from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics, make_metrics, update_metrics
-from perception_r1.modules.encoding import encode_prompts
+from perception_r1.modules.encoding import encode_prompts, prompt_encoder
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
-from perception_r1.records import LoadedSample
+from perception_r1.records import Sample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import AnyTask, Mixture, Task, part_of, task_of_source, tasks_of
 
@@ -79,9 +81,15 @@ class EvaluationModule(LightningModule):
         self.primary_test_metrics: list[str] = []
 
     def configure_model(self) -> None:
-        """Load the policy; once, whichever of fit, validate, test and predict comes first."""
+        """Load the policy; once, whichever of fit, validate, test and predict comes first.
+
+        The workers of the data module learn from it how a prompt is encoded.
+        """
         if not hasattr(self, "policy"):
             self.policy = Policy.load(self.policy_config)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, BaseDataModule):
+            data.encode_with(prompt_encoder(self.policy, self.task))
 
     # ------------------------------------------------------------------------------------- for trainer and callbacks
 
@@ -134,13 +142,19 @@ class EvaluationModule(LightningModule):
 
     # ----------------------------------------------------------------------------------------------------- the road
 
-    def complete(self, samples: Sequence[LoadedSample[Any]]) -> list[ParsedCompletion]:
-        """Greedy completions of loaded samples, in their order, parsed and not scored: they need no target."""
-        if not samples:
+    def encode(self, batch: Batch) -> PromptBatch:
+        """The prompts of a batch, on this device: those of a worker, or encoded now."""
+        if batch.prompts is None:
+            return encode_prompts(self.policy, self.task, batch.samples)
+        return self.policy.receive(batch.prompts)
+
+    def complete(self, batch: Batch) -> list[ParsedCompletion]:
+        """Greedy completions of samples, in their order, parsed and not scored: they need no target."""
+        if not len(batch):
             return []
         found: dict[int, ParsedCompletion] = {}
         with evaluation_mode(self.policy):
-            prompts = encode_prompts(self.policy, self.task, samples)
+            prompts = self.encode(batch)
             for indices in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
                 eval_batch = prompts.select(indices)
                 rollout = self.policy.generate(
@@ -151,13 +165,11 @@ class EvaluationModule(LightningModule):
                     is_greedy=True,
                     repetition_penalty=self.repetition_penalty,
                 )
-                parsed = self.parse([samples[index] for index in indices], eval_batch, rollout)
+                parsed = self.parse([batch.samples[index] for index in indices], eval_batch, rollout)
                 found |= zip(indices, parsed, strict=True)
-        return [found[index] for index in range(len(samples))]
+        return [found[index] for index in range(len(batch))]
 
-    def parse(
-        self, samples: Sequence[LoadedSample[Any]], prompts: PromptBatch, rollout: Rollout
-    ) -> list[ParsedCompletion]:
+    def parse(self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout) -> list[ParsedCompletion]:
         """The completions of a rollout as text and as predictions; samples and prompts are those that it answers."""
         group_size = len(rollout.completions) // len(samples)
         return parse_completions(
@@ -170,11 +182,11 @@ class EvaluationModule(LightningModule):
             truncated=rollout.is_truncated,
         )
 
-    def score_greedy(self, samples: Sequence[LoadedSample[Any]]) -> list[ScoredCompletion]:
-        """Greedy completions of loaded samples, in their order, scored with the metrics of evaluation."""
-        return score_completions(self.task, self.complete(samples), is_evaluation=True)
+    def score_greedy(self, batch: Batch) -> list[ScoredCompletion]:
+        """Greedy completions of samples, in their order, scored with the metrics of evaluation."""
+        return score_completions(self.task, self.complete(batch), is_evaluation=True)
 
-    def validation_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]  # for the callbacks
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[ScoredCompletion]:  # type: ignore[override]  # for the callbacks
         """Answer greedily and accumulate."""
         scored_completions = self.score_greedy(batch)
         self.val_metrics.update(scored_completions)
@@ -200,7 +212,7 @@ class EvaluationModule(LightningModule):
             self.primary_test_metrics.append(f"{prefix}{task_of_source(self.task, source).primary_metric}")
 
     def test_step(  # type: ignore[override]  # for the callbacks
-        self, batch: list[LoadedSample[Any]], batch_idx: int, dataloader_idx: int = 0
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[ScoredCompletion]:
         """As `validation_step`, for one source; a batch may be empty where little is left for many devices."""
         scored_completions = self.score_greedy(batch)
@@ -215,9 +227,9 @@ class EvaluationModule(LightningModule):
         """Log the metrics of every source."""
         self.log_dict(self.test_results(), batch_size=1)
 
-    def predict_step(self, batch: Iterable[LoadedSample[Any]], batch_idx: int) -> list[ParsedCompletion]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[ParsedCompletion]:
         """Answer greedily; nobody knows what would be right."""
-        return self.complete(list(batch))
+        return self.complete(batch)
 
 
 def _describe(task: Task[Any, Any]) -> dict[str, Any]:

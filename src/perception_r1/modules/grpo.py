@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
 from perception_r1.grpo.advantages import has_zero_std
 from perception_r1.grpo.loss import (
@@ -30,7 +31,6 @@ from perception_r1.grpo.loss import (
 )
 from perception_r1.modules.advantages import AdvantageEstimator, Advantages, CreditAssignment, ScaleRewards
 from perception_r1.modules.base import PolicyModule
-from perception_r1.modules.encoding import encode_prompts
 from perception_r1.modules.evaluation import evaluation_mode
 from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
@@ -39,7 +39,6 @@ from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
-from perception_r1.records import LoadedSample
 from perception_r1.scoring import score_completions
 from perception_r1.task import AnyTask, Mixture, at_progress
 
@@ -179,18 +178,19 @@ class GRPO(PolicyModule):
         if is_needed and self.reference is None:
             self.reference = Policy.load(self.policy_config, is_trained=False)
 
-    def training_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Roll out, score, compare within the group, update, log.
 
         Returns:
             "has_taught": [B] 1 where the group of a prompt taught something, 0 where not, -1 where not rolled out.
         """
-        started, seconds_before = time.perf_counter(), dict(self.phase_seconds)
+        started, seconds_before = time.perf_counter() - batch.seconds, dict(self.phase_seconds)
+        self.count_seconds("data", batch.seconds)
         group_size = self.planned_group_size()
         seeds = self.seeds(len(batch))
         torch.manual_seed(seeds[0])  # dropout of an adapter, if any
         chosen, found = sample_until_informative(
-            lambda indices: self.roll_out([batch[i] for i in indices], group_size, [seeds[i] for i in indices]),
+            lambda indices: self.roll_out(batch.select(indices), group_size, [seeds[i] for i in indices]),
             len(batch),
             num_prompts=min(self.num_prompts or len(batch), len(batch)),
             min_reward_std=self.min_reward_std,
@@ -229,17 +229,17 @@ class GRPO(PolicyModule):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
         return torch.randint(2**62, (count,), generator=generator).tolist()
 
-    def roll_out(self, samples: Sequence[LoadedSample[Any]], group_size: int, seeds: Sequence[int]) -> Round:
+    def roll_out(self, batch: Batch, group_size: int, seeds: Sequence[int]) -> Round:
         """G scored completions of each sample, from one seed each."""
         with self.phase("encode"):
-            prompts = encode_prompts(self.policy, self.task, samples)
+            prompts = self.encode(batch)
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
             with self.phase("vision"):
                 prompts = self.policy.encode_images(prompts)
         rollout = self.generate(prompts, group_size, seeds)
         with self.phase("reward"):
-            scored_completions = score_completions(self.scoring_task, self.parse(samples, prompts, rollout))
-        return Round(samples=samples, prompts=prompts, rollout=rollout, scored_completions=scored_completions)
+            scored_completions = score_completions(self.scoring_task, self.parse(batch.samples, prompts, rollout))
+        return Round(samples=batch.samples, prompts=prompts, rollout=rollout, scored_completions=scored_completions)
 
     def generate(self, prompts: PromptBatch, group_size: int, seeds: Sequence[int]) -> Rollout:
         """G completions of each prompt."""
@@ -388,7 +388,7 @@ class GRPO(PolicyModule):
         )
 
     def log_cost(self, rollout: Rollout, experience: Experience, before: dict[str, float], total: float) -> None:
-        """Seconds of each phase of this step, written tokens per second, and what sharing prompts saves."""
+        """Seconds of each phase of this step and of the wait for its batch, tokens per second, and what sharing saves."""
         seconds = {name: value - before.get(name, 0.0) for name, value in self.phase_seconds.items()}
         lengths = [len(completion) for completion in experience.completions]
         prompt_lengths = experience.prompts.lengths

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.rollout import Rollout
-from perception_r1.records import LoadedSample
+from perception_r1.records import Sample
 from perception_r1.scoring import ScoredCompletion
 
 
@@ -28,7 +28,7 @@ class Round:
         scored_completions: The same, scored.
     """
 
-    samples: Sequence[LoadedSample[Any]]
+    samples: Sequence[Sample[Any]]
     prompts: PromptBatch
     rollout: Rollout
     scored_completions: Sequence[ScoredCompletion]

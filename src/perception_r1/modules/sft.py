@@ -4,26 +4,26 @@ It is the paper's SFT baseline.
 """
 
 import time
-from typing import Any
 
 import torch
 
+from perception_r1.data.loading import Batch
 from perception_r1.modules.base import PolicyModule
-from perception_r1.modules.encoding import encode_prompts, encode_targets
+from perception_r1.modules.encoding import encode_targets
 from perception_r1.policy.packing import plan_micro_batches
-from perception_r1.records import LoadedSample
 
 
 class SFT(PolicyModule):
     """Teach the ideal answers by cross-entropy, averaged over all answer tokens of a batch, on all devices together."""
 
-    def training_step(self, batch: list[LoadedSample[Any]], batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Cross-entropy of the ideal answers, one optimiser step."""
-        started = time.perf_counter()
+        started = time.perf_counter() - batch.seconds
+        self.count_seconds("data", batch.seconds)
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)  # dropout of an adapter, if any
         with self.phase("encode"):
-            prompts = encode_prompts(self.policy, self.task, batch)
-            answers = encode_targets(self.policy, self.task, batch, prompts)
+            prompts = self.encode(batch)
+            answers = encode_targets(self.policy, self.task, batch.samples, prompts)
         lengths = [len(answer) for answer in answers]
         num_tokens = self.mean_over_devices(sum(lengths))
         micro_batches = plan_micro_batches(prompts.lengths, lengths, range(len(batch)), self.micro_batch_tokens)

@@ -7,11 +7,12 @@ Legend: B prompts, P tokens of a prompt, I images of all prompts, N patches of a
 size of the language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,19 @@ class PromptBatch:
             image_features=None if features is None else tuple(to_device(image, device) for image in features),
         )
 
+    def pin_memory(self) -> "PromptBatch":
+        """The same batch with pixels in page-locked memory, so that `to` need not wait."""
+        return replace(self, pixel_values=tuple(pixels.pin_memory() for pixels in self.pixel_values))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process as arrays, through a pipe.
+
+        Tensors would take shared memory, of which a container has little, and a file descriptor each.
+        """
+        return _from_arrays, (
+            {field.name: _convert(getattr(self, field.name), Tensor.numpy) for field in fields(self)},
+        )
+
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device, without waiting for the work that is queued there."""
@@ -104,6 +118,17 @@ def move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
     flat = to_device(torch.cat([tensor.flatten() for tensor in tensors]), device)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _from_arrays(values: dict[str, Any]) -> PromptBatch:
+    return PromptBatch(**{name: _convert(value, torch.from_numpy) for name, value in values.items()})
+
+
+def _convert(values: Any, convert: Callable[[Any], Any]) -> Any:
+    """The values of a field, those that are arrays or tensors converted."""
+    if values is None:
+        return None
+    return tuple(convert(value) if isinstance(value, Tensor | np.ndarray) else value for value in values)
 
 
 def _pick(values: Sequence[T], indices: Sequence[int]) -> tuple[T, ...]:
