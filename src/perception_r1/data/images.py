@@ -3,12 +3,15 @@
 import io
 import warnings
 from pathlib import Path
+from typing import TypeAlias
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from perception_r1.errors import UserError
 from perception_r1.records import ImageSource
 
+Size: TypeAlias = tuple[int, int]
+"""Width and height in pixels."""
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
@@ -34,7 +37,7 @@ def load_image(source: ImageSource) -> Image.Image:
         raise _explained(source, error) from error
 
 
-def check_image(source: ImageSource, *, is_decoded: bool = True) -> tuple[int, int]:
+def check_image(source: ImageSource, *, is_decoded: bool = True) -> Size:
     """Width and height of the image that `load_image` returns, after a check that all of it can be decoded.
 
     A header says nothing about a file that was cut off, so the pixels are decoded as well. A JPEG is decoded at an

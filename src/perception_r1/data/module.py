@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from perception_r1.data.base import BaseDataModule, check_numbers
 from perception_r1.data.curriculum import easy_to_hard
+from perception_r1.data.image_cache import ImageCache
 from perception_r1.data.loading import shuffled
 from perception_r1.data.samples import ImageCheck, OnBadRow, SampleCheck, concat, load, subset
 from perception_r1.data.sources import DataError, Source
@@ -47,8 +48,8 @@ class TaskDataModule(BaseDataModule):
         held_out_share: Share of the training images for each split that has no source of its own. All rows of an
             image are in the same split.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and reports them.
-        image_check: "decode" decodes every image once before training, "header" only reads its size: then an image
-            that was cut off stops the run when its turn comes.
+        image_check: "decode" decodes every image once before its first training, "header" only reads its size: then an
+            image that was cut off stops the run when its turn comes. What was checked is kept, see `ImageCache`.
         shuffle: Show the training samples in a new random order in every epoch.
         curriculum: `predictions.jsonl` of an evaluation on the training rows: they are shown from high reward to low,
             and not shuffled.
@@ -192,6 +193,7 @@ class TaskDataModule(BaseDataModule):
                 on_bad_row=self.on_bad_row,
                 image_check=self.image_check,
                 check_sample=self.check_sample,
+                cache=ImageCache(),
             )
             for name, source in self.sources[split].items()
         ]

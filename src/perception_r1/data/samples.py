@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 from torch.utils.data import ConcatDataset, Subset
 
-from perception_r1.data.images import ImageError, check_image
+from perception_r1.data.image_cache import ImageCache
+from perception_r1.data.images import ImageError, Size, check_image
 from perception_r1.data.sources import DataError, Source, SourceRow
 from perception_r1.data.sources.base import ItemT, Lazy
 from perception_r1.errors import UserError
@@ -28,8 +29,6 @@ from perception_r1.task import Task
 
 OnBadRow = Literal["error", "skip"]
 ImageCheck = Literal["decode", "header"]
-Size: TypeAlias = tuple[int, int]
-"""Width and height in pixels."""
 SampleCheck: TypeAlias = Callable[[UnloadedSample[Any]], None]
 """Raises a `UserError` when the model cannot take a sample."""
 
@@ -73,6 +72,7 @@ def load(
     on_bad_row: OnBadRow = "error",
     image_check: ImageCheck = "decode",
     check_sample: SampleCheck | None = None,
+    cache: ImageCache | None = None,
 ) -> Sequence[UnloadedSample[TargetT]]:
     """Check the rows of a source.
 
@@ -83,6 +83,7 @@ def load(
         on_bad_row: Stop at the first bad row, or leave bad rows out and report them.
         image_check: Decode every image, or only read its header, which takes a hundredth of the time.
         check_sample: Whether the model can take a sample.
+        cache: Images that it knows to be good are not checked again.
 
     Returns:
         One sample per good row, in order.
@@ -94,7 +95,8 @@ def load(
         raise UserError(f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, got {on_bad_row!r}")
     kept: list[tuple[int, Size, str]] = []
     problems: list[str] = []
-    for number, checked in enumerate(check(source, task, image_check=image_check, check_sample=check_sample)):
+    options: dict[str, Any] = {"image_check": image_check, "check_sample": check_sample, "cache": cache}
+    for number, checked in enumerate(check(source, task, **options)):
         if checked.sample is not None:
             kept.append((number, (checked.sample.width, checked.sample.height), checked.sample.id))
         elif checked.problem is not None:
@@ -114,6 +116,7 @@ def check(
     *,
     image_check: ImageCheck = "decode",
     check_sample: SampleCheck | None = None,
+    cache: ImageCache | None = None,
 ) -> Iterator[CheckedRow[TargetT]]:
     """The rows of a source with their samples or what is wrong with them, in order; for the arguments see `load`.
 
@@ -132,8 +135,7 @@ def check(
     try:
         while window := list(islice(rows, _WINDOW)):
             new = {str(row.image): row.image for row in window if row.image is not None and str(row.image) not in sizes}
-            size_of = partial(_size, is_decoded=image_check == "decode")
-            sizes |= zip(new, pool.map(size_of, new.values()), strict=True)
+            sizes |= zip(new, _sizes(list(new.values()), pool, cache, is_decoded=image_check == "decode"), strict=True)
             for row in window:
                 try:
                     sample = _checked_sample(row, task, sizes, ids)
@@ -144,6 +146,17 @@ def check(
                     yield CheckedRow(problem=" ".join(f"{row.location}: {error}".splitlines()))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _sizes(
+    sources: Sequence[ImageSource], pool: ThreadPoolExecutor, cache: ImageCache | None, *, is_decoded: bool
+) -> Sequence[Size | ImageError]:
+    """Sizes of images, or what is wrong with them."""
+
+    def measure(chosen: Sequence[ImageSource]) -> list[Size | ImageError]:
+        return list(pool.map(partial(_size, is_decoded=is_decoded), chosen))
+
+    return measure(sources) if cache is None else cache.sizes(sources, measure, is_decoded=is_decoded)
 
 
 def _size(source: ImageSource, *, is_decoded: bool) -> Size | ImageError:

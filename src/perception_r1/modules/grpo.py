@@ -388,7 +388,7 @@ class GRPO(PolicyModule):
         )
 
     def log_cost(self, rollout: Rollout, experience: Experience, before: dict[str, float], total: float) -> None:
-        """Seconds of each phase of this step and of the wait for its batch, tokens per second, and what sharing saves."""
+        """Seconds of each phase of this step, written tokens per second, and what sharing prompts saves."""
         seconds = {name: value - before.get(name, 0.0) for name, value in self.phase_seconds.items()}
         lengths = [len(completion) for completion in experience.completions]
         prompt_lengths = experience.prompts.lengths
