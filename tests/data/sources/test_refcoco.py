@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perception_r1.data.samples import load
-from perception_r1.data.sources import DataError, RefCoco
+from perception_r1.data.sources import DataError, RefCoco, refcoco
 from perception_r1.tasks.grounding import Grounding
 from tests.public_data import coco_file, coco_image, instance, picture, reference, write_json
 
@@ -183,3 +183,24 @@ def test_no_bytes_raise_anything_but_a_data_error(make, data, cut):
     for content in (data, b"\x80\x02" + data, whole[:cut] + data + whole[cut + len(data) :]):
         with contextlib.suppress(DataError):
             load(make(content), Grounding(), on_bad_row="skip")
+
+
+def test_all_splits_share_what_was_parsed_once(make, monkeypatch):
+    parsed, load_json, unpickler = [], json.load, refcoco._PlainUnpickler
+    monkeypatch.setattr(json, "load", lambda *args, **kw: parsed.append("instances") or load_json(*args, **kw))
+    monkeypatch.setattr(refcoco, "_PlainUnpickler", lambda *args, **kw: parsed.append("refs") or unpickler(*args, **kw))
+    sources = [make(split=split) for split in ("train", "testA", "train")]
+    os.utime(sources[0].references, ns=(1, 1))  # each `make` writes the files anew
+    os.utime(sources[0].annotations, ns=(1, 1))
+    assert [len(source) for source in sources] == [3, 1, 3]
+    assert sorted(parsed) == ["instances", "refs"]
+    del sources
+    assert len(make()) == 3
+    assert sorted(parsed) == ["instances", "instances", "refs", "refs"], "nothing is kept that nobody uses"
+
+
+def test_a_file_that_has_changed_is_parsed_again(make):
+    first = make()
+    assert len(first) == 3
+    again = make([*REFERENCES, reference(9, 100, 7, "train", "another dog")])
+    assert (len(again), len(first)) == (4, 3)

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from perception_r1.errors import UserError
 from perception_r1.records import ImageSource
 from perception_r1.rows import object_labels
 
 ItemT = TypeVar("ItemT")
+ContentT = TypeVar("ContentT")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 """A digest in hex."""
 
@@ -154,6 +156,33 @@ class Source(ABC):
         """A hex digest of everything that determines the rows."""
         parts = [_sha256(item) if isinstance(item, Path) else item for item in self.contents()]
         return hashlib.sha256("\n".join([type(self).__name__, self.take, str(self.seed), *parts]).encode()).hexdigest()
+
+
+def once_per_file(read: Callable[[Path], ContentT]) -> Callable[[Path], ContentT]:
+    """Make a reader share what it has read among all who ask for the same file while it does not change.
+
+    The content is kept as long as one of them keeps it; it must be weakly referenceable, and nobody may change it.
+    """
+    kept: WeakValueDictionary[tuple[Path, int, int], ContentT] = WeakValueDictionary()
+
+    def read_once(path: Path) -> ContentT:
+        identity = _identity(path)
+        content = None if identity is None else kept.get(identity)
+        if content is None:
+            content = read(path)  # which says what is wrong with a file that is not there
+            if identity is not None:
+                kept[identity] = content
+        return content
+
+    return read_once
+
+
+def _identity(path: Path) -> tuple[Path, int, int] | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return path.absolute(), status.st_size, status.st_mtime_ns
 
 
 def resolve_take(take: str, size: int, seed: int) -> Sequence[int]:

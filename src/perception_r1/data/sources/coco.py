@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow
+from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow, once_per_file
 
 TOLERANCE = 1.0
 """Pixels by which COCO's boxes may lie outside their image: corner and size are rounded each on its own."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Annotations:
     """A file of annotated instances.
 
@@ -107,8 +107,9 @@ class Coco(Source):
         return known | ({"crowd": True} if file.is_crowd[index] else {})
 
 
+@once_per_file
 def read_annotations(path: Path) -> Annotations:
-    """The instances of a file.
+    """The instances of a file, parsed once for all sources that hold them.
 
     Raises:
         DataError: It cannot be read or is none of COCO's.

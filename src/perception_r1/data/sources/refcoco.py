@@ -9,10 +9,11 @@ import json
 import pickle
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow
+from perception_r1.data.sources.base import DataError, Lazy, Source, SourceRow, once_per_file
 from perception_r1.data.sources.coco import TOLERANCE, read_annotations
 
 
@@ -41,7 +42,8 @@ class RefCoco(Source):
         """See `Source`; in the order of the file."""
         self._file = read_annotations(self.annotations)
         index_of = {int(number): index for index, number in enumerate(self._file.ids)}
-        references = _read_references(self.references)
+        self._references = _read_references(self.references)  # kept for sources of other splits
+        references = self._references.items
         try:
             chosen = [
                 (index_of[item["ann_id"]], item["sentences"]) for item in references if item["split"] == self.split
@@ -82,8 +84,20 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of plain references never does")
 
 
-def _read_references(path: Path) -> list[dict[str, Any]]:
-    """The references of a file.
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class References:
+    """A file of references.
+
+    Attributes:
+        items: Each with its "split", and as a rule with "ann_id" and "sentences"; nothing else.
+    """
+
+    items: list[dict[str, Any]]
+
+
+@once_per_file
+def _read_references(path: Path) -> References:
+    """The references of a file, parsed once for the sources of all splits.
 
     Raises:
         DataError: It cannot be read or is no list of references.
@@ -100,4 +114,17 @@ def _read_references(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: cannot be read as references ({error})") from error
     if not isinstance(references, list) or not all(isinstance(item, dict) and "split" in item for item in references):
         raise DataError(f"{path}: must hold a list of references, each with its split")
-    return references
+    return References([_bare(item) for item in references])
+
+
+def _bare(reference: dict[str, Any]) -> dict[str, Any]:
+    """A reference without what nobody reads; the tokens of its sentences are the most of it."""
+    kept: dict[str, Any] = _chosen(reference, "split", "ann_id", "sentences")
+    if isinstance(kept.get("sentences"), list):
+        kept["sentences"] = [_chosen(sentence, "sent", "sent_id") for sentence in kept["sentences"]]
+    return kept
+
+
+def _chosen(item: Any, *keys: str) -> Any:
+    """A dictionary with no more than these keys; anything else as it is."""
+    return {key: item[key] for key in keys if key in item} if isinstance(item, dict) else item
