@@ -19,6 +19,7 @@ from perception_r1.commands.training import PerceptionCLI, find_checkpoint
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
 from perception_r1.tasks import TASKS
+from tests.evaluation.evaluating import write_sources
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHARED_OPTIONS = (
@@ -361,6 +362,21 @@ def test_a_training_writes_what_is_asked_for_and_nothing_else(tmp_path):
     text = done.stdout + done.stderr
     assert text.splitlines()[0] == "Training on cpu, 1 device, 32-true."
     assert [word for word in ("GPU", "TPU", "Tip", "Warning", "warn(", "Seed", "stopped") if word in text] == []
+
+
+def test_a_run_says_how_many_rows_a_validation_answers(tmp_path, monkeypatch, console):
+    monkeypatch.chdir(tmp_path)
+    files = write_sources(tmp_path, "counting", {"train": 6, "val": 5})
+    data = [
+        "--data.train_file",
+        str(files["train"]),
+        "--data.val_file",
+        str(files["val"]),
+        "--log_samples.num_samples=0",
+    ]
+    assert main(["validate", *COUNTING, *SMALL, *data]) == 0
+    first = console.file.getvalue().splitlines()[0]
+    assert first == "Validating on cpu, 1 device, 32-true. A validation answers 2 of 5 samples (num_val)."
 
 
 def test_the_trainer_s_own_predict_is_no_subcommand(capsys):

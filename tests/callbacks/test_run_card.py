@@ -41,6 +41,7 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, console: Console, monkey
     assert card["steps"] == 4
     assert card["num_skipped_steps"] == 1
     assert card["phase_seconds"] == {"rollout": 1.5}
+    assert card["validation_share"] == 0.25
     assert (card["before"]["accuracy"], card["after"]["accuracy"]) == (0.0, 1.0)
     start, end = (datetime.fromisoformat(card[key]) for key in ("start", "end"))
     assert start.utcoffset() == timedelta(0)

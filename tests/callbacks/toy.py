@@ -102,7 +102,7 @@ class ToyModule(LightningModule):
         self.task = ToyTask()
         self.layer = torch.nn.Linear(2, 1)
         self.layer.bias.requires_grad_(False)
-        self.phase_seconds = {"rollout": 1.5}
+        self.phase_seconds, self.validation_share = {"rollout": 1.5}, 0.25
         self.num_skipped_steps = 1
         self.fail_at = fail_at
         self.error = error or RuntimeError("The toy broke.\nBadly.")

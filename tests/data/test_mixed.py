@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_r1.data.mixed import MixedData, interleaved
+from perception_r1.data.sources import JsonLines
 from perception_r1.errors import UserError
 from perception_r1.task import Mixture
 from perception_r1.tasks.counting import Counting, CountingData
 from perception_r1.tasks.grounding import Grounding, GroundingData
 from perception_r1.tasks.ocr import OcrData
+from tests.evaluation.evaluating import write_sources
 
 SIZES = {"num_val": 3, "num_test": 2}
 
@@ -88,6 +90,19 @@ def test_samples_are_those_of_the_tasks_alone_under_their_names():
     assert len(data.test_dataloader()) == 3
     assert data.fingerprint() == mixed(seed=5).fingerprint()
     assert data.fingerprint() not in (mixed().fingerprint(), mixed(seed=5, weights={"ocr": 2.0}).fingerprint())
+
+
+def test_a_validation_has_some_rows_of_each_task_and_begins_with_all(tmp_path):
+    files = write_sources(tmp_path, "grounding", {"many": 12})
+    parts = {"a": GroundingData(num_val=3), "b": GroundingData(val={"x": JsonLines(files["many"])}, num_val=5)}
+    data = MixedData(parts)
+    for part in parts.values():
+        part.setup("validate")
+    assert Counter(sample.source for sample in data.samples("val")) == {"a": 3, "b/x": 12}
+    found = list(data.validated_samples())
+    assert Counter(sample.source for sample in found) == {"a": 3, "b/x": 5}
+    assert [sample.source for sample in found[:6]] == ["a", "b/x"] * 3
+    assert {sample.id for sample in found[1:6:2]} <= {sample.id for sample in parts["b"].validated_samples()}
 
 
 @pytest.mark.parametrize(

@@ -400,3 +400,31 @@ def test_a_global_batch_that_the_devices_cannot_share_is_refused():
         first_global_batch(4, global_batch_size=14)
     with pytest.raises(UserError, match="global_batch_size must be at least 1"):
         first_global_batch(1, global_batch_size=0)
+
+
+def test_of_many_rows_a_validation_answers_some_and_a_test_all(task, write_rows):
+    module = data(task, train_file=write_rows(rows(60), num_images=60), held_out_share=0.2, num_val=7)
+    module.setup()
+    assert len(module.samples("val")) == 24
+    seen = [sample.id for batch in module.val_dataloader() for sample in batch]
+    assert seen == [sample.id for sample in module.validated_samples()] == [s.id for s in module.validated_samples()]
+    assert len(set(seen)) == 7
+    positions = [[sample.id for sample in module.samples("val")].index(name) for name in seen]
+    assert positions == sorted(positions) != list(range(7))
+    other = data(task, train_file=module.sources["train"][""].file, held_out_share=0.2, num_val=7, seed=1)
+    other.setup("fit")
+    assert [sample.id for sample in other.validated_samples()] != seen
+    assert sum(map(len, module.test_dataloader())) == len(module.samples("test")) == 24
+
+
+def test_a_test_of_the_validation_split_answers_all_of_it(task, write_rows):
+    module = data(task, val_file=write_rows(rows(10), num_images=10), eval_split="val", num_val=3)
+    module.setup("test")
+    assert sum(map(len, module.test_dataloader())) == 20
+    assert sum(map(len, module.val_dataloader())) == 3
+
+
+def test_few_rows_are_all_validated_in_order(task, write_rows):
+    module = data(task, val_file=write_rows(rows(10), num_images=10), num_val=20)
+    module.setup("validate")
+    assert list(module.validated_samples()) == list(module.samples("val"))

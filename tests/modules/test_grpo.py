@@ -354,6 +354,21 @@ def test_validation_is_greedy_and_counts_every_sample_once(folder, tmp_path):
     assert float(trainer.callback_metrics["val/reward/luck"]) == pytest.approx(sum(luck) / 4)
 
 
+def test_a_validation_says_how_long_it_took_and_its_share_of_the_run(folder, tmp_path):
+    module = make_module(folder)
+    options = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    _, trainer = fit(folder, tmp_path, module, max_steps=3, **options)
+    logged = trainer.callback_metrics
+    spent = module.phase_seconds
+    assert 0 < float(logged["val/seconds"]) < spent["validation"]  # three validations
+    assert float(logged["val/frac_seconds"]) == pytest.approx(spent["validation"] / sum(spent.values()), rel=1e-6)
+    assert module.validation_share == pytest.approx(float(logged["val/frac_seconds"]), rel=1e-6)
+    assert "train/seconds/validation" not in logged
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    trainer.validate(module, make_data(), verbose=False)
+    assert "val/frac_seconds" not in trainer.callback_metrics
+
+
 class Towers(Callback):
     """The pictures that each run of the vision towers of policy and reference saw."""
 

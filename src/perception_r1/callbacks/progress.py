@@ -11,7 +11,7 @@ from rich.text import Text
 
 from perception_r1.displays import Display, open_display
 
-DEFAULT_METRICS = ("train/reward", "train/kl", "train/completion_length", "train/lr")
+DEFAULT_METRICS = ("train/reward", "train/kl", "train/completion_length", "train/lr", "val/frac_seconds")
 
 
 class Progress(ProgressBar):

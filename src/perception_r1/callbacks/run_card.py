@@ -100,12 +100,13 @@ def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 
 def _results(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """What came of it; the seconds of the phases and the skipped steps include those before a resume."""
+    """What came of it; seconds, the share of validations in them and skipped steps include those before a resume."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it
     metrics = next((callback for callback in callbacks if isinstance(callback, BeforeAfter)), None)
     return {
         "steps": trainer.global_step,
         "num_skipped_steps": getattr(pl_module, "num_skipped_steps", None),
+        "validation_share": round(getattr(pl_module, "validation_share", 0.0), 4),
         "phase_seconds": {name: round(value, 3) for name, value in getattr(pl_module, "phase_seconds", {}).items()},
         "before": dict(metrics.before) if metrics else {},
         "after": dict(metrics.after) if metrics else {},

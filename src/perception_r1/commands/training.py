@@ -20,6 +20,7 @@ from perception_r1.commands.compose import compose
 from perception_r1.commands.configuration import PARSER, ConfiguredCLI
 from perception_r1.commands.options import run_command
 from perception_r1.commands.reader import load_reader, sample_check
+from perception_r1.data.base import BaseDataModule
 from perception_r1.data.mixed import parts_of
 from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION, evaluation_key
@@ -118,11 +119,14 @@ class PerceptionCLI(ConfiguredCLI):
             _, processor = load_reader(config)
             for part in read:
                 part.check_sample = sample_check(processor, part.task, config.max_prompt_length)
-        if verb == "fit":
+        told = f"{_VERBS[verb]} on {describe_devices(self.trainer)}."
+        if verb in ("fit", "validate"):
             self.datamodule.setup(verb)
+            told += describe_validation(self.datamodule)
+        if verb == "fit":
             self.datamodule.train_dataloader()  # refuses what does not fill a step
         if self.trainer.is_global_zero:
-            get_console().print(f"{_VERBS[verb]} on {describe_devices(self.trainer)}.", highlight=False)
+            get_console().print(told, highlight=False)
 
 
 def check_devices(trainer: Trainer) -> None:
@@ -140,6 +144,12 @@ def describe_devices(trainer: Trainer) -> str:
     """What a run computes with: "cpu, 1 device, 32-true"."""
     number = trainer.world_size
     return f"{trainer.accelerator.name()}, {number} device{'s' * (number > 1)}, {trainer.precision}"
+
+
+def describe_validation(data: BaseDataModule) -> str:
+    """How many samples a validation answers, where these are not all; else nothing."""
+    number, total = len(data.validated_samples()), len(data.samples("val"))
+    return f" A validation answers {number} of {total} samples (num_val)." if number < total else ""
 
 
 def find_checkpoint(runs: Path, name: str) -> Path:

@@ -76,6 +76,10 @@ class BaseDataModule(LightningDataModule, ABC):
     def samples(self, split: Split) -> Samples:
         """The samples of a split that is set up, source by source; images of files are not loaded."""
 
+    @abstractmethod
+    def validated_samples(self) -> Samples:
+        """What a validation answers: the "val" samples, or some of them where there are many; they are set up."""
+
     @property
     @abstractmethod
     def tested_sources(self) -> tuple[str, ...]:
@@ -126,7 +130,7 @@ class BaseDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""
-        return self._eval_loader(self.samples("val"))
+        return self._eval_loader(self.validated_samples())
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Test batches for this device: one loader for each of `tested_sources`, in a list if there are several."""

@@ -72,15 +72,12 @@ class MixedData(BaseDataModule):
 
         So the cards of the first validation samples show all tasks.
         """
-        whole = concat([_named(name, part.samples(split)) for name, part in self.parts.items()])
-        if split == "train":
-            return whole
-        sizes = [len(part.samples(split)) for part in self.parts.values()]
-        starts = np.cumsum([0, *sizes[:-1]]).tolist()
-        first = [
-            start + turn for turn in range(_NUM_FIRST) for start, size in zip(starts, sizes, strict=True) if turn < size
-        ]
-        return subset(whole, [*first, *sorted(set(range(len(whole))) - set(first))])
+        samples = {name: part.samples(split) for name, part in self.parts.items()}
+        return _joined(samples) if split == "train" else _begun_in_turn(samples)
+
+    def validated_samples(self) -> Samples:
+        """Those of all tasks, each bounded by its own `num_val`."""
+        return _begun_in_turn({name: part.validated_samples() for name, part in self.parts.items()})
 
     @property
     def tested_sources(self) -> tuple[str, ...]:
@@ -144,6 +141,21 @@ def _stream(size: int, first: int, count: int, seed: int, offset: int) -> Iterat
         if number == first or number % size == 0:
             order = shuffled(size, seed, number // size)
         yield offset + order[number % size]
+
+
+def _joined(samples: Mapping[str, Samples]) -> Samples:
+    """The samples of several tasks, one after another."""
+    return concat([_named(name, part) for name, part in samples.items()])
+
+
+def _begun_in_turn(samples: Mapping[str, Samples]) -> Samples:
+    """The same, but for the first of each task in turn at the beginning."""
+    whole, sizes = _joined(samples), [len(part) for part in samples.values()]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    first = [
+        start + turn for turn in range(_NUM_FIRST) for start, size in zip(starts, sizes, strict=True) if turn < size
+    ]
+    return subset(whole, [*first, *sorted(set(range(len(whole))) - set(first))])
 
 
 def _named(name: str, samples: Samples) -> Samples:

@@ -43,7 +43,8 @@ class TaskDataModule(BaseDataModule):
         train_take: Which of the training rows of all sources together: "all", "first:N", "last:N" or "random:N", N a
             number or a percentage; what is held out is held out before.
         num_train: Synthetic scenes per training epoch.
-        num_val: Synthetic scenes for validation.
+        num_val: Synthetic scenes for validation; of the rows of sources no more than this, drawn by the seed, so that
+            validations do not take longer than the training between them. A test answers all rows.
         num_test: Synthetic scenes for testing.
         held_out_share: Share of the training images for each split that has no source of its own. All rows of an
             image are in the same split.
@@ -128,6 +129,13 @@ class TaskDataModule(BaseDataModule):
         if split not in self._samples:
             raise RuntimeError(f"the {split} samples are not loaded: call setup first")
         return self._samples[split]
+
+    def validated_samples(self) -> Samples:
+        """At most `num_val`, the same ones in every validation, in the order of the sources."""
+        samples, most = self.samples("val"), self.num_scenes["val"]
+        if len(samples) <= most:
+            return samples
+        return subset(samples, resolve_take(f"random:{most}", len(samples), self.seed))
 
     @property
     def tested_sources(self) -> tuple[str, ...]:

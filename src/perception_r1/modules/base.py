@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,6 +25,8 @@ from perception_r1.policy.batch import to_device
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.task import AnyTask
 
+VALIDATION = "validation"
+"""Name of the phase that is no part of a step."""
 MAX_SKIPPED_IN_A_ROW = 20
 """Updates that may be skipped one after another before training stops: by then the weights do not recover."""
 
@@ -100,6 +103,7 @@ class PolicyModule(EvaluationModule):
         self.num_skipped_steps = 0
         self.num_steps = 0  # of the whole run, known once it starts
         self._skipped_in_a_row = 0
+        self._validation_started = 0.0
 
     # ---------------------------------------------------------------------------------------------- set-up
 
@@ -225,9 +229,28 @@ class PolicyModule(EvaluationModule):
         """Add seconds to those of a phase."""
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
 
+    @property
+    def validation_share(self) -> float:
+        """Share of validations in the seconds of all steps and validations so far."""
+        return self.phase_seconds.get(VALIDATION, 0.0) / max(sum(self.phase_seconds.values()), 1e-9)
+
     def log_train(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Log metrics of this step under `train/`, means over the ranks."""
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=True)
+
+    def on_validation_start(self) -> None:
+        """Begin to measure a validation."""
+        self._validation_started = time.perf_counter()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics; during a fit also the seconds of this validation, and the share of all of them so far."""
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
+            return
+        seconds = time.perf_counter() - self._validation_started
+        self.count_seconds(VALIDATION, seconds)
+        values = {"val/seconds": seconds, "val/frac_seconds": self.validation_share}
+        self.log_dict(values, batch_size=1, sync_dist=True)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

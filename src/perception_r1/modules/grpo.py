@@ -30,7 +30,7 @@ from perception_r1.grpo.loss import (
     token_weights,
 )
 from perception_r1.modules.advantages import AdvantageEstimator, Advantages, CreditAssignment, ScaleRewards
-from perception_r1.modules.base import PolicyModule
+from perception_r1.modules.base import VALIDATION, PolicyModule
 from perception_r1.modules.evaluation import evaluation_mode
 from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
@@ -389,7 +389,9 @@ class GRPO(PolicyModule):
 
     def log_cost(self, rollout: Rollout, experience: Experience, before: dict[str, float], total: float) -> None:
         """Seconds of each phase of this step, written tokens per second, and what sharing prompts saves."""
-        seconds = {name: value - before.get(name, 0.0) for name, value in self.phase_seconds.items()}
+        seconds = {
+            name: value - before.get(name, 0.0) for name, value in self.phase_seconds.items() if name != VALIDATION
+        }
         lengths = [len(completion) for completion in experience.completions]
         prompt_lengths = experience.prompts.lengths
         group_size = len(lengths) // len(prompt_lengths)
