@@ -139,14 +139,14 @@ def test_boxes_in_pixels_of_the_shrunk_picture_are_scaled_back(capsys, model_fol
 def test_bounds_on_pixels_hold_for_a_run_too(capsys, runs, tmp_path, monkeypatch):
     picture, seen = tmp_path / "wide.png", []
     Image.new("RGB", (280, 140)).save(picture)
-    encode = Policy.encode
+    encode = Processor.encode_bytes
 
-    def listen(self, chats, images):
-        prompts = encode(self, chats, images)
+    def listen(self, chats, images, **options):
+        prompts = encode(self, chats, images, **options)
         seen.extend((image_size.resized_width, image_size.resized_height) for image_size in prompts.image_sizes)
         return prompts
 
-    monkeypatch.setattr(Policy, "encode", listen)
+    monkeypatch.setattr(Processor, "encode_bytes", listen)
     for bounds in ([], ["--max_pixels", 10000], ["--min_pixels", 100000]):
         run(capsys, runs["full"], picture, "--query", "cup", "--max_new_tokens", 1, *bounds)
     assert seen == [(280, 140), (140, 56), (448, 224)]  # sides times sqrt(10000 / 39200), and sqrt(100000 / 39200)
@@ -154,13 +154,13 @@ def test_bounds_on_pixels_hold_for_a_run_too(capsys, runs, tmp_path, monkeypatch
 
 def test_options_of_the_task_shape_prompt_and_reading(capsys, folder, pictures, monkeypatch, says):
     asked = []
-    encode = Policy.encode
+    encode = Processor.encode_bytes
 
-    def listen(self, chats, images):
+    def listen(self, chats, images, **options):
         asked.extend(chat[0]["content"][1]["text"] for chat in chats)
-        return encode(self, chats, images)
+        return encode(self, chats, images, **options)
 
-    monkeypatch.setattr(Policy, "encode", listen)
+    monkeypatch.setattr(Processor, "encode_bytes", listen)
     says("<think>hm</think><answer>Page one</answer><|im_end|>")
     options = ["--task", "ocr", "--max_new_tokens", 1]
     (line,), _ = run(capsys, "--think", "true", *options, folder, pictures / "b.png")

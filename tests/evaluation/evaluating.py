@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from perception_r1.cli import main
+from perception_r1.data.loading import Batch
 from perception_r1.data.synthetic.scenes import SyntheticScenes
 from perception_r1.evaluation.predictions import rescore, row_key
 from perception_r1.modules.base import PolicyModule
@@ -57,9 +58,9 @@ def evaluate(place: Path, words: list[str], monkeypatch: Any) -> list[tuple[str,
     answered: list[tuple[str, str]] = []
     real = PolicyModule.score_greedy
 
-    def answer(module: PolicyModule, samples: list[Sample]) -> Any:
-        answered.extend((sample.source, sample.id) for sample in samples)
-        return real(module, samples)
+    def answer(module: PolicyModule, batch: Batch) -> Any:
+        answered.extend((sample.source, sample.id) for sample in batch)
+        return real(module, batch)
 
     place.mkdir(exist_ok=True)
     with monkeypatch.context() as patch:
@@ -87,17 +88,17 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def answers_of(rows: Iterable[Mapping[str, Any]]) -> Callable[[PolicyModule, list[Sample]], Any]:
+def answers_of(rows: Iterable[Mapping[str, Any]]) -> Callable[[PolicyModule, Batch], Any]:
     """In place of `PolicyModule.score_greedy`: the answers that are known already."""
     known = {row_key(row): row for row in rows}
 
-    def answer(module: PolicyModule, samples: list[Sample]) -> Any:
-        return [rescore(module.task, module.codec, sample, known[sample.source, sample.id]) for sample in samples]
+    def answer(module: PolicyModule, batch: Batch) -> Any:
+        return [rescore(module.task, module.codec, sample, known[sample.source, sample.id]) for sample in batch]
 
     return answer
 
 
-def answer_by_lot(module: PolicyModule, samples: list[Sample]) -> Any:
+def answer_by_lot(module: PolicyModule, samples: Batch | list[Sample]) -> Any:
     """In place of `PolicyModule.score_greedy`: right, nearly right, hostile and truncated answers, always the same."""
     completions, image_sizes = [], []
     for sample in samples:
@@ -118,7 +119,7 @@ def answer_by_lot(module: PolicyModule, samples: list[Sample]) -> Any:
     parsed = parse_completions(
         module.task,
         module.codec,
-        samples=samples,
+        samples=list(samples),
         image_sizes=image_sizes,
         completions=completions,
         lengths=[len(completion) for completion in completions],

@@ -365,10 +365,10 @@ def test_after_an_evaluation_the_data_is_whole_again(folder, tmp_path, monkeypat
 
 
 def test_an_evaluation_that_breaks_keeps_what_it_has(folder, tmp_path, monkeypatch):
-    def breaks(module, samples):
-        if samples[0].id == "test-2":
+    def breaks(module, batch):
+        if batch.samples[0].id == "test-2":
             raise RuntimeError("the toy broke")
-        return answer_by_lot(module, samples)
+        return answer_by_lot(module, batch)
 
     monkeypatch.setattr(PolicyModule, "score_greedy", breaks)
     module = make_module(folder, task=DATA["grounding"]().task)
