@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from perception_r1.data.mixed import MixedData, interleaved
 from perception_r1.data.sources import JsonLines
@@ -126,3 +127,16 @@ def test_what_makes_no_sense_is_refused(tasks, options, words):
 def test_options_of_tasks_stay_their_own():
     data = MixedData({"a": GroundingData(Grounding(iou_weight=2.0)), "b": CountingData(Counting(think=True))})
     assert data.task.tasks == {"a": Grounding(iou_weight=2.0), "b": Counting(think=True)}
+
+
+def test_the_largest_images_of_all_tasks_come_first_when_asked_for(tmp_path):
+    files = write_sources(tmp_path, "grounding", {"rows": 12})
+    Image.new("RGB", (400, 300)).save(tmp_path / "rows" / "7.png")
+    parts = {"a": GroundingData(num_train=12), "b": GroundingData(train_file=files["rows"])}
+    data = MixedData(parts, longest_first=True, batch_size=2)
+    data.setup("fit")
+    assert len(data.num_train_pixels()) == len(data.samples("train"))
+    order, plain = data._order(0), data.train_order(0)
+    assert sorted(order) == sorted(plain)
+    pixels = data.num_train_pixels()
+    assert [pixels[index] for index in order[:2]] == sorted((pixels[index] for index in plain), reverse=True)[:2]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
+from perception_r1.data.curriculum import PromptMemory
 from perception_r1.data.loading import Batch
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.sources import DataError, JsonLines
@@ -428,3 +430,89 @@ def test_few_rows_are_all_validated_in_order(task, write_rows):
     module = data(task, val_file=write_rows(rows(10), num_images=10), num_val=20)
     module.setup("validate")
     assert list(module.validated_samples()) == list(module.samples("val"))
+
+
+@pytest.fixture
+def uneven(task, write_rows, tmp_path):
+    """A data module of 18 rows whose images differ in size, with the pixels of each by id."""
+    sizes = {f"{index}": (10 + 7 * index % 50, 20 + 13 * index % 31) for index in range(18)}
+    path = write_rows([{"image": f"s{name}.png", "text": "x", "id": name} for name in sizes])
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / f"s{name}.png")
+    files = {"train_file": path, "val_file": path, "test_file": path}
+    pixels = {name: width * height for name, (width, height) in sizes.items()}
+    return lambda **options: data(task, **files, **options), pixels
+
+
+def orders(module, epochs=2):
+    module.setup("fit")
+    return [[sample.id for batch in epoch_of(module, epoch) for sample in batch] for epoch in range(epochs)]
+
+
+def epoch_of(module, epoch):
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return loader
+
+
+def test_the_largest_images_come_first_and_the_others_stay_in_order(uneven):
+    make, pixels = uneven
+    (plain, plain_second), (found, second) = orders(make()), orders(make(longest_first=True))
+    largest = sorted(plain, key=lambda name: -pixels[name])[:3]
+    assert found == largest + [name for name in plain if name not in largest]
+    assert second == plain_second, "only the first step of a run is to fail"
+    assert orders(make(longest_first=False)) == [plain, plain_second]
+
+
+def test_all_devices_together_begin_with_the_largest_images(uneven, monkeypatch):
+    make, pixels = uneven
+    steps = []
+    for rank in range(2):
+        module = make(longest_first=True, global_batch_size=4)
+        monkeypatch.setattr(module, "_ranks", lambda rank=rank: (rank, 2))
+        module.setup("fit")
+        steps.append([sample.id for sample in next(iter(epoch_of(module, 0)))])
+    assert [len(step) for step in steps] == [2, 2]
+    assert steps[0] + steps[1] == sorted(pixels, key=lambda name: -pixels[name])[:4]
+
+
+def test_by_default_only_a_gpu_changes_the_order(uneven, monkeypatch):
+    make, _ = uneven
+    module = make()
+    monkeypatch.setattr(module, "_is_on_cuda", lambda: True)
+    first = [orders(made)[0] for made in (make(), module, make(longest_first=True))]
+    assert first[0] != first[1] == first[2]
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 7])
+def test_a_run_that_began_with_the_largest_images_is_resumed_exactly(uneven, tmp_path, step):
+    make, _ = uneven
+    whole, half, rest = Recorder(), Recorder(), Recorder()
+    options = {"limit_val_batches": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path / "whole", **options).fit(whole, datamodule=make(longest_first=True))
+        checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=1, save_last=True)
+        stopped = trainer(tmp_path / "half", callbacks=[checkpoint], max_steps=step, **options)
+        stopped.fit(half, datamodule=make(longest_first=True))
+        again = trainer(tmp_path / "rest", **options)
+        again.fit(rest, datamodule=make(longest_first=True), ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert half.seen + rest.seen == whole.seen
+
+
+def test_scenes_are_not_drawn_to_find_the_largest(task, monkeypatch):
+    module = data(task, longest_first=True)
+    module.setup("fit")
+    monkeypatch.setattr(type(module.samples("train")), "__getitem__", None)
+    assert list(module._order(0)) == list(module.train_order(0))
+
+
+def test_what_prompts_taught_is_recorded_for_those_that_were_shown(uneven):
+    make, _ = uneven
+    module, memory = make(longest_first=True), PromptMemory()
+    module.follow(memory)
+    module.setup("fit")
+    shown = [module.samples("train")[index].id for index in module._order(0)]
+    memory.update(0, [False, True, False])
+    resting = memory.state_dict()["taught_nothing"]
+    assert {module.samples("train")[index].id for index in resting} == {shown[0], shown[2]}

@@ -16,6 +16,7 @@ from perception_r1.data.loading import (
     ResumableLoader,
     TrainBatchSampler,
     eval_loader,
+    longest_first,
 )
 from perception_r1.data.samples import subset
 from perception_r1.data.splits import Samples
@@ -37,6 +38,8 @@ class BaseDataModule(LightningDataModule, ABC):
         eval_batch_size: Most samples in an evaluation batch.
         num_workers: Processes that read, resize and encode the images of the next batches while this one is trained on;
             0 does so in the training process, when its turn comes.
+        longest_first: Begin the first epoch with the largest images, so that prompts that do not fit into memory fail
+            in the first step; null does so on CUDA devices.
         seed: Seed of the synthetic scenes and of the training order.
         eval_split: The split that `test` evaluates; with "train" it makes the file for `curriculum`.
 
@@ -51,6 +54,7 @@ class BaseDataModule(LightningDataModule, ABC):
         global_batch_size: int | None = None,
         eval_batch_size: int = 100,
         num_workers: int = 0,
+        longest_first: bool | None = None,
         seed: int = 0,
         eval_split: Split = "test",
     ) -> None:
@@ -58,6 +62,7 @@ class BaseDataModule(LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.global_batch_size = global_batch_size
         self.num_workers, self.seed = num_workers, seed
+        self.longest_first = longest_first
         self.eval_split = eval_split
         self._encode: Encoder | None = None
         self._answered: Set[tuple[str, str]] = frozenset()
@@ -94,6 +99,10 @@ class BaseDataModule(LightningDataModule, ABC):
         """Indices of the training samples of an epoch, in the order in which they are shown."""
 
     @abstractmethod
+    def num_train_pixels(self) -> Sequence[int]:
+        """Pixels of the image of each training sample; 0 for scenes, which are all small and are not drawn for this."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the samples of all splits; it needs no setup."""
 
@@ -117,15 +126,9 @@ class BaseDataModule(LightningDataModule, ABC):
         """
         samples = self.samples("train")
         rank, world_size = self._ranks()
-        batch_size = self.batch_size if self.global_batch_size is None else self.global_batch_size // world_size
-        if self.global_batch_size is not None and self.global_batch_size % world_size:
-            raise UserError(
-                f"global_batch_size {self.global_batch_size} cannot be shared evenly by {world_size} devices; "
-                f"{batch_size * world_size or world_size} can"
-            )
-        settings = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+        settings = {"batch_size": self._device_batch_size(world_size), "rank": rank, "world_size": world_size}
         batches = TrainBatchSampler(len(samples), order=self._order, **settings)
-        dataset, pin_memory = self._dataset(samples), self._is_pinned()
+        dataset, pin_memory = self._dataset(samples), self._is_on_cuda()
         return ResumableLoader(dataset, batches, self.num_workers, self._num_done, pin_memory=pin_memory)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -154,17 +157,36 @@ class BaseDataModule(LightningDataModule, ABC):
 
     def _order(self, epoch: int) -> Sequence[int]:
         order = self.train_order(epoch)
+        if epoch == 0 and (self._is_on_cuda() if self.longest_first is None else self.longest_first):
+            _, world_size = self._ranks()
+            order = longest_first(order, self.num_train_pixels(), self._device_batch_size(world_size) * world_size)
         return order if self._memory is None else self._memory.order(epoch, order)
+
+    def _device_batch_size(self, world_size: int) -> int:
+        """Prompts of a training step on each device.
+
+        Raises:
+            UserError: They cannot be shared evenly.
+        """
+        if self.global_batch_size is None:
+            return self.batch_size
+        batch_size = self.global_batch_size // world_size
+        if self.global_batch_size % world_size:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} cannot be shared evenly by {world_size} devices; "
+                f"{batch_size * world_size or world_size} can"
+            )
+        return batch_size
 
     def _eval_loader(self, samples: Samples) -> DataLoader[Batch]:
         rank, world_size = self._ranks()
         batches = EvalBatchSampler(len(samples), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
-        return eval_loader(self._dataset(samples), batches, self.num_workers, pin_memory=self._is_pinned())
+        return eval_loader(self._dataset(samples), batches, self.num_workers, pin_memory=self._is_on_cuda())
 
     def _dataset(self, samples: Samples) -> BatchDataset:
         return BatchDataset(samples, self._encode if self.num_workers else None)
 
-    def _is_pinned(self) -> bool:
+    def _is_on_cuda(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _num_done(self) -> int:

@@ -4,6 +4,7 @@ Both samplers yield whole batches of indices. They are `DistributedSampler`s, so
 device gets the same number of batches.
 """
 
+import heapq
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,18 @@ def shuffled(size: int, seed: int, epoch: int) -> list[int]:
     """The numbers below `size` in an order that depends on nothing but seed and epoch."""
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     return torch.randperm(size, generator=generator).tolist()
+
+
+def longest_first(order: Sequence[int], num_pixels: Sequence[int], count: int) -> list[int]:
+    """An order that begins with the `count` largest images, and then is as it was.
+
+    >>> longest_first([0, 1, 2, 3], [5, 9, 7, 9], 2)
+    [1, 3, 0, 2]
+    """
+    front = heapq.nlargest(count, range(len(order)), key=lambda position: num_pixels[order[position]])
+    moved = set(front)
+    rest = [index for position, index in enumerate(order) if position not in moved]
+    return [order[position] for position in front] + rest
 
 
 class TrainBatchSampler(DistributedSampler[Any]):

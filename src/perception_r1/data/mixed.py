@@ -105,6 +105,10 @@ class MixedData(BaseDataModule):
         ]
         return [next(streams[number]) for number in turns]
 
+    def num_train_pixels(self) -> Sequence[int]:
+        """Those of all tasks."""
+        return [pixels for part in self.parts.values() for pixels in part.num_train_pixels()]
+
     def fingerprint(self) -> str:
         """A hex digest of the samples of all tasks and of their weights."""
         parts = [f"{name} {self.weights[name]!r} {part.fingerprint()}" for name, part in self.parts.items()]

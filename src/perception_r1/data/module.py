@@ -6,11 +6,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import track
+
 from perception_r1.data.base import BaseDataModule, check_numbers
 from perception_r1.data.curriculum import easy_to_hard
 from perception_r1.data.image_cache import ImageCache
 from perception_r1.data.loading import shuffled
-from perception_r1.data.samples import ImageCheck, OnBadRow, SampleCheck, concat, load, subset
+from perception_r1.data.samples import NUM_SILENT, ImageCheck, OnBadRow, SampleCheck, concat, load, subset
 from perception_r1.data.sources import DataError, Source
 from perception_r1.data.sources.base import Lazy, resolve_take
 from perception_r1.data.splits import Samples, divide, sources_by_split
@@ -160,6 +163,15 @@ class TaskDataModule(BaseDataModule):
                 self._easy_to_hard = easy_to_hard(samples, self.curriculum)
             return self._easy_to_hard
         return shuffled(len(samples), self.seed, epoch) if self.shuffle else range(len(samples))
+
+    def num_train_pixels(self) -> Sequence[int]:
+        """Pixels of the image of each training sample; 0 for scenes, which are all small and are not drawn for this."""
+        samples = self.samples("train")
+        if not self.sources:
+            return [0] * len(samples)
+        is_silent = len(samples) < NUM_SILENT or getattr(rank_zero_only, "rank", 0) != 0
+        shown = track(samples, "Looking for the largest images", disable=is_silent)
+        return [sample.width * sample.height for sample in shown]
 
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the samples of all splits; it needs no setup."""

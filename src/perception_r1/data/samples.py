@@ -35,7 +35,7 @@ SampleCheck: TypeAlias = Callable[[UnloadedSample[Any]], None]
 _log = logging.getLogger(__name__)
 _NUM_SHOWN = 5
 """Sentences about left-out rows in the warning; a broken file would otherwise fill the screen."""
-_NUM_SILENT = 2000
+NUM_SILENT = 2000
 """Rows that are read without a progress bar: a few seconds of work."""
 _WINDOW = 1024
 """Rows whose images are checked side by side."""
@@ -130,7 +130,7 @@ def check(
     sizes: dict[str, Size | ImageError] = {}
     ids: dict[str, str] = {}
     pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
-    is_silent = len(source) < _NUM_SILENT or getattr(rank_zero_only, "rank", 0) != 0
+    is_silent = len(source) < NUM_SILENT or getattr(rank_zero_only, "rank", 0) != 0
     rows = iter(track(source, f"Checking {source}", total=len(source), disable=is_silent))
     try:
         while window := list(islice(rows, _WINDOW)):

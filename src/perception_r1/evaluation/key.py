@@ -14,7 +14,7 @@ from perception_r1.policy.load import model_path
 EVALUATION = "eval-"
 """How the names of folders begin that have the name of their evaluation behind it."""
 _WITHOUT_EFFECT = {
-    "data": ("num_workers", "batch_size", "global_batch_size", "eval_batch_size"),
+    "data": ("num_workers", "batch_size", "global_batch_size", "eval_batch_size", "longest_first"),
     "model": ("eval_batch_tokens", "optimizer", "lr_scheduler"),
 }
 """Settings that change how long an evaluation takes, or nothing; and devices may be others."""
