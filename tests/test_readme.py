@@ -286,6 +286,9 @@ def run_benchmark(arguments: list[str]) -> None:
     if name == "learning":
         run_learning(arguments)
         return
+    if name == "host":
+        run_host(arguments)
+        return
     if name == "protocol":
         run_protocol(arguments)
         return
@@ -302,6 +305,20 @@ def run_benchmark(arguments: list[str]) -> None:
         results = json.loads(path.read_text(encoding="utf-8"))
         assert len(results.get("cells") or results.get("runs") or results["rows"]) == 1
         assert "| P | " in printed.getvalue()
+
+
+def run_host(arguments: list[str]) -> None:
+    """With few small images, away from the committed results."""
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
+        path = Path(place) / "results.json"
+        small = ["--width", "80", "--height", "60", "--pause", "0", "--steps", "1", "--rounds", "1"]
+        monkeypatch.setattr(sys, "argv", [*arguments[1:], *small, "--results", str(path)])
+        monkeypatch.setenv("PERCEPTION_R1_CACHE", place)  # the program sets it; so it is restored
+        with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / arguments[1]), run_name="__main__")
+        assert not end.value.code
+        assert json.loads(printed.getvalue()) == json.loads(path.read_text(encoding="utf-8"))
+        assert {"0 workers", "2 workers"} < set(json.loads(path.read_text(encoding="utf-8")))
 
 
 def run_protocol(arguments: list[str]) -> None:
