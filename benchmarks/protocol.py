@@ -29,6 +29,7 @@ from perception_r1.evaluation.paper import GENERATION
 from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
 from perception_r1.records import ImageSize, LabelledBox, LoadedSample
 from perception_r1.scoring import ScoredCompletion, parse_completions, score_as_published, score_completions
 from perception_r1.task import Task
@@ -72,7 +73,7 @@ class Evaluated:
         options = defaults | settings
         config = PolicyConfig(name="tiny", max_pixels=options.pop("max_pixels"))
         module = EvaluationModule(task, policy=config, **options)
-        module.configure_model()
+        module.policy = Policy.load(config)
         parts = [self.samples[start : start + _BATCH] for start in range(0, len(self.samples), _BATCH)]
         answers = [answer for part in parts for answer in module.score_greedy(Batch(part))]
         return rewritten(self.task, answers) if self.name == "detection" else answers
