@@ -1,5 +1,8 @@
 """Prompts that worker processes encode ahead of the step are those that the module encodes itself, bit by bit."""
 
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -7,10 +10,11 @@ from lightning.pytorch import Callback
 from perception_r1.callbacks.checkpoints import Checkpoints
 from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.data.encoding import PromptEncoder
+from perception_r1.data.loading import Batch
 from perception_r1.data.sources import JsonLines
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
-from perception_r1.modules.encoding import encode_prompts
+from perception_r1.modules.encoding import encode_prompts, prompt_encoder
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.tasks.grounding import Grounding
@@ -60,7 +64,7 @@ def test_training_and_validation_do_not_depend_on_workers(folder, tmp_path, rows
     assert all(torch.equal(other_weights[name], value) for name, value in weights.items())
     assert steps == other_steps
     assert len(steps) == 6
-    named = [name for name in metrics if name.startswith("val/")]
+    named = [name for name in metrics if name.startswith("val/") and "seconds" not in name]
     assert [other_metrics[name] for name in named] == [metrics[name] for name in named] != []
 
 
@@ -119,3 +123,29 @@ def test_what_cannot_be_encoded_ends_in_the_same_sentence_with_and_without_worke
         fit(folder, tmp_path / "run", module, data=data, max_steps=8)
     assert "\n" not in str(caught.value)
     assert "worker" not in str(caught.value)
+
+
+def test_an_encoder_can_be_sent_to_a_process_that_begins_from_nothing(folder, rows):
+    policy, task = Policy.load(PolicyConfig(name=str(folder))), Grounding()
+    data = data_of(task, rows, 0)
+    data.setup("fit")
+    encoder, samples = prompt_encoder(policy, task), list(data.samples("train"))[:2]
+    assert_same(pickle.loads(pickle.dumps(encoder))(samples), encoder(samples))
+
+
+def test_on_a_gpu_only_the_pixels_of_a_batch_are_pinned(folder, rows, monkeypatch):
+    policy, task = Policy.load(PolicyConfig(name=str(folder))), Grounding()
+    data = data_of(task, rows, 2)
+    data.setup("fit")
+    for device, is_pinned in (("cpu", False), ("cuda", True)):
+        strategy = SimpleNamespace(root_device=torch.device(device))
+        data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)
+        assert data.train_dataloader().pin_memory == data.val_dataloader().pin_memory == is_pinned
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda pixels: pinned.append(pixels.dtype) or pixels.clone())
+    samples = list(data.samples("train"))[:2]
+    batch = Batch(samples, prompt_encoder(policy, task)(samples))
+    before = batch.prompts
+    assert_same(batch.pin_memory().prompts, before)
+    assert pinned == [torch.uint8] * 2
+    assert Batch(samples).pin_memory().prompts is None
