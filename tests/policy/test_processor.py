@@ -183,9 +183,10 @@ def test_pixels_are_those_of_the_image_processor_bit_by_bit(model_folders, famil
     assert num_bytes * 8 == expected.nbytes
 
 
-def test_every_byte_has_the_value_of_the_image_processor(folder):
+@pytest.mark.parametrize("without", [{}, {"do_normalize": False}, {"do_rescale": False}], ids=str)
+def test_every_byte_has_the_value_of_the_image_processor(folder, without):
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(
-        folder, image_mean=[0.1, 0.5, 0.9], image_std=[0.3, 0.5, 0.7]
+        folder, image_mean=[0.1, 0.5, 0.9], image_std=[0.3, 0.5, 0.7], **without
     )
     processor = Processor(AutoTokenizer.from_pretrained(folder), image_processor)
     levels = torch.arange(256, dtype=torch.uint8).view(16, 16)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.records import LoadedSample, Sample, TargetT
+from perception_r1.records import ImageBytes, LoadedSample, Sample, TargetT
 
 Encoder: TypeAlias = Callable[[Sequence[Sample[Any]]], PromptBatch]
 """Makes prompts of samples; see `PromptEncoder`."""
@@ -88,6 +89,7 @@ class BatchDataset(Dataset[Batch]):
             samples = [self.samples[index] for index in indices]
             if self.encode is None or not samples:
                 return Batch([load_sample_image(sample) for sample in samples])
+            samples = [_without_table(sample) for sample in samples]
             return Batch(samples, self.encode(samples))
         except UserError as error:
             if get_worker_info() is None:
@@ -238,6 +240,13 @@ class ResumableLoader(DataLoader[Batch]):
                     f"the checkpoint cannot be resumed with {key}={value}, it was written with {state[key]}:"
                     " restore the data and batch settings (batch_size x devices), or start from its weights only"
                 )
+
+
+def _without_table(sample: Sample[TargetT]) -> Sample[TargetT]:
+    """The sample with the bytes of its image in place of the table in which they lie, which is not to be sent along."""
+    if not isinstance(sample.image, ImageBytes):
+        return sample
+    return replace(sample, image=ImageBytes(sample.image.name, partial(bytes, sample.image.read())))
 
 
 def _options(num_workers: int, pin_memory: bool) -> dict[str, Any]:

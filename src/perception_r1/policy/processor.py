@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from perception_r1.errors import UserError
-from perception_r1.policy.batch import Grid, PromptBatch
+from perception_r1.policy.batch import Grid, PromptBatch, to_device
 from perception_r1.records import ImageSize
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -121,7 +121,7 @@ class Processor:
         The values are those of the image processor, bit by bit, for they are looked up in what it makes of all bytes.
         """
         pixels = torch.cat(prompts.pixel_values)
-        levels, times = self._levels.to(pixels.device), self.image_processor.temporal_patch_size
+        levels, times = to_device(self._levels, pixels.device), self.image_processor.temporal_patch_size
         channels = pixels.view(len(pixels), len(levels), -1).unbind(1)
         values = torch.stack([level[part.long()] for level, part in zip(levels, channels, strict=True)], 1)
         values = values[:, :, None].expand(-1, -1, times, -1).flatten(1)  # [N, channels * times * height * width]
@@ -218,9 +218,11 @@ def check_aspect(width: int, height: int) -> None:
 def _levels(image_processor: Qwen2VLImageProcessorPil) -> Tensor:
     """[channels, 256] what an image processor makes of every byte of every channel."""
     levels = np.tile(np.arange(256, dtype=np.uint8), (len(image_processor.image_mean), 1, 1))
-    rescaled = image_processor.rescale(levels, image_processor.rescale_factor)
-    normalized = image_processor.normalize(rescaled, image_processor.image_mean, image_processor.image_std)
-    return torch.from_numpy(normalized[:, 0]).float()
+    if image_processor.do_rescale:
+        levels = image_processor.rescale(levels, image_processor.rescale_factor)
+    if image_processor.do_normalize:
+        levels = image_processor.normalize(levels, image_processor.image_mean, image_processor.image_std)
+    return torch.from_numpy(levels[:, 0]).float()
 
 
 def _check_length(num_tokens: int, max_tokens: int) -> None:

@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 from torch.utils.data import DataLoader
 
-from perception_r1.data.loading import Batch, BatchDataset, EvalBatchSampler
+from perception_r1.data.loading import Batch, BatchDataset, EvalBatchSampler, load_sample_image
 from perception_r1.data.samples import load
 from perception_r1.data.sources import Coco, Conversations, Hub, JsonLines, PerceptionR1, PixMoCount, RefCoco, Source
+from perception_r1.records import ImageBytes
 from perception_r1.tasks.counting import Counting
 from perception_r1.tasks.detection import Detection
 from perception_r1.tasks.grounding import Grounding
@@ -120,3 +121,15 @@ def test_samples_can_be_read_by_workers_and_sent_to_processes(tmp_path, name):
     )
     assert contents(loader) == here
     assert contents(pickle.loads(pickle.dumps(dataset))[indices] for indices in sampler) == here
+
+
+@pytest.mark.parametrize("name", ["JsonLines", "Coco", "RefCoco", "Hub", "PixMoCount"])
+def test_what_a_worker_sends_holds_neither_source_nor_decoded_images(tmp_path, name):
+    make, task = sources(tmp_path)[name]
+    samples = load(make(), task, name="its name")
+    indices = list(range(len(samples)))
+    sent = pickle.dumps(BatchDataset(samples, lambda samples: None)[indices])  # type: ignore[arg-type, return-value]
+    files = sum(len(sample.image.read()) for sample in samples if isinstance(sample.image, ImageBytes))
+    assert len(sent) < 1000 * len(samples) + files
+    arrived = [load_sample_image(sample) for sample in pickle.loads(sent)]
+    assert contents([arrived]) == contents([BatchDataset(samples)[indices]])
