@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics
 from perception_r1.modules.evaluation import EvaluationModule
-from perception_r1.policy.batch import to_device
+from perception_r1.modules.strategies import ZeRO1Strategy
+from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.task import AnyTask
 
@@ -133,7 +134,9 @@ class PolicyModule(EvaluationModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser over what is trained, with the schedule stepped at every update."""
-        optimizer = self._make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        strategy = self.trainer.strategy
+        make = strategy.divided(self._make_optimizer) if isinstance(strategy, ZeRO1Strategy) else self._make_optimizer
+        optimizer = make([parameter for parameter in self.parameters() if parameter.requires_grad])
         self.num_steps = self.num_planned_steps()
         scheduler = LambdaLR(optimizer, lambda step: self.lr_scheduler.factor(step, self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -157,11 +160,29 @@ class PolicyModule(EvaluationModule):
     def accumulation(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Around the passes of one micro-batch: devices exchange gradients with the last one only.
 
-        The number of micro-batches may therefore differ between devices.
+        The number of micro-batches may therefore differ between devices; see `num_empty_passes`.
         """
         if isinstance(self.trainer.strategy, ParallelStrategy) and not is_last:
             return self.trainer.strategy.block_backward_sync()
         return nullcontext()
+
+    def num_empty_passes(self, num_micro_batches: int) -> int:
+        """Backward passes that this device makes without a micro-batch, because other devices wait for them.
+
+        Gradients are exchanged in a pass. So a device with nothing to learn makes one where another device learns.
+        """
+        value = to_device(torch.tensor(num_micro_batches), self.device)
+        most = int(cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="max")))
+        return max(0, min(1, most) - num_micro_batches)
+
+    def empty_pass(self, prompts: PromptBatch, completions: Sequence[Tensor]) -> None:
+        """A pass forward and backward that leaves all gradients as they are: one token of the shortest prompt."""
+        shortest = min(range(len(prompts)), key=prompts.lengths.__getitem__)
+        completion = completions[shortest * (len(completions) // len(prompts))]
+        with self.phase("policy_forward"):
+            logprobs = self.policy(prompts.select([shortest]), [completion[:1]])
+        with self.phase("backward"):
+            self.manual_backward(0.0 * logprobs.sum())
 
     def mean_over_devices(self, number: float) -> Tensor:
         """Mean of a number over all devices.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import MetricCollection
 
@@ -22,6 +21,7 @@ from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics, make_metrics, update_metrics
 from perception_r1.modules.encoding import encode_prompts, prompt_encoder
+from perception_r1.modules.strategies import SUPPORTED
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
@@ -134,10 +134,10 @@ class EvaluationModule(LightningModule):
         Raises:
             UserError: Names the setting, and what would be right.
         """
-        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):  # their subclasses shard or translate
+        if type(trainer.strategy) not in SUPPORTED:
             raise UserError(
-                f"trainer.strategy {type(trainer.strategy).__name__} is not supported; use auto or ddp, with which "
-                "every device has the whole model."
+                f"trainer.strategy {type(trainer.strategy).__name__} is not supported; use auto, ddp or zero1, with "
+                "which every device has the whole model."
             )
 
     # ----------------------------------------------------------------------------------------------------- the road

@@ -25,6 +25,7 @@ class Experience:
         weights: [N] weight of each token of a completion in the loss.
         sampled_logprobs: N tensors: of each token, as the sampler had them.
         micro_batches: What is computed at once; together they hold every completion from which something can be learnt.
+        num_empty_passes: Passes for which the other devices wait besides, see `PolicyModule.empty_pass`.
     """
 
     prompts: PromptBatch
@@ -33,6 +34,7 @@ class Experience:
     weights: Tensor
     sampled_logprobs: list[Tensor]
     micro_batches: list[MicroBatch]
+    num_empty_passes: int = 0
 
     def select(self, micro_batch: MicroBatch) -> tuple[PromptBatch, list[Tensor]]:
         """Prompts and completions of a micro-batch."""

@@ -223,11 +223,11 @@ class GRPO(PolicyModule):
         return self.group_size + (passed if growth > 0 else -passed)
 
     def seeds(self, count: int) -> list[int]:
-        """One for each prompt of a batch; they depend on the run's seed and the step alone."""
-        rollout_index = self.global_step // self.num_iterations
-        first = (rollout_index * self.trainer.world_size + self.global_rank) * count
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-        return torch.randint(2**62, (count,), generator=generator).tolist()
+        """One for each prompt of a batch; those of all devices together are the same whatever their number."""
+        total, rollout_index = count * self.trainer.world_size, self.global_step // self.num_iterations
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + rollout_index * total)
+        seeds: list[int] = torch.randint(2**62, (total,), generator=generator).tolist()
+        return seeds[self.global_rank * count :][:count]
 
     def roll_out(self, batch: Batch, group_size: int, seeds: Sequence[int]) -> Round:
         """G scored completions of each sample, from one seed each."""
@@ -266,8 +266,7 @@ class GRPO(PolicyModule):
         num_kept = sum(length for length, is_one in zip(lengths, is_kept, strict=True) if is_one)
         has_pull = (advantages.view(len(prompts), -1).abs().amax(1) > 0).tolist()
         chosen = [prompt for prompt in range(len(prompts)) if self.kl_coef > 0 or has_pull[prompt]]
-        if not chosen and self.trainer.world_size > 1:
-            chosen = [0]  # the other devices wait for a backward pass
+        micro_batches = plan_micro_batches(prompts.lengths, lengths, chosen, self.micro_batch_tokens)
         return Experience(
             prompts=prompts,
             completions=rollout.completions,
@@ -280,7 +279,8 @@ class GRPO(PolicyModule):
             )
             * to_device(torch.tensor(is_kept), self.device),
             sampled_logprobs=rollout.logprobs,
-            micro_batches=plan_micro_batches(prompts.lengths, lengths, chosen, self.micro_batch_tokens),
+            micro_batches=micro_batches,
+            num_empty_passes=self.num_empty_passes(len(micro_batches)),
         )
 
     @torch.no_grad()
@@ -337,6 +337,8 @@ class GRPO(PolicyModule):
                 with self.phase("backward"):
                     self.manual_backward(output.loss + shared.pull(micro_batch))
                 sums += torch.stack([output.loss.detach(), output.kl_sum, output.num_clipped])
+        for _ in range(experience.num_empty_passes):
+            self.empty_pass(experience.prompts, experience.completions)
         loss, kl, num_clipped = sums.tolist()  # waits for the device, once
         with self.phase("optimizer"):
             metrics = self.apply_gradients(loss)

@@ -27,6 +27,7 @@ class SFT(PolicyModule):
         lengths = [len(answer) for answer in answers]
         num_tokens = self.mean_over_devices(sum(lengths))
         micro_batches = plan_micro_batches(prompts.lengths, lengths, range(len(batch)), self.micro_batch_tokens)
+        num_empty_passes = self.num_empty_passes(len(micro_batches))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             with self.accumulation(is_last=index + 1 == len(micro_batches)):
@@ -36,6 +37,8 @@ class SFT(PolicyModule):
                 with self.phase("backward"):
                     self.manual_backward(loss)
                 total += loss.detach()
+        for _ in range(num_empty_passes):
+            self.empty_pass(prompts, answers)
         with self.phase("optimizer"):
             metrics = self.apply_gradients(float(total))
         self.log_train(
