@@ -1,34 +1,41 @@
-"""Trainings that two processes divide end as those of one process do, and go on in any of them."""
+"""Trainings that two processes share end as those of one process do, and go on in any of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from perception_r1.callbacks.checkpoints import replace
+from perception_r1.errors import UserError
+from perception_r1.policy.checkpoint import restore
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
+from perception_r1.policy.sharded_checkpoint import META, load_shards
 from tests.modules import two_processes
-from tests.modules.run_divided import KINDS, train
+from tests.modules.run_sharded import KINDS, train
 
 TOLERANCE = 1e-9
-DIVIDED = [("full", "zero1"), ("lora", "zero1"), ("frozen", "zero1"), ("sft", "zero1")]
-RESUMED = ["zero1"]
+SHARDED = [("full", "zero1"), ("lora", "zero1"), ("frozen", "zero1"), *((kind, "fsdp2") for kind in KINDS)]
+RESUMED = ["zero1", "fsdp2", "shards"]
 
 
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):
     """Folders KIND/STRATEGY of ten steps, half/STRATEGY of five, and rest/STRATEGY of five more after one process."""
-    out = tmp_path_factory.mktemp("divided")
+    out = tmp_path_factory.mktemp("sharded")
     for kind in KINDS:
         train(str(folder), str(out / kind / "auto"), kind)
     train(str(folder), str(out / "half" / "auto"), "full", max_steps=5)
-    plan = [{"folder": f"{kind}/{strategy}", "kind": kind, "strategy": strategy} for kind, strategy in DIVIDED]
+    plan = [{"folder": f"{kind}/{strategy}", "kind": kind, "strategy": strategy} for kind, strategy in SHARDED]
     for strategy in RESUMED:
         common = {"kind": "full", "strategy": strategy}
         plan.append({"folder": f"half/{strategy}", "max_steps": 5} | common)
         plan.append({"folder": f"rest/{strategy}", "ckpt_path": str(last(out / "half" / "auto"))} | common)
     lines = [json.dumps(each | {"folder": str(out / each["folder"])}) for each in plan]
     (out / "plan.jsonl").write_text("\n".join(lines))
-    two_processes.run("tests.modules.run_divided", str(folder), str(out / "plan.jsonl"))
+    two_processes.run("tests.modules.run_sharded", str(folder), str(out / "plan.jsonl"))
     return out
 
 
@@ -37,7 +44,8 @@ def last(folder: Path) -> Path:
 
 
 def load(folder: Path) -> dict:
-    return torch.load(last(folder), weights_only=True)
+    path = last(folder)
+    return load_shards(path) if path.is_dir() else torch.load(path, weights_only=True)
 
 
 def reports(folder: Path) -> list[dict]:
@@ -59,19 +67,19 @@ def assert_same_end(one: dict, other: dict) -> None:
             torch.testing.assert_close(second["state"][index][name], value, rtol=0, atol=TOLERANCE, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "strategy"), DIVIDED)
+@pytest.mark.parametrize(("kind", "strategy"), SHARDED)
 def test_two_processes_end_where_one_ends_with_the_same_batches(runs, kind, strategy):
     assert_same_end(load(runs / kind / "auto"), load(runs / kind / strategy))
 
 
-@pytest.mark.parametrize(("kind", "strategy"), DIVIDED)
+@pytest.mark.parametrize(("kind", "strategy"), SHARDED)
 def test_both_processes_log_the_same(runs, kind, strategy):
     first, second = reports(runs / kind / strategy)
     assert first["log"] == second["log"]
     assert len(first["log"]) == 10
 
 
-@pytest.mark.parametrize("strategy", ["zero1"])
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp2"])
 def test_the_processes_had_different_numbers_of_passes_and_sometimes_nothing_to_learn(runs, strategy):
     counts = [report["counts"] for report in reports(runs / "full" / strategy)]
     pairs = list(zip(*counts, strict=True))
@@ -79,8 +87,54 @@ def test_the_processes_had_different_numbers_of_passes_and_sometimes_nothing_to_
     assert any(one[0] > other[0] > 0 for one, other in pairs)
     assert any(one[0] > other[0] == 0 for one, other in pairs)
     for (first, first_empty), (second, second_empty) in pairs:
-        needed = min(1, max(first, second))
-        assert (first_empty, second_empty) == (max(0, needed - first), max(0, needed - second))
+        if strategy == "fsdp2":
+            assert first + first_empty == second + second_empty == max(first, second)
+        else:
+            needed = min(1, max(first, second))
+            assert (first_empty, second_empty) == (max(0, needed - first), max(0, needed - second))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_has_half_of_all_weights_frozen_ones_too(runs, kind):
+    for report in reports(runs / kind / "fsdp2"):
+        assert len(report["shares"]) > 60
+        own, total = (sum(numbers) for numbers in zip(*report["shares"], strict=True))
+        assert own / total == pytest.approx(0.5, abs=0.02)
+
+
+def test_an_update_that_is_not_finite_on_one_process_is_skipped_by_both(runs):
+    for report in reports(runs / "frozen" / "fsdp2"):
+        assert [report["log"][str(step)]["train/skipped_steps"] for step in (2, 3, 10)] == [0, 1, 1]
+    assert load(runs / "frozen" / "fsdp2")["run"]["num_skipped_steps"] == 1
+
+
+def test_a_checkpoint_of_shards_is_restored_without_a_trainer(runs, folder):
+    policy, expected = Policy.load(PolicyConfig(name=str(folder))), load(runs / "full" / "fsdp2")["state_dict"]
+    assert restore(policy, last(runs / "half" / "shards")) == 5
+    half = load(runs / "half" / "fsdp2")["state_dict"]
+    for name, value in policy.state_dict(prefix="policy.").items():
+        torch.testing.assert_close(value, half[name].float(), rtol=0, atol=1e-6)
+        assert value.shape == expected[name].shape
+    assert any(not torch.equal(half[name], expected[name]) for name in half)
+
+
+def test_a_folder_without_its_shards_is_an_error(runs, folder, tmp_path):
+    copy = shutil.copytree(last(runs / "half" / "shards").resolve(), tmp_path / "copy")
+    for shard in copy.glob("*.distcp"):
+        shard.unlink()
+    with pytest.raises(UserError, match=r"copy cannot be read: "):
+        restore(Policy.load(PolicyConfig(name=str(folder))), copy)
+
+
+def test_a_folder_takes_the_place_of_a_folder_or_a_file_and_the_other_way_round(tmp_path):
+    path, new = tmp_path / "last.ckpt", tmp_path / "last.part"
+    for number, kind in enumerate(["folder", "folder", "file", "folder", "folder", "file"]):
+        if kind == "folder":
+            new.mkdir()
+        (new / META if kind == "folder" else new).write_text(str(number))
+        replace(path, new)
+        assert (path / META if kind == "folder" else path).read_text() == str(number)
+        assert len(list(tmp_path.iterdir())) == (2 if kind == "folder" else 1)
 
 
 @pytest.mark.parametrize("strategy", RESUMED)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from perception_r1.modules.evaluation import EvaluationModule
+from perception_r1.policy.sharded_checkpoint import is_sharded, load_meta
 
 FOLDER = "checkpoints"
 """Folder of a run in which its checkpoints lie."""
@@ -101,6 +103,9 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where the run was stopped, if that was not within a step; a validation that was cut will be repeated."""
+        is_error = not isinstance(exception, KeyboardInterrupt | SystemExit)
+        if is_error and pl_module.device_mesh is not None:
+            return  # the other devices, which have the rest of the weights, are still elsewhere
         if trainer.state.fn == TrainerFn.FITTING and self._position is not None:
             num_over = trainer.fit_loop.epoch_loop._batches_that_stepped  # counted last, after log and validation
             if self._is_exact or num_over == self._position.total:
@@ -138,20 +143,42 @@ class Checkpoints(Checkpoint):
         self._write(trainer, "last.ckpt")
 
     def _write(self, trainer: Trainer, name: str) -> None:
-        """Write beside, then rename: a kill in mid-write leaves the file before."""
+        """Write beside, then rename: a kill in mid-write leaves the checkpoint before."""
         if not self.enabled or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
             return
         path = Path(trainer.log_dir) / FOLDER / name
         beside = path.with_suffix(".part")
+        if trainer.is_global_zero:
+            _remove(beside)  # what a run that was killed has left of one
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
-            os.replace(beside, path)
+            replace(path, beside)
         trainer.strategy.barrier()
+
+
+def replace(path: Path, new: Path) -> None:
+    """Let a file or a folder take the place of another at once: the name of a folder is a link to it."""
+    old = path.resolve() if path.is_symlink() else None
+    if new.is_dir():
+        home = next(each for number in (0, 1) if (each := path.with_suffix(f".{number}").resolve()) != old)
+        _remove(home)
+        new.rename(home)
+        new.symlink_to(home.name)
+    os.replace(new, path)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def next_log_step(path: Path) -> int:
     """The step under which a run that goes on from a checkpoint logs next: batches count, not their updates."""
-    checkpoint = torch.load(path, mmap=True, weights_only=True)
+    checkpoint = load_meta(path) if is_sharded(path) else torch.load(path, mmap=True, weights_only=True)
     num_batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"]
     return int(num_batches) - (checkpoint["callbacks"]["Checkpoints"].get("cut") is not None)
 

@@ -45,17 +45,19 @@ class LogSamples(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what the untrained policy answers, unless this run goes on from a checkpoint."""
         folder, datamodule = run_folder(trainer), getattr(trainer, "datamodule", None)
-        if trainer.ckpt_path is not None or datamodule is None or not self.num_samples or not trainer.is_global_zero:
+        if trainer.ckpt_path is not None or datamodule is None or not self.num_samples:
             return
-        module = cast("EvaluationModule", pl_module)
+        module, strategy = cast("EvaluationModule", pl_module), trainer.strategy
         for batch in datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule) else ():
             batch = datamodule.transfer_batch_to_device(batch, module.device, 0)
-            chosen = batch.select(range(min(len(batch), self.num_samples - len(self._scored_completions))))
-            with trainer.precision_plugin.val_step_context(), torch.no_grad():
+            num_missing = self.num_samples - len(self._scored_completions) if trainer.is_global_zero else 0
+            chosen = batch.select(range(min(len(batch), num_missing)))
+            with trainer.precision_plugin.val_step_context(), torch.no_grad():  # on all devices: each may have a share
                 self._scored_completions += module.score_greedy(chosen)
-            if len(self._scored_completions) >= self.num_samples:
+            if strategy.broadcast(len(self._scored_completions) >= self.num_samples):
                 break
-        self._log(trainer, module, folder)
+        if trainer.is_global_zero:
+            self._log(trainer, module, folder)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the completions of the validation before."""

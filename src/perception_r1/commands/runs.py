@@ -16,6 +16,7 @@ from perception_r1.errors import UserError
 from perception_r1.policy.checkpoint import restore
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.sharded_checkpoint import is_sharded
 from perception_r1.task import AnyTask, Mixture, Task
 
 CARD = "run.json"
@@ -85,8 +86,8 @@ def checkpoint_path(run: Run, name: str) -> Path:
     """
     kept = {known: run.folder / FOLDER / f"{known}.ckpt" for known in CHECKPOINTS}
     path = kept.get(name, Path(name))
-    if not path.is_file():
-        found = [known for known, file in kept.items() if file.is_file()]
+    if not path.is_file() and not is_sharded(path):
+        found = [known for known, file in kept.items() if file.exists()]
         others = f"it has {' and '.join(found)}" if found else "it has none"
         what = f"the run {run.folder} has no {name}.ckpt" if name in kept else f"there is no checkpoint {name}"
         raise UserError(f"{what}: --ckpt is best, last or a file of the run, and {others}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import perception_r1
 from perception_r1.policy.load import model_path
+from perception_r1.policy.sharded_checkpoint import META
 
 EVALUATION = "eval-"
 """How the names of folders begin that have the name of their evaluation behind it."""
@@ -24,10 +25,10 @@ def evaluation_key(config: Mapping[str, Any]) -> str:
     """Twelve hex digits of everything that determines the answers: settings, files that they name, and the code.
 
     Files count by name, size and time of change: weights of gigabytes are not read for this. So do those in the folder
-    of a model.
+    of a model or of a checkpoint.
 
     Args:
-        config: The parsed configuration of `test`, as nested mappings; its "ckpt_path" is a file or None.
+        config: The parsed configuration of `test`, as nested mappings; its "ckpt_path" is a file, a folder or None.
     """
     parts = {name: config.get(name) for name in ("data", "model", "seed_everything", "ckpt_path")}
     trainer = config.get("trainer") or {}
@@ -60,9 +61,9 @@ def _leaves(value: Any, left_out: Collection[str]) -> Iterator[object]:
 
 
 def _files(name: str) -> list[Path]:
-    """The file of this name, or the files of a model's folder; none where a setting is no name."""
+    """The file of this name, or the files of a model's or a checkpoint's folder; none where a setting is no name."""
     if os.path.isfile(name):  # unlike pathlib's, it takes any text
         return [Path(name)]
     folder = model_path(name)
-    is_model = folder != "" and os.path.isfile(os.path.join(folder, "config.json"))
-    return sorted(path for path in Path(folder).iterdir() if path.is_file()) if is_model else []
+    is_known = folder != "" and any(os.path.isfile(os.path.join(folder, mark)) for mark in ("config.json", META))
+    return sorted(path for path in Path(folder).iterdir() if path.is_file()) if is_known else []

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -24,6 +24,8 @@ from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.modules.strategies import ZeRO1Strategy
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
+from perception_r1.policy.packing import MicroBatch, plan_micro_batches
+from perception_r1.policy.sharding import total_grad_norm
 from perception_r1.task import AnyTask
 
 VALIDATION = "validation"
@@ -101,6 +103,7 @@ class PolicyModule(EvaluationModule):
         self.seed = seed
         self.train_metrics = TaskMetrics(task, "train", is_evaluation=False)
         self.phase_seconds: dict[str, float] = {}
+        self.current_phase: str | None = None
         self.num_skipped_steps = 0
         self.num_steps = 0  # of the whole run, known once it starts
         self._skipped_in_a_row = 0
@@ -135,7 +138,7 @@ class PolicyModule(EvaluationModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser over what is trained, with the schedule stepped at every update."""
         strategy = self.trainer.strategy
-        make = strategy.divided(self._make_optimizer) if isinstance(strategy, ZeRO1Strategy) else self._make_optimizer
+        make = strategy.sharded(self._make_optimizer) if isinstance(strategy, ZeRO1Strategy) else self._make_optimizer
         optimizer = make([parameter for parameter in self.parameters() if parameter.requires_grad])
         self.num_steps = self.num_planned_steps()
         scheduler = LambdaLR(optimizer, lambda step: self.lr_scheduler.factor(step, self.num_steps))
@@ -166,14 +169,28 @@ class PolicyModule(EvaluationModule):
             return self.trainer.strategy.block_backward_sync()
         return nullcontext()
 
+    def plan_micro_batches(
+        self, prompts: Sequence[int], completions: Sequence[int], chosen: Sequence[int]
+    ) -> list[MicroBatch]:
+        """See `policy/packing.py`. Sharded weights are gathered by all devices in every pass, so passes are alike.
+
+        The parts of a group then compute its prompt each, instead of sharing it.
+        """
+        micro_batches = plan_micro_batches(prompts, completions, chosen, self.micro_batch_tokens)
+        if self.device_mesh is None:
+            return micro_batches
+        return [replace(micro_batch, part=0, num_parts=1) for micro_batch in micro_batches]
+
     def num_empty_passes(self, num_micro_batches: int) -> int:
         """Backward passes that this device makes without a micro-batch, because other devices wait for them.
 
-        Gradients are exchanged in a pass. So a device with nothing to learn makes one where another device learns.
+        Sharded weights are gathered by all devices in every pass, so all make as many as the one with most. Else only
+        gradients are exchanged, in the last pass: a device with nothing to learn makes one where another device learns.
         """
         value = to_device(torch.tensor(num_micro_batches), self.device)
         most = int(cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="max")))
-        return max(0, min(1, most) - num_micro_batches)
+        needed = most if self.device_mesh is not None else min(1, most)
+        return max(0, needed - num_micro_batches)
 
     def empty_pass(self, prompts: PromptBatch, completions: Sequence[Tensor]) -> None:
         """A pass forward and backward that leaves all gradients as they are: one token of the shortest prompt."""
@@ -187,7 +204,7 @@ class PolicyModule(EvaluationModule):
     def mean_over_devices(self, number: float) -> Tensor:
         """Mean of a number over all devices.
 
-        Gradients are averaged over devices. So a sum of losses that is divided by the mean number of tokens per device
+        Gradients are averaged over devices. So a sum of losses that is sharded by the mean number of tokens per device
         becomes the mean over the tokens of all of them.
         """
         value = to_device(torch.tensor(number, dtype=torch.float32), self.device)
@@ -214,7 +231,8 @@ class PolicyModule(EvaluationModule):
         """
         optimizer = cast(LightningOptimizer, self.optimizers())
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
+        norm = total_grad_norm(trained)
+        torch.nn.utils.clip_grads_with_norm_(trained, self.max_grad_norm, norm)
         learning_rate = optimizer.param_groups[0]["lr"]
         is_finite = self.trainer.strategy.reduce_boolean_decision(math.isfinite(loss) and bool(norm.isfinite()))
         if is_finite:
@@ -239,11 +257,12 @@ class PolicyModule(EvaluationModule):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the seconds of a part of the training step."""
-        started = time.perf_counter()
+        """Measure the seconds of a part of the training step, and say that it goes on."""
+        started, self.current_phase = time.perf_counter(), name
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        self.current_phase = None
         self.count_seconds(name, time.perf_counter() - started)
 
     def count_seconds(self, name: str, seconds: float) -> None:

@@ -21,12 +21,13 @@ from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics, make_metrics, update_metrics
 from perception_r1.modules.encoding import encode_prompts, prompt_encoder
-from perception_r1.modules.strategies import SUPPORTED
+from perception_r1.modules.strategies import SUPPORTED, CheckpointIO
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_eval_batches
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
+from perception_r1.policy.sharding import shard, unsharded
 from perception_r1.records import Sample
 from perception_r1.scoring import ParsedCompletion, ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import AnyTask, Mixture, Task, part_of, task_of_source, tasks_of
@@ -86,10 +87,20 @@ class EvaluationModule(LightningModule):
         The workers of the data module learn from it how a prompt is encoded.
         """
         if not hasattr(self, "policy"):
-            self.policy = Policy.load(self.policy_config)
+            self.policy = self.load_policy()
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, BaseDataModule):
             data.encode_with(prompt_encoder(self.policy, self.task))
+
+    def load_policy(self, *, is_trained: bool = True) -> Policy:
+        """A policy, its weights sharded over the devices where the strategy says so."""
+        if self.device_mesh is None:
+            return Policy.load(self.policy_config, is_trained=is_trained)
+        strategy = self.trainer.strategy
+        torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))  # an adapter begins the same on every device
+        policy = Policy.load(self.policy_config, is_trained=is_trained)
+        shard(policy, self.device_mesh["data_parallel"])
+        return policy
 
     # ------------------------------------------------------------------------------------- for trainer and callbacks
 
@@ -122,6 +133,7 @@ class EvaluationModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """The first hook of a run, before the trainer's own complaints: check the trainer; it adds no callback."""
         self.check_trainer(self.trainer, is_training=self.trainer.state.fn == TrainerFn.FITTING)
+        self.trainer.strategy.checkpoint_io = CheckpointIO()
         return []
 
     def check_trainer(self, trainer: Trainer, *, is_training: bool = True) -> None:
@@ -137,7 +149,7 @@ class EvaluationModule(LightningModule):
         if type(trainer.strategy) not in SUPPORTED:
             raise UserError(
                 f"trainer.strategy {type(trainer.strategy).__name__} is not supported; use auto, ddp or zero1, with "
-                "which every device has the whole model."
+                "which every device has the whole model, or fsdp2, with which it has a share."
             )
 
     # ----------------------------------------------------------------------------------------------------- the road
@@ -150,10 +162,10 @@ class EvaluationModule(LightningModule):
 
     def complete(self, batch: Batch) -> list[ParsedCompletion]:
         """Greedy completions of samples, in their order, parsed and not scored: they need no target."""
-        if not len(batch):
-            return []
         found: dict[int, ParsedCompletion] = {}
         with evaluation_mode(self.policy):
+            if not len(batch):
+                return []
             prompts = self.encode(batch)
             for indices in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
                 eval_batch = prompts.select(indices)
@@ -240,12 +252,15 @@ def _describe(task: Task[Any, Any]) -> dict[str, Any]:
 def evaluation_mode(policy: Policy) -> Iterator[None]:
     """A policy without dropout and gradients for a while, in whatever mode it is before and after.
 
+    Where weights are sharded, every device has all of them meanwhile. So all enter and leave together; what each one
+    does in between is its own.
+
     Not in the inference mode of Lightning's loops: training could not write to the buffers of decoding that it leaves.
     """
     was_training = policy.training
     policy.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), unsharded(policy):
             yield
     finally:
         policy.train(was_training)

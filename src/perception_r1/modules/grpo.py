@@ -36,9 +36,10 @@ from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
 from perception_r1.modules.split_groups import SharedPrompt
 from perception_r1.policy.batch import PromptBatch, to_device
-from perception_r1.policy.packing import MicroBatch, plan_micro_batches
+from perception_r1.policy.packing import MicroBatch
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
+from perception_r1.policy.sharding import unsharded
 from perception_r1.scoring import score_completions
 from perception_r1.task import AnyTask, Mixture, at_progress
 
@@ -176,7 +177,7 @@ class GRPO(PolicyModule):
         super().configure_model()
         is_needed = self.trainer.state.fn == TrainerFn.FITTING and self.kl_coef > 0 and self.policy_config.lora is None
         if is_needed and self.reference is None:
-            self.reference = Policy.load(self.policy_config, is_trained=False)
+            self.reference = self.load_policy(is_trained=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Roll out, score, compare within the group, update, log.
@@ -189,12 +190,13 @@ class GRPO(PolicyModule):
         group_size = self.planned_group_size()
         seeds = self.seeds(len(batch))
         torch.manual_seed(seeds[0])  # dropout of an adapter, if any
-        chosen, found = sample_until_informative(
-            lambda indices: self.roll_out(batch.select(indices), group_size, [seeds[i] for i in indices]),
-            len(batch),
-            num_prompts=min(self.num_prompts or len(batch), len(batch)),
-            min_reward_std=self.min_reward_std,
-        )
+        with evaluation_mode(self.policy):
+            chosen, found = sample_until_informative(
+                lambda indices: self.roll_out(batch.select(indices), group_size, [seeds[i] for i in indices]),
+                len(batch),
+                num_prompts=min(self.num_prompts or len(batch), len(batch)),
+                min_reward_std=self.min_reward_std,
+            )
         with self.phase("reward"):
             advantages = self.advantages.compute(self, chosen, self.scoring_task)
         experience = self.make_experience(chosen.prompts, chosen.rollout, advantages)
@@ -230,7 +232,7 @@ class GRPO(PolicyModule):
         return seeds[self.global_rank * count :][:count]
 
     def roll_out(self, batch: Batch, group_size: int, seeds: Sequence[int]) -> Round:
-        """G scored completions of each sample, from one seed each."""
+        """G scored completions of each sample, from one seed each; the policy is in `evaluation_mode`."""
         with self.phase("encode"):
             prompts = self.encode(batch)
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
@@ -243,18 +245,17 @@ class GRPO(PolicyModule):
 
     def generate(self, prompts: PromptBatch, group_size: int, seeds: Sequence[int]) -> Rollout:
         """G completions of each prompt."""
-        with evaluation_mode(self.policy):
-            with self.phase("prefill"):
-                cache = self.policy.prefill(prompts)
-            with self.phase("decode"):
-                return self.policy.generate(
-                    cache,
-                    group_size=group_size,
-                    max_new_tokens=self.max_new_tokens,
-                    seeds=seeds,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
-                )
+        with self.phase("prefill"):
+            cache = self.policy.prefill(prompts)
+        with self.phase("decode"):
+            return self.policy.generate(
+                cache,
+                group_size=group_size,
+                max_new_tokens=self.max_new_tokens,
+                seeds=seeds,
+                temperature=self.temperature,
+                top_p=self.top_p,
+            )
 
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
         """Bundle what the updates need; the advantages are on the CPU, for they decide what is computed.
@@ -266,7 +267,7 @@ class GRPO(PolicyModule):
         num_kept = sum(length for length, is_one in zip(lengths, is_kept, strict=True) if is_one)
         has_pull = (advantages.view(len(prompts), -1).abs().amax(1) > 0).tolist()
         chosen = [prompt for prompt in range(len(prompts)) if self.kl_coef > 0 or has_pull[prompt]]
-        micro_batches = plan_micro_batches(prompts.lengths, lengths, chosen, self.micro_batch_tokens)
+        micro_batches = self.plan_micro_batches(prompts.lengths, lengths, chosen)
         return Experience(
             prompts=prompts,
             completions=rollout.completions,
@@ -289,7 +290,7 @@ class GRPO(PolicyModule):
         if self.kl_coef == 0:
             return None
         context = self.policy.without_adapter() if self.reference is None else nullcontext(self.reference)
-        with self.phase("reference"), context as reference:
+        with self.phase("reference"), context as reference, unsharded(reference):
             shared, logprobs = SharedPrompt(reference), []
             for micro_batch in experience.micro_batches:
                 prompts, completions = experience.select(micro_batch)

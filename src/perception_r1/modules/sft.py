@@ -10,7 +10,6 @@ import torch
 from perception_r1.data.loading import Batch
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_targets
-from perception_r1.policy.packing import plan_micro_batches
 
 
 class SFT(PolicyModule):
@@ -26,7 +25,7 @@ class SFT(PolicyModule):
             answers = encode_targets(self.policy, self.task, batch.samples, prompts)
         lengths = [len(answer) for answer in answers]
         num_tokens = self.mean_over_devices(sum(lengths))
-        micro_batches = plan_micro_batches(prompts.lengths, lengths, range(len(batch)), self.micro_batch_tokens)
+        micro_batches = self.plan_micro_batches(prompts.lengths, lengths, range(len(batch)))
         num_empty_passes = self.num_empty_passes(len(micro_batches))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, micro_batch in enumerate(micro_batches):

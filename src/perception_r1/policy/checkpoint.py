@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from perception_r1.errors import UserError
+from perception_r1.policy.sharded_checkpoint import is_sharded, load_shards
 
 
 def trained_entries(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,8 +52,11 @@ def restore(policy: nn.Module, path: Path) -> int:
         UserError: The file is no checkpoint of ours, or does not fit the policy.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if is_sharded(path):
+            checkpoint = load_shards(path, parts=["state_dict"])
+        else:
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"The checkpoint {path} cannot be read: {reason}") from error
     check_origin(checkpoint)

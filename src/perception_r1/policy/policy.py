@@ -170,6 +170,10 @@ class Policy(nn.Module):
         with cast(Any, self.network).disable_adapter():
             yield self
 
+    def release_graphs(self) -> None:
+        """Forget captured steps, and what they copied of weights that are whole only for a while."""
+        self._graphs = None
+
     def save(self, folder: Path) -> None:
         """Write a folder in the hub's layout that `load` and transformers read; an adapter is saved as such."""
         cast(Any, self.network).save_pretrained(folder)

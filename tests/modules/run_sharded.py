@@ -10,10 +10,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import StrategyRegistry
+from torch.distributed.tensor import DTensor
 from transformers.models.qwen2_vl import modeling_qwen2_vl as modeling
 
 from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.modules import GRPO, SFT
+from perception_r1.modules.strategies import FSDP2Strategy
 from perception_r1.policy.load import LoraConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import Score
@@ -39,6 +42,15 @@ class Counting(GRPO):
         return experience
 
 
+class Failing(Counting):
+    """The third update of the first process is not finite."""
+
+    def manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        is_failing = self.global_step == 2 and self.global_rank == 0
+        super().manual_backward(loss * float("nan") if is_failing else loss, *args, **kwargs)
+
+
+StrategyRegistry.register("shards", FSDP2Strategy, save_distributed_checkpoint=True)
 ADAPTER = {"policy": {"lora": LoraConfig(r=2, lora_alpha=6)}}
 SAMPLED = {"kind": Counting, "task": Sometimes(), "group_size": 2, "max_new_tokens": 4, "kl_coef": 0.0}
 SAMPLED |= {"loss_type": "dapo"}
@@ -46,7 +58,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": SAMPLED,
     "penalty": SAMPLED | {"kl_coef": 0.1, "policy": {"gradient_checkpointing": True}},
     "lora": SAMPLED | ADAPTER | {"kl_coef": 0.1},
-    "frozen": SAMPLED | {"policy": {"freeze_vision": True}},
+    "frozen": SAMPLED | {"kind": Failing, "policy": {"freeze_vision": True}},
     "sft": {"kind": SFT, "task": Grounding(), "max_grad_norm": 0.5},
 }
 
@@ -93,8 +105,15 @@ def main(model: str, plan: str) -> None:
     for line in Path(plan).read_text().splitlines():
         options = json.loads(line)
         module, trainer, log = train(model, **options)
-        found = {"log": log.steps, "counts": getattr(module, "counts", [])}
+        shares = [_share(value) for value in module.policy.parameters()]
+        found = {"log": log.steps, "shares": shares, "counts": getattr(module, "counts", [])}
         (Path(options["folder"]) / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+def _share(parameter: torch.Tensor) -> tuple[int, int]:
+    """How many of a parameter's numbers this process has, and how many there are."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.numel(), parameter.numel()
 
 
 if __name__ == "__main__":
