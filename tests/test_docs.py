@@ -16,6 +16,7 @@ from perception_r1.data.mixed import MixedData
 from perception_r1.data.module import TaskDataModule
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig
+from perception_r1.modules.strategies import FSDP2Strategy
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.tasks import TASKS
 from tests.readme import DOCUMENTS, PAGES, ROOT, blocks, names, prose, read, table
@@ -142,6 +143,8 @@ def is_option(option: str) -> bool:
     data = MixedData if path == ["tasks"] else TaskDataModule
     classes: dict[str, Any] = {"model": GRPO, "data": data, "trainer": Trainer}
     found: Any = classes[owner]
+    if owner == "trainer" and path[0] == "strategy" and len(path) == 2:
+        return path[1] in inspect.signature(FSDP2Strategy).parameters
     for name in path:
         if owner == "trainer" and name != path[0]:
             return path[0] == "callbacks"  # options of a callback of Lightning

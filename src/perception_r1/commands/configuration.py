@@ -15,6 +15,7 @@ from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.callbacks.online_curriculum import OnlineCurriculum
 from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
+from perception_r1.callbacks.watchdog import Watchdog
 from perception_r1.commands.compose import PARTS
 from perception_r1.commands.options import parse
 from perception_r1.data.base import BaseDataModule
@@ -51,6 +52,7 @@ class ConfiguredCLI(LightningCLI):
         """Options besides trainer, model and data."""
         parser.add_argument("--task", type=str | None, default=None, help="Name of the task.")
         parser.add_argument("--run_name", type=str, default="run", help="Name of the folder under logs/ for the runs.")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(LogSamples, "log_samples")

@@ -204,7 +204,7 @@ class PolicyModule(EvaluationModule):
     def mean_over_devices(self, number: float) -> Tensor:
         """Mean of a number over all devices.
 
-        Gradients are averaged over devices. So a sum of losses that is sharded by the mean number of tokens per device
+        Gradients are averaged over devices. So a sum of losses that is divided by the mean number of tokens per device
         becomes the mean over the tokens of all of them.
         """
         value = to_device(torch.tensor(number, dtype=torch.float32), self.device)
@@ -262,7 +262,7 @@ class PolicyModule(EvaluationModule):
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.current_phase = None
+        self.current_phase = f"after {name}"
         self.count_seconds(name, time.perf_counter() - started)
 
     def count_seconds(self, name: str, seconds: float) -> None:

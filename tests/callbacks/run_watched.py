@@ -1,0 +1,47 @@
+"""Trains on two processes, one of which stands still in its second step; started by `test_watchdog.py`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perception_r1.callbacks.watchdog import Watchdog
+from tests.modules.toy import Numbers, Quick, make_trainer
+
+
+class Standing(Quick):
+    """In the second step one rank stands still in one phase, and the other waits for it in another."""
+
+    def __init__(self, folder: Path, still: int, how: str) -> None:
+        super().__init__()
+        self.folder, self.still, self.how = folder, still, how
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> None:
+        if self.global_step == 1 and self.global_rank == self.still:
+            with self.phase("decode"):
+                time.sleep(2)  # the others hear of the phase
+                if self.how == "failed":
+                    raise ValueError("out of luck")
+                (self.folder / "pid").write_text(str(os.getpid()))
+                time.sleep(600)
+        with self.phase("backward"):
+            if self.global_step == 1 and self.how == "asleep":  # as one that waits in a library of its device
+                time.sleep(600)
+            self.trainer.strategy.reduce(torch.ones(1))
+        super().training_step(batch, batch_idx)
+
+
+def main(folder: str, still: str, how: str, seconds: str) -> None:
+    torch.set_num_threads(1)
+    if how == "silent":  # no process can be watched but by its silence
+        del os.pidfd_open
+    module = Standing(Path(folder), int(still), how)
+    trainer = make_trainer(Path(folder), [Watchdog(float(seconds))], strategy="ddp", devices=2, max_steps=3)
+    trainer.fit(module, datamodule=Numbers(module.task, num_train=8, batch_size=2))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,58 @@
+import os
+import signal
+import time
+
+import pytest
+
+from perception_r1.callbacks.watchdog import Watchdog
+from perception_r1.errors import UserError
+from tests.modules import two_processes
+
+
+def wait_for(path):
+    for _ in range(1200):
+        if path.exists() and path.read_text():
+            return int(path.read_text())
+        time.sleep(0.1)
+    raise AssertionError("no process came so far")
+
+
+def end_of(tmp_path, still, how, number=signal.SIGKILL, seconds=30):
+    """Output and status of the other rank, once one stands still and gets a signal."""
+    processes = two_processes.start("tests.callbacks.run_watched", str(tmp_path), str(still), how, str(seconds))
+    try:
+        if number is not None:
+            os.kill(wait_for(tmp_path / "pid"), number)
+        other = processes[1 - still]
+        output, _ = other.communicate(timeout=60)
+        return output, other.returncode
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize(("how", "still"), [("waiting", 0), ("waiting", 1), ("asleep", 1)])
+def test_a_kill_of_one_rank_ends_the_other_with_a_sentence(tmp_path, still, how):
+    """Whether it waits where the backend notices, or where nothing would."""
+    output, status = end_of(tmp_path, still, how)
+    sentence = f"Rank {still} is gone: it was killed, or it crashed; it was last seen at step 1, decode, and rank "
+    assert f"{sentence}{1 - still} waits at step 1, backward: the run stands still" in output
+    assert "Traceback" not in output
+    assert status == 1
+
+
+def test_a_rank_that_stands_still_is_noticed_by_its_silence(tmp_path):
+    output, status = end_of(tmp_path, 1, "silent", signal.SIGSTOP, seconds=3)
+    assert "Rank 1 has given no sign of life for 3 seconds; it was last seen at step 1, decode" in output
+    assert status == 1
+
+
+def test_a_rank_that_failed_is_named_while_the_other_waits(tmp_path):
+    output, status = end_of(tmp_path, 1, "failed", None)
+    assert "Rank 1 stopped with an error, which its own output tells; it was last seen at step 1, decode" in output
+    assert status == 1
+
+
+def test_a_time_that_is_too_short_is_an_error():
+    with pytest.raises(UserError, match=r"watchdog.seconds is 1; use 3 or more"):
+        Watchdog(1)
