@@ -281,12 +281,13 @@ class Sharded(DDPStrategy):
 @pytest.mark.parametrize("verb", ["fit", "test"])
 def test_a_strategy_that_would_train_apart_is_refused_in_every_verb(folder, tmp_path, strategy, verb):
     trainer, module = make_trainer(tmp_path, strategy=strategy()), make_module(folder)
-    with pytest.raises(UserError, match=f"trainer.strategy {strategy.__name__} is not supported; use auto or ddp"):
+    with pytest.raises(UserError, match=f"trainer.strategy {strategy.__name__} is not supported; use auto, ddp"):
         getattr(trainer, verb)(module, make_data())
     assert not hasattr(module, "policy")
-    with pytest.raises(UserError, match="use auto or ddp"):
+    with pytest.raises(UserError, match="or fsdp2, with which it has a share"):
         make_module(Path("none")).check_trainer(make_trainer(tmp_path, strategy=strategy(), devices=2))
-    make_module(Path("none")).check_trainer(make_trainer(tmp_path, strategy="ddp", devices=2))
+    for name in ("ddp", "zero1", "fsdp2"):
+        make_module(Path("none")).check_trainer(make_trainer(tmp_path, strategy=name, devices=2))
 
 
 @pytest.mark.parametrize(
