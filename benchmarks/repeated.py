@@ -75,9 +75,14 @@ class RepeatedPolicy(Policy):
         )
 
     def forward(
-        self, prompts: PromptBatch, completions: Sequence[Tensor], temperature: float = 1.0, top_p: float = 1.0
+        self,
+        prompts: PromptBatch,
+        completions: Sequence[Tensor],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        states: None = None,
     ) -> Tensor:
-        """[N, T] log-probabilities from one padded pass over prompt and completion of every row."""
+        """[N, T] log-probabilities from one padded pass over prompt and completion of every row; groups stay whole."""
         rows = _repeat(prompts, len(completions) // len(prompts))
         written = pad_sequence(list(completions), batch_first=True).to(self.device)  # [N, T]
         is_written = pad_sequence([torch.ones_like(row) for row in completions], batch_first=True).to(self.device)

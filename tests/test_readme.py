@@ -348,7 +348,9 @@ def run_red_team(arguments: list[str]) -> None:
             runpy.run_path(str(ROOT / arguments[1]), run_name="__main__")
         assert not end.value.code
         assert printed.getvalue().startswith("ocr similarity: ")
-        assert set(json.loads(path.read_text(encoding="utf-8"))["rewards"]) == {"ocr similarity", "ocr lines"}
+        assert set(json.loads(path.read_text(encoding="utf-8"))["rewards"]) == {
+            f"ocr {reward}" for reward in ("similarity", "lines", "unit_tests")
+        }
 
 
 def run_learning(arguments: list[str]) -> None:
