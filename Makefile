@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install train sft eval check stats fetch convert predict export pretrain tensorboard test lint format docs clean
+.PHONY: help install train sft eval check stats fetch convert plan predict export pretrain tensorboard test lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ fetch: $(INSTALLED) ## Fetch the pictures that DATA names by URL
 
 convert: $(INSTALLED) ## Write DATA as JSON lines into the folder TO
 	$(BIN)/perception-r1 data convert $(CONFIG) $(OPTIONS) --to $(TO)
+
+plan: $(INSTALLED) ## Say how much memory the training of TASK needs on a GPU
+	$(BIN)/perception-r1 plan $(CONFIG) $(OPTIONS)
 
 predict: $(INSTALLED) ## Answer IMAGES with RUN
 	$(BIN)/perception-r1 predict $(RUN) $(IMAGES) $(ARGS)

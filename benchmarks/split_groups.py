@@ -48,7 +48,8 @@ def seconds(policy: Policy, prompts: PromptBatch, *, parts: int, once: bool) -> 
     for micro_batch in micro_batches:
         states = shared.states(prompts, micro_batch) if once else None
         logprobs = policy(prompts, [completions[row] for row in micro_batch.rows], 1.0, 1.0, states)
-        (logprobs.sum() + (shared.pull(micro_batch) if once else 0.0)).backward()
+        for loss in shared.losses(logprobs.sum(), micro_batch) if once else [logprobs.sum()]:
+            loss.backward()
     return time.process_time() - started
 
 

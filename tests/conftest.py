@@ -39,9 +39,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_rank_is_left_behind() -> None:
-    """What a trainer of several devices writes into the environment would make a later one wait for its partner."""
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+def _nothing_is_left_behind() -> Iterator[None]:
+    """What a trainer writes into the environment: a rank makes a later one wait for its partner, a seed changes it."""
+    yield
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"):
         os.environ.pop(name, None)
 
 

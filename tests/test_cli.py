@@ -142,7 +142,7 @@ def test_the_name_of_a_run_is_that_of_its_folder(fitted, variant):
         (["--data.train_file", "none.jsonl"], "none.jsonl: cannot be read (No such file or directory)"),
         (["--data.task.matching", "greedy"], "matching"),
         (["--ckpt_path", "last"], "No run under logs/counting has a checkpoints/last.ckpt yet; train first"),
-        (["--ckpt_path", "best"], "No run under logs/counting has a checkpoints/best.ckpt yet; train first"),
+        (["--ckpt_path", "best"], "--ckpt_path best has no state of the optimiser; training goes on from last"),
         (["--model.policy.name", "/nowhere"], "There is no model folder /nowhere."),
         (["--model.optimizer.lr", "-1"], "model.optimizer cannot be made: Invalid learning rate: -1"),
         (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val has no effect here; set model.max_grad_norm"),
@@ -211,7 +211,6 @@ def test_what_needs_no_model_is_checked_before_one_is_made(
         raise AssertionError("a model is made before the check")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr("perception_r1.policy.policy.Policy.load", too_late)
     policy = [] if model == "tiny" else ["--model.policy.name", str(folder)]
     status, text = fails(capsys, "fit", *COUNTING, *policy, *arguments)

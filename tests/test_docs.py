@@ -150,7 +150,7 @@ def is_option(option: str) -> bool:
             return path[0] == "callbacks"  # options of a callback of Lightning
         parameters = all_parameters(found)
         if name not in parameters:
-            return name in ("lr", "weight_decay") and path[0] == "optimizer"
+            return name in ("lr", "weight_decay", "fused") and path[0] == "optimizer"
         found = next_class(name, parameters[name].annotation)
     return True
 

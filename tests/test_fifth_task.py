@@ -74,7 +74,6 @@ def test_the_files_may_lie_outside_the_project(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["perception-r1"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
     options = [*SMALL, "--data", "rows.jsonl"]
     try:
         assert main(["fit", "--task", "colour", *options]) == 0

@@ -47,7 +47,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PERCEPTION_R1_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(datasets, "load_dataset", from_the_hub(tmp_path / "data"))
     monkeypatch.setattr(sys, "argv", ["perception-r1"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,6 +1,5 @@
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tests.benchmarks.programs import RESULTS, program
 from tests.readme import ROOT
 
 engine = program("engine")
-memory = program("memory")
 two_commits = program("two_commits")
 random_model = sys.modules["random_model"]
 
@@ -52,7 +50,6 @@ def test_committed_costs_grow_with_the_completions_and_not_with_repeated_prompts
 def test_the_documentation_shows_the_committed_tables(cells):
     page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
     assert engine.table(cells) in page
-    assert memory.table(committed("memory.json")["rows"]) in page
 
 
 def test_the_readme_names_the_range_of_speed_at_8_completions(cells):
@@ -88,20 +85,6 @@ def test_the_operations_that_are_needed_are_about_those_that_are_made(tmp_path):
     needed = 1e9 * engine.needed_operations(tmp_path / "model", 100, 20, 4, 16)
     assert [len(row) for row in rollout.completions] == [20] * 4
     assert 0.8 * counter.get_total_flops() < needed < 1.05 * counter.get_total_flops()
-
-
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_memory_of_a_long_deep_network_follows_from_short_shallow_ones(tmp_path, monkeypatch, is_checkpointed):
-    shape = random_model.Shape(
-        prompt_tokens=300, picture=(20, 10), hidden=64, intermediate=128, layers=4, vision_layers=3, vision_hidden=32
-    )
-    whole = memory.count(shape, "all weights", is_checkpointed, 1.0, tmp_path)
-    repeated = 4 * (1 if is_checkpointed else 4) * 8 * (300 + 128) * 32
-    expected = memory.activations(shape, "all weights", is_checkpointed) - repeated
-    if is_checkpointed:
-        one = memory.activations(replace(shape, layers=2, vision_layers=1), "all weights", False)
-        expected -= one / 2
-    assert expected == pytest.approx(whole, rel=0.05)
 
 
 def test_a_commit_is_checked_out_apart(tmp_path):

@@ -257,7 +257,6 @@ def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
         folder=str(tmp_path / "runs"),
         num_tested=8,
     )
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seeding everything sets it; so it is restored
     monkeypatch.setattr(sys, "argv", ["run.py", json.dumps(vars(planned)), str(tmp_path / "result.json")])
     assert run.main() == 0
     found = json.loads((tmp_path / "result.json").read_text())

@@ -44,7 +44,6 @@ GOOD = {"question": "cup", "box": [10, 20, 50, 80]}
 def run(tmp_path, monkeypatch, capsys):
     """Runs a verb on a task; returns exit status, what it writes, and its errors."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
     def call(verb: str, *more: object, task: str = "grounding") -> tuple[int, str, str]:
         capsys.readouterr()

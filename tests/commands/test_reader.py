@@ -18,7 +18,6 @@ GOOD = {"question": "cup", "box": [10, 20, 50, 80]}
 def fit(tmp_path, monkeypatch, folder, capsys):
     """Runs a short training on rows of which the second is too wide for any model and the fifth too long for this."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     for number in range(6):
         picture(tmp_path / f"{number}.png", number)
     picture(tmp_path / "1.png", size=(4100, 20))

@@ -383,7 +383,6 @@ def test_an_evaluation_that_breaks_keeps_what_it_has(folder, tmp_path, monkeypat
 def test_a_broken_file_of_answers_is_one_sentence(undisturbed, tmp_path, monkeypatch, capsys):
     seed(tmp_path, undisturbed, answers__jsonl="{\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     assert main(undisturbed.words) == 2
     text = capsys.readouterr().err
     assert "answers.jsonl cannot be read as predictions" in text

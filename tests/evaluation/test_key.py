@@ -22,7 +22,6 @@ def name_of(folder, tmp_path, monkeypatch):
     torch.save({}, tmp_path / "a.ckpt")
     torch.save({}, tmp_path / "b.ckpt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     found = []
 
     def test(trainer, model=None, datamodule=None, ckpt_path=None):

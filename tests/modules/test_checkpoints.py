@@ -211,4 +211,8 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(folder, tmp_path, mo
     monkeypatch.setattr(Lottery, "primary_metric", primary_metric)
     run(folder, tmp_path, version=0, callbacks=[Metrics()])
     assert load(last(tmp_path, 0))["global_step"] == 6
-    assert load(last(tmp_path, 0).with_name("best.ckpt"))["global_step"] == 4
+    best = last(tmp_path, 0).with_name("best.ckpt")
+    assert load(best)["global_step"] == 4
+    assert best.stat().st_size < last(tmp_path, 0).stat().st_size / 2  # which has AdamW's moments besides
+    with pytest.raises(UserError, match=r"holds weights alone, as best\.ckpt does; training goes on from last\.ckpt"):
+        run(folder, tmp_path, version=1, ckpt_path=best)

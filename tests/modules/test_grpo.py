@@ -16,6 +16,7 @@ from perception_r1.modules.base import MAX_SKIPPED_IN_A_ROW
 from perception_r1.policy.load import LoraConfig
 from perception_r1.policy.policy import Policy
 from tests.modules.toy import Gradients, Log, Lottery, fit, make_data, make_module, make_trainer, trained_weights
+from tests.policy import oracle
 
 
 class Weights(Callback):
@@ -199,6 +200,25 @@ def test_an_adapter_is_its_own_reference(folder, tmp_path):
     frozen = {name.replace(".base_layer", ""): value for name, value in module.policy.model.named_parameters()}
     for name, value in start.model.named_parameters():
         assert torch.equal(frozen[name], value), name
+
+
+def test_a_reference_may_have_another_type(folder, tmp_path):
+    log = Log()
+    module, _ = fit(folder, tmp_path, make_module(folder, reference_dtype="bfloat16"), [log], max_steps=1)
+    assert {weight.dtype for weight in module.reference.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in module.policy.parameters()} == {torch.float32}
+    assert 0.0 < log.steps[1]["train/kl"] < 1e-3  # before any update: rounding alone
+
+
+def test_patches_count_in_the_budget_where_the_vision_tower_is_trained(folder):
+    module = make_module(folder, tokens_per_patch=0.5, micro_batch_tokens=100)
+    module.policy = Policy.load(module.policy_config)
+    prompts = module.policy.encode([oracle.chat("a"), oracle.chat("bb")], [[oracle.noise(56, 56)]] * 2)
+    assert prompts.num_patches == [16, 16]
+    assert module.prompt_sizes(prompts) == [tokens + 8 for tokens in prompts.lengths]
+    assert module.prompt_sizes(module.policy.encode_images(prompts)) == prompts.lengths
+    module.policy.model.model.visual.requires_grad_(False)
+    assert module.prompt_sizes(prompts) == prompts.lengths
 
 
 def test_only_a_fit_loads_the_reference(folder, tmp_path):

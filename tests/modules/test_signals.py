@@ -144,7 +144,7 @@ def last(folder: Path) -> Path:
 
 def best(folder: Path) -> tuple[int, float]:
     checkpoint = torch.load(folder / "run" / "checkpoints" / "best.ckpt")
-    return checkpoint["global_step"], checkpoint["callbacks"]["Checkpoints"]["best_value"]
+    return checkpoint["global_step"], float(sum(value.sum() for value in checkpoint["state_dict"].values()))
 
 
 @dataclass

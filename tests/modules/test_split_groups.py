@@ -23,20 +23,23 @@ def family(request):
     return request.param
 
 
-def passes(policy, budget):
+def passes(policy, budget, *, in_one_pass=False):
     """Log-probabilities of every completion and gradients of all weights, of a loss that weighs each differently."""
     prompts, completions = oracle.encode(policy.processor), oracle.random_completions(LENGTHS)
     micro_batches = plan_micro_batches(prompts.lengths, LENGTHS, range(3), budget)
-    weights, shared, rows = torch.linspace(-1, 1, len(LENGTHS), dtype=torch.float64), SharedPrompt(policy), {}
+    weights, rows = torch.linspace(-1, 1, len(LENGTHS), dtype=torch.float64), {}
+    shared = SharedPrompt(policy, in_one_pass=in_one_pass)
     policy.network.zero_grad()
     for micro_batch in micro_batches:
         selected = prompts.select(micro_batch.prompts)
         states = shared.states(selected, micro_batch)
         logprobs = policy(selected, [completions[row] for row in micro_batch.rows], 0.7, 1.0, states)
         loss = (weights[micro_batch.rows] * logprobs.sum(1)).sum()
-        total = loss + shared.pull(micro_batch)
-        assert float(total) == float(loss)
-        total.backward()
+        values = []
+        for each in shared.losses(loss, micro_batch):
+            each.backward()
+            values.append(float(each))
+        assert values in ([float(loss)], [float(loss), 0.0])
         rows |= {row: each[: LENGTHS[row]].detach() for row, each in zip(micro_batch.rows, logprobs, strict=True)}
     gradients = {name: value.grad for name, value in policy.network.named_parameters() if value.grad is not None}
     return torch.cat([rows[row] for row in range(len(LENGTHS))]), gradients, micro_batches
@@ -54,8 +57,8 @@ def test_parts_give_the_numbers_and_gradients_of_whole_groups(grouped_folders, f
     oracle.shake(policy.network)
     expected, gradients, _ = passes(policy, None)
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
-    for budget, num_parts in ((70, 2), (1, 3)):
-        found, others, micro_batches = passes(policy, budget)
+    for budget, num_parts, in_one_pass in ((70, 2, False), (1, 3, False), (1, 3, True)):
+        found, others, micro_batches = passes(policy, budget, in_one_pass=in_one_pass)
         assert max(micro_batch.num_parts for micro_batch in micro_batches) >= num_parts
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
         assert others.keys() == gradients.keys()
@@ -68,8 +71,8 @@ def test_the_comparison_would_notice_a_prompt_that_learns_from_its_last_part_alo
     policy = Policy.load(PolicyConfig(name=str(grouped_folders["qwen2_vl"]))).double().train()
     _, gradients, _ = passes(policy, None)
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
-    monkeypatch.setattr(SharedPrompt, "pull", lambda self, micro_batch: 0.0)
-    _, others, _ = passes(policy, 1)
+    monkeypatch.setattr(SharedPrompt, "losses", lambda self, loss, micro_batch: [loss])
+    _, others, _ = passes(policy, 1, in_one_pass=True)
     name = "model.language_model.layers.0.self_attn.k_proj.weight"
     scale = float(gradients[name].abs().max())
     assert float((others[name] - gradients[name]).abs().max()) / scale > 1e-2

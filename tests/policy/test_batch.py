@@ -74,3 +74,9 @@ def test_a_batch_that_is_sent_to_another_process_arrives_whole(folder):
     assert_same(sent, batch)
     assert not any(tensor.is_shared() for tensor in sent.input_ids + sent.position_ids + sent.pixel_values)
     assert_same(sent.select([1]), batch.select([1]))
+
+
+def test_patches_are_counted_for_each_prompt(folder):
+    batch = encode(processor_of(folder), [2, 1])
+    per_image = [len(pixels) for pixels in batch.pixel_values]
+    assert batch.num_patches == [per_image[0], sum(per_image[1:])]  # the second has two images

@@ -275,3 +275,34 @@ def test_other_end_tokens_are_heeded(policy):
     generator = GraphGenerator(Decoder(policy.model), Captures())
     assert_same(*rollouts(policy, generator, max_new_tokens=40))
     assert_same(*rollouts(policy, generator, max_new_tokens=40, eos_token_ids=torch.tensor([287])))
+
+
+@ONE_FAMILY
+def test_buffers_that_are_too_large_to_be_kept_are_captured_anew(policy):
+    captures = Captures()
+    generator = GraphGenerator(Decoder(policy.model), captures)
+    assert_same(*rollouts(policy, generator, max_new_tokens=4))
+    (step,) = generator._captured.values()
+    config, group_size, prompts, room = policy.model.config.get_text_config(), 3, 3, 256
+    size = config.hidden_size // config.num_attention_heads * config.num_key_value_heads * 8  # in float64
+    assert step.num_bytes == 2 * config.num_hidden_layers * prompts * (room + group_size * 4) * size
+    for factor, num_steps in ((1.0, 1), (0.99, 2)):
+        captures.num_steps = 0
+        generator = GraphGenerator(Decoder(policy.model), captures, max_kept_bytes=int(factor * step.num_bytes))
+        for _ in range(2):
+            assert_same(*rollouts(policy, generator, max_new_tokens=4))
+        assert captures.num_steps == num_steps
+
+
+@ONE_FAMILY
+def test_of_small_buffers_those_used_last_are_kept(policy):
+    captures = Captures()
+    generator = GraphGenerator(Decoder(policy.model), captures)
+    for length in (1, 2):
+        assert_same(*rollouts(policy, generator, max_new_tokens=length))
+    bound = sum(step.num_bytes for step in generator._captured.values())
+    generator = GraphGenerator(Decoder(policy.model), captures, max_kept_bytes=bound)
+    captures.num_steps = 0
+    for length in (1, 2, 1, 3, 1):
+        assert_same(*rollouts(policy, generator, max_new_tokens=length))
+    assert captures.num_steps == 4  # 3 takes the place of both: the bound is that of 1 and 2

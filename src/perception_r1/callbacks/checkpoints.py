@@ -1,4 +1,4 @@
-"""The two checkpoints of a run: `last.ckpt`, to go on from, and `best.ckpt`, to use."""
+"""The two checkpoints of a run: `last.ckpt`, to go on from, and `best.ckpt`, to use: weights alone."""
 
 import math
 import os
@@ -150,7 +150,7 @@ class Checkpoints(Checkpoint):
         beside = path.with_suffix(".part")
         if trainer.is_global_zero:
             _remove(beside)  # what a run that was killed has left of one
-        trainer.save_checkpoint(beside)
+        trainer.save_checkpoint(beside, weights_only=name == "best.ckpt")
         if trainer.is_global_zero:
             replace(path, beside)
         trainer.strategy.barrier()

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich import get_console
 
 from perception_r1.callbacks.checkpoints import FOLDER, next_log_step
@@ -24,13 +26,14 @@ from perception_r1.data.base import BaseDataModule
 from perception_r1.data.mixed import parts_of
 from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION, evaluation_key
+from perception_r1.planning.report import check_memory
 
 _VERBS = {"fit": "Training", "validate": "Validating", "test": "Evaluating"}
 _DESCRIPTION = "Post-train and evaluate vision-language models on visual perception."
 _EPILOG = (
-    "Besides these: `perception-r1 data --help`, data before a run; `perception-r1 predict --help`, answers to "
-    "pictures; `perception-r1 export --help`, a checkpoint as a model folder; `perception-r1 score --help`, reward and "
-    "components of completions that came from anywhere."
+    "Besides these: `perception-r1 data --help`, data before a run; `perception-r1 plan --help`, the memory that a run "
+    "needs; `perception-r1 predict --help`, answers to pictures; `perception-r1 export --help`, a checkpoint as a "
+    "model folder; `perception-r1 score --help`, reward and components of completions that came from anywhere."
 )
 _NUM_PROCESSES = 2
 """Processes on the CPU that any machine may start: training on several devices can be tried out everywhere."""
@@ -77,6 +80,8 @@ class PerceptionCLI(ConfiguredCLI):
         name = config.get("ckpt_path")
         settings: Any = getattr(config.trainer.logger, "init_args", None)
         has_folder = settings is not None and "save_dir" in settings and "name" in settings
+        if name == "best" and self.subcommand == "fit":
+            raise UserError("--ckpt_path best has no state of the optimiser; training goes on from last")
         if name in ("last", "best"):
             if not has_folder:
                 raise UserError(f"--ckpt_path {name} needs one logger that writes to a folder; give the file instead.")
@@ -125,6 +130,10 @@ class PerceptionCLI(ConfiguredCLI):
             told += describe_validation(self.datamodule)
         if verb == "fit":
             self.datamodule.train_dataloader()  # refuses what does not fill a step
+            is_whole = type(self.trainer.strategy) in (SingleDeviceStrategy, DDPStrategy)
+            if is_whole and isinstance(self.trainer.accelerator, CUDAAccelerator):
+                device = torch.cuda.get_device_properties(self.trainer.strategy.root_device)
+                check_memory(self.model, device.total_memory)
         if self.trainer.is_global_zero:
             get_console().print(told, highlight=False)
 

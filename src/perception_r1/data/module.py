@@ -32,6 +32,7 @@ class TaskDataModule(BaseDataModule):
     """Samples of one task: synthetic scenes, or with sources the rows of those.
 
     Attributes:
+        task_without_labels: The task as it was given; `task` knows the labels of the data besides.
         check_sample: Set before `setup`, it makes bad rows of those that the model cannot take.
 
     Args:
@@ -96,7 +97,7 @@ class TaskDataModule(BaseDataModule):
         self.shuffle = shuffle and curriculum is None
         self.curriculum = None if curriculum is None else Path(curriculum)
         self.check_sample: SampleCheck | None = None
-        self._task = task
+        self.task_without_labels = task
         self._samples: dict[Split, Samples] = {}
         self._easy_to_hard: Sequence[int] | None = None
         check_numbers({f"num_{split}": size for split, size in self.num_scenes.items()}, 1)
@@ -110,7 +111,7 @@ class TaskDataModule(BaseDataModule):
         Raises:
             DataError: A source cannot be read.
         """
-        return self._task.with_labels(self._labels())
+        return self.task_without_labels.with_labels(self._labels())
 
     def setup(self, stage: str | None = None) -> None:
         """Load and check the splits of a stage; those that are there already are kept.

@@ -75,6 +75,8 @@ class PolicyModule(EvaluationModule):
         micro_batch_tokens: Tokens of prompts and completions computed at once, each prompt counted once; null computes
             the batch in one piece. A group that is larger by itself is split over its completions. It changes memory,
             not results.
+        tokens_per_patch: What a patch of an image counts in `micro_batch_tokens` where the vision tower is trained: the
+            memory that it takes there over that of a token. 0 counts tokens alone.
         seed: Seed of sampling and dropout; a resumed run continues their sequence.
         **kwargs: Those of `EvaluationModule`.
     """
@@ -87,6 +89,7 @@ class PolicyModule(EvaluationModule):
         lr_scheduler: LRSchedulerConfig,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int | None = None,
+        tokens_per_patch: float = 0.0,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -95,11 +98,14 @@ class PolicyModule(EvaluationModule):
             raise UserError(f"max_grad_norm is {max_grad_norm}; it must be above 0.")
         if micro_batch_tokens is not None and micro_batch_tokens < 1:
             raise UserError(f"micro_batch_tokens is {micro_batch_tokens}; it must be 1 or more, or null.")
+        if tokens_per_patch < 0:
+            raise UserError(f"tokens_per_patch is {tokens_per_patch}; it must not be negative.")
         self.automatic_optimization = False
         self.optimizer_factory = optimizer
         self.lr_scheduler = lr_scheduler
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
+        self.tokens_per_patch = tokens_per_patch
         self.seed = seed
         self.train_metrics = TaskMetrics(task, "train", is_evaluation=False)
         self.phase_seconds: dict[str, float] = {}
@@ -160,6 +166,17 @@ class PolicyModule(EvaluationModule):
 
     # -------------------------------------------------------------------------------------------- one update
 
+    def prompt_sizes(self, prompts: PromptBatch) -> list[int]:
+        """What each prompt takes of `micro_batch_tokens`: its tokens, and what its patches add."""
+        if prompts.image_features is not None or self.policy.is_vision_frozen:
+            return prompts.lengths
+        pairs = zip(prompts.lengths, prompts.num_patches, strict=True)
+        return [tokens + round(self.tokens_per_patch * patches) for tokens, patches in pairs]
+
+    def exchanges_gradients(self) -> bool:
+        """Whether devices exchange gradients, which they do in the last backward pass of a step."""
+        return self.trainer.world_size > 1
+
     def accumulation(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Around the passes of one micro-batch: devices exchange gradients with the last one only.
 
@@ -187,6 +204,8 @@ class PolicyModule(EvaluationModule):
         Sharded weights are gathered by all devices in every pass, so all make as many as the one with most. Else only
         gradients are exchanged, in the last pass: a device with nothing to learn makes one where another device learns.
         """
+        if not self.exchanges_gradients():
+            return 0  # nobody waits, and neither does this device for its own number
         value = to_device(torch.tensor(num_micro_batches), self.device)
         most = int(cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="max")))
         needed = most if self.device_mesh is not None else min(1, most)
@@ -314,5 +333,7 @@ class PolicyModule(EvaluationModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the counters of the run up again; `check_origin` refuses a checkpoint that is not one of ours."""
         check_origin(checkpoint)
+        if self.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+            raise UserError("The checkpoint holds weights alone, as best.ckpt does; training goes on from last.ckpt.")
         self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]

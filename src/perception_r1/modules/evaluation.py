@@ -55,6 +55,7 @@ class EvaluationModule(LightningModule):
 
     policy: Policy
     """There once `configure_model` has run."""
+    policy_class: type[Policy] = Policy
 
     def __init__(
         self,
@@ -87,18 +88,18 @@ class EvaluationModule(LightningModule):
         The workers of the data module learn from it how a prompt is encoded.
         """
         if not hasattr(self, "policy"):
-            self.policy = self.load_policy()
+            self.policy = self.load_policy(self.policy_config)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, BaseDataModule):
             data.encode_with(prompt_encoder(self.policy, self.task))
 
-    def load_policy(self, *, is_trained: bool = True) -> Policy:
+    def load_policy(self, config: PolicyConfig, *, is_trained: bool = True) -> Policy:
         """A policy, its weights sharded over the devices where the strategy says so."""
         if self.device_mesh is None:
-            return Policy.load(self.policy_config, is_trained=is_trained)
+            return self.policy_class.load(config, is_trained=is_trained)
         strategy = self.trainer.strategy
         torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))  # an adapter begins the same on every device
-        policy = Policy.load(self.policy_config, is_trained=is_trained)
+        policy = self.policy_class.load(config, is_trained=is_trained)
         shard(policy, self.device_mesh["data_parallel"])
         return policy
 
@@ -169,17 +170,21 @@ class EvaluationModule(LightningModule):
             prompts = self.encode(batch)
             for indices in plan_eval_batches(prompts.lengths, self.max_new_tokens, self.eval_batch_tokens):
                 eval_batch = prompts.select(indices)
-                rollout = self.policy.generate(
-                    self.policy.prefill(eval_batch),
-                    group_size=1,
-                    max_new_tokens=self.max_new_tokens,
-                    seeds=[0] * len(indices),
-                    is_greedy=True,
-                    repetition_penalty=self.repetition_penalty,
-                )
-                parsed = self.parse([batch.samples[index] for index in indices], eval_batch, rollout)
+                completions = self.answer(eval_batch)
+                parsed = self.parse([batch.samples[index] for index in indices], eval_batch, completions)
                 found |= zip(indices, parsed, strict=True)
         return [found[index] for index in range(len(batch))]
+
+    def answer(self, prompts: PromptBatch) -> Rollout:
+        """The greedy completion of each prompt, all at once."""
+        return self.policy.generate(
+            self.policy.prefill(prompts),
+            group_size=1,
+            max_new_tokens=self.max_new_tokens,
+            seeds=[0] * len(prompts),
+            is_greedy=True,
+            repetition_penalty=self.repetition_penalty,
+        )
 
     def parse(self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout) -> list[ParsedCompletion]:
         """The completions of a rollout as text and as predictions; samples and prompts are those that it answers."""

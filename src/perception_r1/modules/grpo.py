@@ -8,6 +8,7 @@ Legend: B prompts, G completions per prompt, N = B*G completions, T completion t
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
 from perception_r1.modules.split_groups import SharedPrompt
 from perception_r1.policy.batch import PromptBatch, to_device
+from perception_r1.policy.load import Dtype, PolicyConfig
 from perception_r1.policy.packing import MicroBatch
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout
@@ -64,6 +66,9 @@ class GRPO(PolicyModule):
         top_entropy_quantile: Learn from the share of the tokens of a step and device that were drawn from the
             distributions with the largest entropy, 0.2 say (arXiv 2506.01939); 1: from all of them.
         mask_truncated_completions: Learn nothing from completions that ran into the length limit (DAPO).
+        reference_dtype: Type of the reference's weights; null: that of the policy's. With passes in mixed precision
+            bfloat16 halves their memory, and moves the reference's log-probabilities by about as much as rounding does
+            in these passes anyway.
         clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low.
         clip_eps_high: The probability ratio is clipped above at 1 + clip_eps_high.
         sampler_correction: Importance weights for an engine that does not compute what training computes (see
@@ -104,6 +109,7 @@ class GRPO(PolicyModule):
         entropy_coef: float = 0.0,
         top_entropy_quantile: float = 1.0,
         mask_truncated_completions: bool = False,
+        reference_dtype: Dtype | None = None,
         clip_eps_low: float = 0.2,
         clip_eps_high: float = 0.2,
         sampler_correction: SamplerCorrection | None = None,
@@ -140,6 +146,7 @@ class GRPO(PolicyModule):
         self.top_p = top_p
         self.kl_coef = kl_coef
         self.mask_truncated_completions = mask_truncated_completions
+        self.reference_dtype = reference_dtype
         if sampler_correction_cap <= 0:
             raise UserError(f"sampler_correction_cap is {sampler_correction_cap}; it must be above 0.")
         self.sampler_correction: SamplerCorrection | None = sampler_correction
@@ -175,9 +182,16 @@ class GRPO(PolicyModule):
     def configure_model(self) -> None:
         """Load the policy and, where a fit needs it, the frozen reference: with an adapter the policy is its own."""
         super().configure_model()
-        is_needed = self.trainer.state.fn == TrainerFn.FITTING and self.kl_coef > 0 and self.policy_config.lora is None
-        if is_needed and self.reference is None:
-            self.reference = self.load_policy(is_trained=False)
+        config = self.reference_config
+        if config is not None and self.reference is None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.reference = self.load_policy(config, is_trained=False)
+
+    @property
+    def reference_config(self) -> PolicyConfig | None:
+        """Which model a fit compares the policy with; None where nothing is, or the policy without its adapter."""
+        if self.kl_coef == 0 or self.policy_config.lora is not None:
+            return None
+        return replace(self.policy_config, dtype=self.reference_dtype or self.policy_config.dtype)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Roll out, score, compare within the group, update, log.
@@ -267,7 +281,7 @@ class GRPO(PolicyModule):
         num_kept = sum(length for length, is_one in zip(lengths, is_kept, strict=True) if is_one)
         has_pull = (advantages.view(len(prompts), -1).abs().amax(1) > 0).tolist()
         chosen = [prompt for prompt in range(len(prompts)) if self.kl_coef > 0 or has_pull[prompt]]
-        micro_batches = self.plan_micro_batches(prompts.lengths, lengths, chosen)
+        micro_batches = self.plan_micro_batches(self.prompt_sizes(prompts), lengths, chosen)
         return Experience(
             prompts=prompts,
             completions=rollout.completions,
@@ -311,9 +325,25 @@ class GRPO(PolicyModule):
         Returns:
             What is logged, and the log-probabilities of the policy before this step, [n, T] per micro-batch.
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # of loss, KL and clipped tokens
+        sums, all_logprobs = self.accumulate_gradients(experience, reference_logprobs, old_logprobs)
+        loss, kl, num_clipped = sums.tolist()  # waits for the device, once
+        with self.phase("optimizer"):
+            metrics = self.apply_gradients(loss)
+        computed = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
+        num_tokens = max(1, sum(len(experience.completions[row]) for row in computed))
+        return metrics | {"loss": loss, "kl": kl / num_tokens, "clip_fraction": num_clipped / num_tokens}, all_logprobs
+
+    def accumulate_gradients(
+        self, experience: Experience, reference_logprobs: list[Tensor] | None, old_logprobs: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Forward and backward of every micro-batch; nothing in it waits for the device.
+
+        Returns:
+            [3] sums of loss, KL and clipped tokens, and the log-probabilities, [n, T] per micro-batch.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         all_logprobs: list[Tensor] = []
-        shared = SharedPrompt(self.policy)
+        shared = SharedPrompt(self.policy, in_one_pass=self.exchanges_gradients())
         for index, micro_batch in enumerate(experience.micro_batches):
             with self.accumulation(is_last=index + 1 == len(experience.micro_batches)):
                 prompts, completions = experience.select(micro_batch)
@@ -336,16 +366,12 @@ class GRPO(PolicyModule):
                     importance_weights=self.importance_weights(experience, micro_batch, before, is_token),
                 )
                 with self.phase("backward"):
-                    self.manual_backward(output.loss + shared.pull(micro_batch))
+                    for loss in shared.losses(output.loss, micro_batch):
+                        self.manual_backward(loss)
                 sums += torch.stack([output.loss.detach(), output.kl_sum, output.num_clipped])
         for _ in range(experience.num_empty_passes):
             self.empty_pass(experience.prompts, experience.completions)
-        loss, kl, num_clipped = sums.tolist()  # waits for the device, once
-        with self.phase("optimizer"):
-            metrics = self.apply_gradients(loss)
-        computed = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
-        num_tokens = max(1, sum(len(experience.completions[row]) for row in computed))
-        return metrics | {"loss": loss, "kl": kl / num_tokens, "clip_fraction": num_clipped / num_tokens}, all_logprobs
+        return sums, all_logprobs
 
     def importance_weights(
         self, experience: Experience, micro_batch: MicroBatch, old_logprobs: Tensor, is_token: Tensor

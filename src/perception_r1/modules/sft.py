@@ -4,12 +4,15 @@ It is the paper's SFT baseline.
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from perception_r1.data.loading import Batch
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.encoding import encode_targets
+from perception_r1.policy.batch import PromptBatch
 
 
 class SFT(PolicyModule):
@@ -23,9 +26,23 @@ class SFT(PolicyModule):
         with self.phase("encode"):
             prompts = self.encode(batch)
             answers = encode_targets(self.policy, self.task, batch.samples, prompts)
+        total = float(self.accumulate_gradients(prompts, answers))  # waits for the device, once
+        with self.phase("optimizer"):
+            metrics = self.apply_gradients(total)
+        self.log_train(
+            metrics
+            | {
+                "loss": total,
+                "answer_length": sum(map(len, answers)) / len(batch),
+                "seconds/step": time.perf_counter() - started,
+            }
+        )
+
+    def accumulate_gradients(self, prompts: PromptBatch, answers: Sequence[Tensor]) -> Tensor:
+        """Forward and backward of every micro-batch; the sum of their losses, for which nothing has to wait."""
         lengths = [len(answer) for answer in answers]
         num_tokens = self.mean_over_devices(sum(lengths))
-        micro_batches = self.plan_micro_batches(prompts.lengths, lengths, range(len(batch)))
+        micro_batches = self.plan_micro_batches(self.prompt_sizes(prompts), lengths, range(len(prompts)))
         num_empty_passes = self.num_empty_passes(len(micro_batches))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, micro_batch in enumerate(micro_batches):
@@ -38,13 +55,4 @@ class SFT(PolicyModule):
                 total += loss.detach()
         for _ in range(num_empty_passes):
             self.empty_pass(prompts, answers)
-        with self.phase("optimizer"):
-            metrics = self.apply_gradients(float(total))
-        self.log_train(
-            metrics
-            | {
-                "loss": float(total),
-                "answer_length": sum(lengths) / len(batch),
-                "seconds/step": time.perf_counter() - started,
-            }
-        )
+        return total

@@ -1,9 +1,11 @@
 """Groups that are split into several micro-batches: their prompt is computed once, forward and backward.
 
-The first part computes the prompt. All parts but the last learn from copies of what the language model has computed of
-it and collect gradients there; in the last these flow back through the prompt, with those of its own completions.
-Memory holds the prompt's activations all the while, and those of one part of its completions (arXiv 2606.01143).
+The first part computes the prompt. All parts learn from copies of what the language model has computed of it, and
+collect gradients there; after the last part these flow back through the prompt. Memory holds the prompt's activations
+all the while, and those of one part of its completions (arXiv 2606.01143).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,10 +21,14 @@ class SharedPrompt:
 
     Args:
         policy: What computes it.
+        in_one_pass: The prompt's backward pass is that of the last part too, as it must be where devices exchange
+            gradients in the last pass, for which each weight has to take part in it. That takes the memory of all
+            gradients once more: what prompt and completions give is added up before it is added to the rest.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, in_one_pass: bool = False) -> None:
         self._policy = policy
+        self._in_one_pass = in_one_pass
         self._states: PromptStates | None = None
         self._copy: PromptStates | None = None
 
@@ -38,12 +44,24 @@ class SharedPrompt:
         if micro_batch.part == 0 or self._states is None:
             self._states = self._policy.prompt_states(prompts)
             self._copy = self._states.copy() if torch.is_grad_enabled() else self._states
-        return self._states if micro_batch.is_last_part else self._copy
+        return self._states if micro_batch.is_last_part and self._in_one_pass else self._copy
 
-    def pull(self, micro_batch: MicroBatch) -> Tensor | float:
-        """Added to the loss of a micro-batch, its gradient is what earlier parts have collected for the prompt."""
-        if micro_batch.num_parts == 1 or not micro_batch.is_last_part or self._states is None or self._copy is None:
-            return 0.0
+    def losses(self, loss: Tensor, micro_batch: MicroBatch) -> Iterator[Tensor]:
+        """What goes backward for a micro-batch, one after another: its loss, and after the last part the prompt's pull.
+
+        The pull has the value 0, and the gradient that the parts have collected.
+        """
+        is_over = micro_batch.num_parts > 1 and micro_batch.is_last_part
+        if is_over and self._in_one_pass:
+            yield loss + self._pull()
+            return
+        yield loss
+        if is_over:
+            yield self._pull()
+
+    def _pull(self) -> Tensor:
+        assert self._states is not None
+        assert self._copy is not None
         pairs = zip(self._states.tensors(), self._copy.tensors(), strict=True)
         pulls = [(states * copy.grad).sum() for states, copy in pairs if copy.grad is not None]
         self._states = self._copy = None

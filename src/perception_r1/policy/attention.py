@@ -119,9 +119,9 @@ def _attend_completions(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """SDPA with grouped key-value heads, which on CUDA are repeated where a mask would rule the fast kernels out."""
+    """SDPA with grouped key-value heads, repeated where a mask would rule the fast kernels of CUDA out."""
     times = query.shape[1] // key.shape[1]
-    if times > 1 and query.is_cuda and "attn_mask" in options:
+    if times > 1 and not query.is_cpu and "attn_mask" in options:
         key, value, times = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), 1
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=times > 1, **options)
 

@@ -10,6 +10,7 @@ size of the language model.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from math import prod
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -55,6 +56,13 @@ class PromptBatch:
     def lengths(self) -> list[int]:
         """Tokens of each prompt."""
         return [len(ids) for ids in self.input_ids]
+
+    @property
+    def num_patches(self) -> list[int]:
+        """Patches of the images of each prompt."""
+        ends = list(accumulate(self.num_images))
+        patches = [prod(grid) for grid in self.image_grids]
+        return [sum(patches[end - count : end]) for end, count in zip(ends, self.num_images, strict=True)]
 
     def select(self, indices: Sequence[int]) -> "PromptBatch":
         """The prompts with these numbers, in this order; nothing is copied."""

@@ -170,6 +170,12 @@ class StaticCache(DecodeCache):
         self.step = hidden.new_zeros(1, dtype=torch.long)
         """[1] tokens written so far."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all keys and values."""
+        pairs = (*self._prompts, *self._own)
+        return sum(tensor.nbytes for pair in pairs for tensor in pair)
+
     def load(self, prompts: PromptCache, position_embeddings: PositionEmbeddings) -> None:
         """Begin anew with other prompts of the same number, none longer than the room for them."""
         longest = prompts.keys[0].shape[2]

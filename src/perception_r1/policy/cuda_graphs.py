@@ -1,8 +1,8 @@
 """Writing completions on CUDA: a step is captured once as a graph and replayed, so launching kernels costs nothing.
 
 A graph is bound to addresses and shapes: every buffer is static, the room for prompts is rounded up, and rows stay to
-the end, since a step takes the time of reading the weights whether few or many rows are left. Graphs are kept from one
-rollout to the next. The eager `policy/rollout.py` computes the same and is the oracle.
+the end, since a step takes the time of reading the weights whether few or many rows are left. Small graphs are kept
+from one rollout to the next. The eager `policy/rollout.py` computes the same and is the oracle.
 
 Legend: B prompts, G completions per prompt, N = B*G rows, T longest completion, V vocabulary.
 """
@@ -28,7 +28,11 @@ _CHECK_INTERVAL = 8
 _NUM_WARM_UP_STEPS = 2
 
 _MAX_GRAPHS = 4
-"""Graphs that are kept; each holds its own buffers."""
+"""Graphs that are kept."""
+
+_MAX_KEPT_BYTES = 2**30
+"""Buffers of graphs that are kept from one rollout to the next: what they hold, training cannot have. To capture a
+larger one again costs little beside the rollout that needs it."""
 
 Step: TypeAlias = Callable[[], None]
 
@@ -53,18 +57,53 @@ def warm_up(step: Step) -> None:
 
 
 class GraphGenerator:
-    """Generates like `rollout.generate`, by replaying steps of a decoder that `capture` has made replayable."""
+    """Generates like `rollout.generate`, by replaying steps of a decoder that `capture` has made replayable.
 
-    def __init__(self, decoder: Decoder, capture: Callable[[Step], Step] = capture) -> None:
+    Args:
+        decoder: What a step runs.
+        capture: Makes a step replayable.
+        max_kept_bytes: Buffers that may be held between rollouts.
+    """
+
+    def __init__(
+        self, decoder: Decoder, capture: Callable[[Step], Step] = capture, max_kept_bytes: int = _MAX_KEPT_BYTES
+    ) -> None:
         self.decoder = decoder
         self._capture = capture
-        self._captured: dict[tuple[object, ...], _CapturedStep] = {}
+        self._max_kept_bytes = max_kept_bytes
+        self._captured: dict[tuple[object, ...], CapturedStep] = {}
 
     @torch.no_grad()
     def generate(
         self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> Rollout:
         """Write G completions of each prompt; see `rollout.generate`."""
+        captured = self.prepare(prompts, group_size=group_size, params=params, seeds=seeds)
+        for step in range(params.max_new_tokens):
+            captured.replay()
+            if (step + 1) % _CHECK_INTERVAL == 0 and bool(captured.ended.all()):
+                break
+        completions = rollout.trim_completions(captured.buffer, params)
+        self.release()
+        return completions
+
+    @property
+    def is_empty(self) -> bool:
+        """No step is kept, so nothing needs the decoder's copies of the weights to stay."""
+        return not self._captured
+
+    def release(self) -> None:
+        """Let go of the steps that were not used for the longest time, until the others are few and small enough."""
+        sizes = {key: step.num_bytes for key, step in self._captured.items()}
+        while len(sizes) > _MAX_GRAPHS or sum(sizes.values()) > self._max_kept_bytes:
+            oldest = next(iter(sizes))
+            del sizes[oldest], self._captured[oldest]
+
+    @torch.no_grad()
+    def prepare(
+        self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+    ) -> "CapturedStep":
+        """The step that writes the next token of each row, captured or found again, at its beginning."""
         self.decoder.sync_weights()
         num_prompts, _, longest, _ = prompts.keys[0].shape
         room = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
@@ -74,19 +113,13 @@ class GraphGenerator:
         key = (shape, ids, sampling, self.decoder.adapters)
         captured = self._captured.pop(key, None)
         if captured is None:
-            while len(self._captured) >= _MAX_GRAPHS:  # the one that has not been used for the longest time
-                del self._captured[next(iter(self._captured))]
-            captured = _CapturedStep(self.decoder, prompts, room, group_size, params, self._capture)
+            captured = CapturedStep(self.decoder, prompts, room, group_size, params, self._capture)
         self._captured[key] = captured
         captured.load(prompts, rollout.draw_uniforms(seeds, group_size, params, self.decoder.device))
-        for step in range(params.max_new_tokens):
-            captured.replay()
-            if (step + 1) % _CHECK_INTERVAL == 0 and bool(captured.ended.all()):
-                break
-        return rollout.trim_completions(captured.buffer, params)
+        return captured
 
 
-class _CapturedStep:
+class CapturedStep:
     """Sample a token of each row, record it, read it: with all that the step reads and writes."""
 
     def __init__(
@@ -112,6 +145,11 @@ class _CapturedStep:
         self.ended = torch.zeros(num_rows, dtype=torch.bool, device=decoder.device)
         self._cache.load(prompts, decoder.position_embeddings(prompts, num_tokens))
         self.replay = capture(self._step)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffers of keys and values, by far the largest."""
+        return self._cache.num_bytes
 
     def load(self, prompts: PromptCache, uniforms: Tensor) -> None:
         """Begin anew."""

@@ -77,7 +77,7 @@ class Decoder:
 
     def first_logits(self, prompts: PromptCache) -> Tensor:
         """[B, V] logits of the first completion token."""
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(_autocast_device(self.device), enabled=False):
             return self._head(prompts.hidden.to(self.dtype))
 
     def __call__(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
@@ -90,7 +90,7 @@ class Decoder:
         Returns:
             [R, V] logits.
         """
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(_autocast_device(self.device), enabled=False):
             cos, sin = (part * self._head_scale for part in cache.begin_step())  # [B, 1, H + K, D]
             rows = self._embedding(tokens).unflatten(0, (len(cos), -1))  # [B, S, hidden size]
             for number, layer in enumerate(self._layers):
@@ -181,8 +181,13 @@ def _addresses(model: QwenVL) -> tuple[object, ...]:
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
+    kind = _autocast_device(weight.device)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _autocast_device(device: torch.device) -> str:
+    """Whose mixed precision holds there; on the meta device, where memory is planned, that of CUDA."""
+    return "cuda" if device.type == "meta" else device.type
 
 
 def _normalise(rows: Tensor, norm: Any) -> Tensor:

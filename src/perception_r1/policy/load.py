@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,8 @@ EMBEDDED = "tiny"
 """Name of the model that comes with this package."""
 _EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / EMBEDDED
 
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+"""Types of weights."""
 TEXT_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the language model, by the names of transformers."""
 
@@ -56,7 +58,7 @@ class PolicyConfig:
     """
 
     name: str = "tiny"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     freeze_vision: bool = False
     gradient_checkpointing: bool = False
@@ -98,9 +100,14 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError(f"{config.name} attends through {', '.join(sorted(kinds))}; only full attention is known here.")
+    set_attention(model)
+    return cast(PreTrainedModel, model)
+
+
+def set_attention(model: PreTrainedModel) -> None:
+    """The attention of this engine: prompts that completions share, and equal segments of images in one call."""
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
     share_calls(model)
-    return cast(PreTrainedModel, model)
 
 
 def model_family(name: str) -> str:

@@ -158,7 +158,7 @@ def plan_micro_batches(
     that exceeds the budget together with its prompt is a micro-batch of its own.
 
     Args:
-        prompts: B numbers of tokens.
+        prompts: B numbers of tokens, and whatever else a prompt takes of the budget.
         completions: N numbers of tokens, the G completions of a prompt after one another.
         chosen: Which prompts take part.
         budget: Tokens of prompts and completions in a micro-batch; None: everything is one.

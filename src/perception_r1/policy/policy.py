@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from perception_r1.codecs import CODECS, Codec
 from perception_r1.errors import UserError
@@ -51,14 +52,20 @@ class Policy(nn.Module):
         self.register_buffer("eos_token_ids", torch.tensor(eos_token_ids), persistent=False)
 
     @classmethod
-    def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> "Policy":
+    def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> Self:
         """Read a policy; one that is not trained (a reference) has no adapter, and every weight is frozen."""
-        codec = CODECS[model_family(config.name)]
-        model = load_model(config)
-        network = prepare_for_training(model, config) if is_trained else model.requires_grad_(False)
-        network.train(is_trained)  # as loaded it is in evaluation mode, without dropout and gradient checkpointing
+        family, model = model_family(config.name), load_model(config)
         bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
         processor = Processor.load(model_path(config.name), **bounds)
+        return cls.from_model(model, processor, CODECS[family], config, is_trained=is_trained)
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, processor: Processor, codec: Codec, config: PolicyConfig, *, is_trained: bool
+    ) -> Self:
+        """A policy around a model; see `load`."""
+        network = prepare_for_training(model, config) if is_trained else model.requires_grad_(False)
+        network.train(is_trained)  # as loaded it is in evaluation mode, without dropout and gradient checkpointing
         return cls(network, processor, codec, max_prompt_length=config.max_prompt_length)
 
     @property
@@ -126,7 +133,36 @@ class Policy(nn.Module):
         repetition_penalty: float = 1.0,
     ) -> Rollout:
         """`group_size` completions of each prompt; see `policy/rollout.py`, and on CUDA `policy/cuda_graphs.py`."""
-        params = SamplingParams(
+        params = self.sampling_params(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            is_greedy=is_greedy,
+            repetition_penalty=repetition_penalty,
+        )
+        if self.device.type != "cuda":
+            return generate(Decoder(self.model), prompts, group_size=group_size, params=params, seeds=seeds)
+        if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
+            self._graphs = GraphGenerator(Decoder(self.model))
+        rollout = self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
+        self._release_copies()
+        return rollout
+
+    def prompt_states(self, prompts: PromptBatch) -> PromptStates:
+        """A single prompt for several passes over completions; see `policy/prompt_states.py`."""
+        return prompt_states(self.model, prompts)
+
+    def sampling_params(
+        self,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        is_greedy: bool = False,
+        repetition_penalty: float = 1.0,
+    ) -> SamplingParams:
+        """How completions are written, with the tokens that end them and those that may not stand in them."""
+        return SamplingParams(
             max_new_tokens=max_new_tokens,
             eos_token_ids=self.eos_token_ids,
             suppress_tokens=self.suppress_tokens,
@@ -135,15 +171,6 @@ class Policy(nn.Module):
             is_greedy=is_greedy,
             repetition_penalty=repetition_penalty,
         )
-        if self.device.type != "cuda":
-            return generate(Decoder(self.model), prompts, group_size=group_size, params=params, seeds=seeds)
-        if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
-            self._graphs = GraphGenerator(Decoder(self.model))
-        return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
-
-    def prompt_states(self, prompts: PromptBatch) -> PromptStates:
-        """A single prompt for several passes over completions; see `policy/prompt_states.py`."""
-        return prompt_states(self.model, prompts)
 
     def forward(
         self,
@@ -178,6 +205,11 @@ class Policy(nn.Module):
         """Write a folder in the hub's layout that `load` and transformers read; an adapter is saved as such."""
         cast(Any, self.network).save_pretrained(folder)
         self.processor.save(folder)
+
+    def _release_copies(self) -> None:
+        """Leave the memory of generation to training, where no captured step is kept: weights are copied each time."""
+        if self._graphs is not None and self._graphs.is_empty:
+            self._graphs = None
 
     def _end_tokens(self) -> list[int]:
         """All tokens that end a completion, the one which closes a chat turn first."""

@@ -1,0 +1,1 @@
+"""How much memory a run needs: its own code, run on tensors that have shapes and no values."""

@@ -1,0 +1,111 @@
+"""A policy whose weights have shapes and no values: what the model's configuration tells, nothing is downloaded.
+
+The configurations of the models in `configs/model` are in `shapes/`, so that they can be planned offline.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from perception_r1.codecs import CODECS
+from perception_r1.planning.meter import MemoryMeter
+from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.cuda_graphs import GraphGenerator, Step, warm_up
+from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.load import EMBEDDED, PolicyConfig, model_family, model_path, set_attention
+from perception_r1.policy.policy import Policy
+from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.processor import Processor
+from perception_r1.policy.rollout import Rollout
+
+_SHAPES = Path(__file__).parent / "shapes"
+
+
+def read_config(name: str) -> Any:
+    """The configuration of a model, from `shapes/` where it is there.
+
+    Raises:
+        UserError: There is none, or its family is not one of ours.
+    """
+    path = _SHAPES / f"{name.rpartition('/')[2]}.json"
+    if name.startswith("Qwen/") and path.is_file():
+        return AutoConfig.from_pretrained(path)
+    model_family(name)
+    return AutoConfig.from_pretrained(model_path(name))
+
+
+def empty_model(config: PolicyConfig) -> Any:
+    """The model of a policy on the meta device, without adapter, everything trainable."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            read_config(config.name),
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+        )
+    set_attention(model)
+    return model
+
+
+def read_processor(config: PolicyConfig) -> Processor:
+    """That of the model where it lies in a folder, else that of the embedded model, which writes more tokens."""
+    is_here = Path(model_path(config.name)).is_dir()
+    bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    return Processor.load(model_path(config.name if is_here else EMBEDDED), **(bounds if is_here else {}))
+
+
+class ShapePolicy(Policy):
+    """A policy on the meta device that writes completions of the greatest length."""
+
+    meter: MemoryMeter
+    """Set before the first completion."""
+
+    @classmethod
+    def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> Self:
+        """The policy that `Policy.load` would read."""
+        model = empty_model(config)
+        codec = CODECS[model.config.model_type]
+        return cls.from_model(model, read_processor(config), codec, config, is_trained=is_trained).to("meta")
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Buffers and copied weights of the last rollout are still held."""
+        return self._graphs is not None
+
+    def prefill(self, prompts: PromptBatch) -> PromptCache:
+        """As on any device."""
+        cache = super().prefill(prompts)
+        self.meter.claim([*cache.keys, *cache.values], "caches")
+        return cache
+
+    def generate(self, prompts: PromptCache, *, group_size: int, max_new_tokens: int, **options: Any) -> Rollout:
+        """As on CUDA, up to the first token: the buffers of its step are those of every other."""
+        seeds: Sequence[int] = options.pop("seeds")
+        params = self.sampling_params(max_new_tokens=max_new_tokens, **options)
+        if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
+            with self.meter.kind("generation copy"):
+                decoder = Decoder(self.model)
+            self._graphs = GraphGenerator(decoder, self._capture)
+        with self.meter.kind("caches"):
+            self._graphs.prepare(prompts, group_size=group_size, params=params, seeds=seeds)
+        self._graphs.release()
+        self._release_copies()
+        num_rows = len(seeds) * group_size
+        return Rollout(
+            completions=[torch.zeros(max_new_tokens, dtype=torch.long) for _ in range(num_rows)],
+            logprobs=list(torch.zeros(num_rows, max_new_tokens, device=self.device)),
+            is_truncated=[True] * num_rows,
+            entropies=list(torch.zeros(num_rows, max_new_tokens, device=self.device)),
+        )
+
+    def _capture(self, step: Step) -> Step:
+        """A captured graph keeps the memory that its step needs besides the buffers."""
+        warm_up(step)
+        pool = torch.empty(self.meter.measure(step), dtype=torch.uint8, device=self.device)
+
+        def replay() -> None:
+            pool.zero_()
+
+        return replay

@@ -1,0 +1,63 @@
+"""Shapes in the repository are those of the published models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from perception_r1.planning import policy as module
+from perception_r1.planning.policy import ShapePolicy, empty_model, read_config
+from perception_r1.policy.load import LoraConfig, PolicyConfig
+from perception_r1.policy.policy import Policy
+from tests.readme import ROOT
+
+PUBLISHED = {
+    "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
+    "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
+    "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
+}
+"""Numbers of weights on the hub."""
+
+
+@pytest.mark.parametrize(("name", "number"), PUBLISHED.items())
+def test_a_model_has_as_many_weights_as_on_the_hub(name, number):
+    weights = {id(weight): weight for weight in empty_model(PolicyConfig(name=name)).parameters()}
+    assert sum(weight.numel() for weight in weights.values()) == number
+    assert {weight.device.type for weight in weights.values()} == {"meta"}
+
+
+def test_every_configured_model_can_be_planned_offline(monkeypatch):
+    monkeypatch.setattr(module, "model_family", lambda name: pytest.fail(f"{name} is looked for on the hub"))
+    files = [path for path in (ROOT / "configs" / "model").glob("*.yaml") if path.stem != "tiny"]
+    assert len(files) == len(PUBLISHED)
+    for path in files:
+        name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]["name"]
+        assert read_config(name).model_type.startswith("qwen")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": LoraConfig(r=2)}, {"freeze_vision": True, "dtype": "bfloat16"}], ids=str
+)
+def test_a_policy_without_values_has_the_weights_of_one_with_values(grouped_folders, family, options):
+    config = PolicyConfig(name=str(grouped_folders[family]), **options)
+    real, empty = (dict(kind.load(config).named_parameters()) for kind in (Policy, ShapePolicy))
+    assert list(real) == list(empty)
+    for name, weight in real.items():
+        other = empty[name]
+        assert (weight.shape, weight.dtype, weight.requires_grad) == (other.shape, other.dtype, other.requires_grad)
+
+
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def family(request):
+    return request.param
+
+
+def test_shapes_come_with_the_package():
+    text = Path(ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"planning/shapes/*"' in text
+    assert torch.device("meta") == ShapePolicy.load(PolicyConfig()).device
