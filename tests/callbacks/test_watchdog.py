@@ -1,10 +1,12 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
+from torch.distributed import TCPStore
 
-from perception_r1.callbacks.watchdog import Watchdog
+from perception_r1.callbacks.watchdog import Watch, Watchdog
 from perception_r1.errors import UserError
 from tests.modules import two_processes
 
@@ -51,6 +53,40 @@ def test_a_rank_that_failed_is_named_while_the_other_waits(tmp_path):
     output, status = end_of(tmp_path, 1, "failed", None)
     assert "Rank 1 stopped with an error, which its own output tells; it was last seen at step 1, decode" in output
     assert status == 1
+
+
+def test_the_first_rank_hears_all_and_the_others_its_verdict(monkeypatch):
+    """Three machines, one of which falls silent; what is read grows with the processes, not with their square."""
+    ended, read = {}, {}
+
+    def end(watch, verdict):
+        ended[watch._own] = verdict
+        watch._has_ended.set()
+
+    class Counted:
+        def __init__(self, store, rank):
+            self.set, self.store, self.rank = store.set, store, rank
+
+        def multi_get(self, keys):
+            read[self.rank] = keys
+            return self.store.multi_get(keys)
+
+    monkeypatch.setattr(Watch, "_end_process", end)
+    store = TCPStore("127.0.0.1", port=0, is_master=True, wait_for_workers=False)
+    state = SimpleNamespace(stage=None)
+    watches = []
+    for rank in range(3):
+        trainer = SimpleNamespace(global_rank=rank, local_rank=0, num_devices=1, world_size=3, global_step=7)
+        trainer.training, trainer.state = False, state
+        own = store if rank == 0 else TCPStore("127.0.0.1", port=store.port, wait_for_workers=False)
+        watches.append(Watch(Counted(own, rank), trainer, None, 3.0))
+    for watch in watches[:2]:
+        watch.start()
+    for watch in watches[:2]:
+        watch.join(30)
+    verdict = "Rank 2 has given no sign of life for 3 seconds; it was last seen at step 7, start"
+    assert ended == {0: verdict, 1: verdict}
+    assert read == {0: ["verdict", "1", "2"], 1: ["verdict", "0"]}
 
 
 def test_a_time_that_is_too_short_is_an_error():

@@ -1,7 +1,8 @@
 """One process of several that is gone: the others would wait for it, perhaps for ever, and end with a sentence instead.
 
-Every process tells the others once a second where it is. A process that dies on the same machine is noticed at once;
-one on another machine, or one that stands still altogether, by its silence.
+Every process says once a second where it is. The first one hears them all, and the others hear the first one; so there
+may be any number of them. A process that dies is noticed at once by those of its machine; one that stands still
+altogether, or whose machine is gone, by its silence. Whoever notices tells all.
 """
 
 import json
@@ -10,6 +11,8 @@ import select
 import socket
 import sys
 import threading
+import time
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -27,6 +30,9 @@ _INTERVAL = 1.0
 
 _GRACE = 10.0
 """Seconds that a process gets to end by itself where another one has failed: it may have failed in the same way."""
+
+_VERDICT = "verdict"
+"""Key under which all read what has happened; empty as long as nothing has."""
 
 _CONNECTION_ERRORS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 """What the errors of torch.distributed say, in lower case, where another process is gone."""
@@ -113,26 +119,36 @@ class Watch(threading.Thread):
         self.seconds = seconds
         self._store, self._trainer, self._module = store, trainer, module
         self._own, self._has_ended = trainer.global_rank, threading.Event()
-        self._beat = Beat(machine=_machine(), pid=os.getpid(), where=self._where())
+        first = self._own - trainer.local_rank
+        self._neighbours = {*range(first, first + trainer.num_devices)} - {self._own}
+        watched = range(trainer.world_size) if self._own == 0 else [0]
+        self._num_silent = dict.fromkeys({*watched} - {self._own}, 0)
         self._seen: dict[int, Beat] = {}
-        self._num_silent = dict.fromkeys(set(range(trainer.world_size)) - {self._own}, 0)
+        self._beat = Beat(machine=_machine(), pid=os.getpid(), where=self._where())
+        if self._own == 0:
+            store.set(_VERDICT, "")
         self._tell()
 
     def run(self) -> None:
         """Until the end of the run, or of another process."""
-        self._read()
-        handles = {handle: rank for rank, beat in self._seen.items() if (handle := self._handle(beat)) is not None}
+        self._read(self._neighbours)
+        handles = {handle: rank for rank in self._neighbours if (handle := self._handle(self._seen[rank])) is not None}
         poll = select.poll()
         for handle in handles:
             poll.register(handle, select.POLLIN)
         while not self._has_ended.is_set():
-            gone = {handles[handle] for handle, _ in poll.poll(_INTERVAL * 1000)}
+            events = [handle for handle, _ in poll.poll(_INTERVAL * 1000)]
+            gone = {handles[handle] for handle in events}
             try:
                 self._tell()
-                self._read()
+                verdict = self._read(gone)
             except RuntimeError:  # the first process held the store
-                gone |= {0} - {self._own}
+                gone, verdict = gone | {0}, ""
+            if verdict and not self._has_ended.is_set():
+                self._end_process(verdict)
             self._judge(gone)
+            for handle in events:
+                poll.unregister(handle)
         for handle in handles:
             os.close(handle)
 
@@ -148,35 +164,45 @@ class Watch(threading.Thread):
         self._beat = replace(self._beat, number=self._beat.number + 1, where=self._where())
         self._store.set(str(self._own), json.dumps(asdict(self._beat)))
 
-    def _read(self) -> None:
-        ranks = sorted(self._num_silent)
-        for rank, value in zip(ranks, self._store.multi_get([str(rank) for rank in ranks]), strict=True):
+    def _read(self, others: Set[int]) -> str:
+        """Hear those that are watched, and others; returns the verdict."""
+        ranks = sorted({*self._num_silent, *others})
+        verdict, *values = self._store.multi_get([_VERDICT, *map(str, ranks)])
+        for rank, value in zip(ranks, values, strict=True):
             beat = Beat(**json.loads(value))
-            is_new = rank not in self._seen or beat.number > self._seen[rank].number
-            self._num_silent[rank] = 0 if is_new else self._num_silent[rank] + 1  # own rounds: a machine may sleep
+            if rank in self._num_silent:
+                is_new = rank not in self._seen or beat.number > self._seen[rank].number
+                self._num_silent[rank] = 0 if is_new else self._num_silent[rank] + 1  # own rounds: a machine may sleep
             self._seen[rank] = beat
+        return str(verdict, "utf-8")
 
-    def _judge(self, gone: set[int]) -> None:
+    def _judge(self, gone: Set[int]) -> None:
         for rank, beat in self._seen.items():
             if beat.state == "ended" or self._has_ended.is_set():
                 continue
-            silence = self._num_silent[rank] * _INTERVAL
+            silence = self._num_silent.get(rank, 0) * _INTERVAL
             if beat.state == "failed":
-                if silence >= _GRACE:
-                    self._end_process(rank, "stopped with an error, which its own output tells")
+                what = "stopped with an error, which its own output tells" if silence >= _GRACE else ""
             elif rank in gone:
-                self._end_process(rank, "is gone: it was killed, or it crashed")
-            elif silence >= self.seconds:
-                self._end_process(rank, f"has given no sign of life for {silence:.0f} seconds")
+                what = "is gone: it was killed, or it crashed"
+            else:
+                what = f"has given no sign of life for {silence:.0f} seconds" if silence >= self.seconds else ""
+            if what:
+                verdict = f"Rank {rank} {what}; it was last seen at {beat.where}"
+                with suppress(RuntimeError):
+                    self._store.set(_VERDICT, verdict)
+                self._end_process(verdict)
 
-    def _end_process(self, rank: int, what: str) -> None:
+    def _end_process(self, verdict: str) -> None:
         """The main thread may wait where no exception reaches it."""
         sys.stdout.flush()
         sys.stderr.write(
-            f"\nRank {rank} {what}; it was last seen at {self._seen[rank].where}, and rank {self._own} waits at "
-            f"{self._where()}: the run stands still and ends here; --ckpt_path last goes on from the last checkpoint.\n"
+            f"\n{verdict}, and rank {self._own} waits at {self._where()}: the run stands still and ends here; "
+            "--ckpt_path last goes on from the last checkpoint.\n"
         )
         sys.stderr.flush()
+        if self._own == 0:
+            time.sleep(2 * _INTERVAL)  # until the others have read the verdict too
         os._exit(1)
 
     def _where(self) -> str:
