@@ -89,7 +89,7 @@ class FixedBuffers(Policy):
         """As on CUDA."""
         params = self.sampling_params(**options)
         if self._graphs is None:
-            self._graphs = GraphGenerator(Decoder(self.model), lambda step: step)
+            self._graphs = GraphGenerator(Decoder(self.model), lambda: lambda step: step)
         return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
 
 

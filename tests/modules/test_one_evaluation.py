@@ -119,7 +119,7 @@ def test_buffers_that_decoding_keeps_serve_evaluation_and_training_in_any_order(
 
     def generate(self, prompts, *, group_size, seeds, is_greedy=False, **sampling):
         if self._graphs is None:
-            self._graphs = GraphGenerator(Decoder(self.model), capture=lambda step: step)
+            self._graphs = GraphGenerator(Decoder(self.model), lambda: lambda step: step)
         ids = {"eos_token_ids": self.eos_token_ids, "suppress_tokens": self.suppress_tokens}
         params = SamplingParams(is_greedy=is_greedy, **sampling, **ids)
         return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)

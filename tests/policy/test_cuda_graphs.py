@@ -6,6 +6,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from perception_r1.policy import policy as policy_module
+from perception_r1.policy.cache import StaticCache
 from perception_r1.policy.cuda_graphs import GraphGenerator, warm_up
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import PolicyConfig
@@ -32,6 +33,9 @@ class Captures:
     def __init__(self, is_traced: bool = False) -> None:
         self.is_traced = is_traced
         self.num_steps = self.num_replays = 0
+
+    def new(self):
+        return self
 
     def __call__(self, step):
         self.num_steps += 1
@@ -79,7 +83,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("is_greedy", [False, True])
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_a_step_in_fixed_buffers_writes_what_the_eager_path_writes(policy, group_size, is_greedy):
-    generator = GraphGenerator(Decoder(policy.model), Captures())
+    generator = GraphGenerator(Decoder(policy.model), Captures().new)
     temperature = 1.0 if is_greedy else 0.7
     one, other = rollouts(policy, generator, group_size=group_size, temperature=temperature, is_greedy=is_greedy)
     assert_same(one, other)
@@ -88,13 +92,13 @@ def test_a_step_in_fixed_buffers_writes_what_the_eager_path_writes(policy, group
 
 @pytest.mark.parametrize(("group_size", "is_greedy"), [(1, True), (3, False)])
 def test_a_recorded_step_that_is_run_again_and_again_writes_the_same(policy, group_size, is_greedy):
-    generator = GraphGenerator(Decoder(policy.model), Captures(is_traced=True))
+    generator = GraphGenerator(Decoder(policy.model), Captures(is_traced=True).new)
     assert_same(*rollouts(policy, generator, group_size=group_size, is_greedy=is_greedy))
 
 
 @ONE_FAMILY
 def test_a_repetition_penalty_begins_anew_with_every_rollout(policy, captures):
-    generator, options = GraphGenerator(Decoder(policy.model), captures), {"is_greedy": True, "group_size": 1}
+    generator, options = GraphGenerator(Decoder(policy.model), captures.new), {"is_greedy": True, "group_size": 1}
     for indices, penalty in (((0, 1, 2), 1.6), ((2, 0, 1), 1.6), ((2, 0, 1), 1.0)):
         one, other = rollouts(policy, generator, indices, repetition_penalty=penalty, **options)
         assert_same(one, other)
@@ -104,7 +108,7 @@ def test_a_repetition_penalty_begins_anew_with_every_rollout(policy, captures):
 @ONE_FAMILY
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3])
 def test_the_warm_up_stays_within_the_buffers_of_short_completions(policy, captures, max_new_tokens):
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
     for _ in range(2):
         one, other = rollouts(policy, generator, max_new_tokens=max_new_tokens)
         assert_same(one, other)
@@ -121,7 +125,7 @@ def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy,
             return (tokens + next(turns)) % 270, *values
 
         monkeypatch.setattr("perception_r1.policy.cuda_graphs.sample_token", sample_another)
-        generator = GraphGenerator(Decoder(policy.model), captures)
+        generator = GraphGenerator(Decoder(policy.model), captures.new)
         rollout, _ = rollouts(policy, generator, eos_token_ids=torch.tensor([287]))
         return torch.stack(rollout.completions)[:, :2]
 
@@ -131,7 +135,7 @@ def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy,
 
 @ONE_FAMILY
 def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, captures):
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
     assert_same(*rollouts(policy, generator, (1, 2, 0)))
     for indices in ((2, 0, 3), (0, 3, 4), (1, 1, 2)):
         one, other = rollouts(policy, generator, indices, seeds=[7, 8, 9])
@@ -143,7 +147,7 @@ def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, cap
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_weights_that_were_changed_in_place_are_used_from_the_next_rollout_on(policy, adapted, captures, is_adapted):
     policy = adapted if is_adapted else policy
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
     before, _ = rollouts(policy, generator)
     with torch.no_grad():
         for name, parameter in policy.network.named_parameters():
@@ -159,7 +163,7 @@ def test_weights_that_were_changed_in_place_are_used_from_the_next_rollout_on(po
 @ONE_FAMILY
 def test_the_four_steps_used_last_are_kept(policy):
     captures = Captures()
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
 
     def num_captured(*lengths):
         before = captures.num_steps
@@ -178,7 +182,7 @@ def test_the_four_steps_used_last_are_kept(policy):
 @pytest.mark.parametrize("change", [{"indices": (0, 1)}, {"group_size": 2}, {"temperature": 0.5}, {"is_greedy": True}])
 def test_a_step_of_another_shape_or_sampling_is_captured_anew(policy, change):
     captures = Captures()
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
     assert_same(*rollouts(policy, generator))
     assert_same(*rollouts(policy, generator, **change))
     assert captures.num_steps == 2
@@ -188,7 +192,7 @@ def test_a_step_of_another_shape_or_sampling_is_captured_anew(policy, change):
 def test_longer_prompts_get_more_room(policy, monkeypatch):
     monkeypatch.setattr("perception_r1.policy.cuda_graphs._PROMPT_BUCKET", 32)
     captures = Captures()
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
     for indices, num_steps in (((2, 0), 1), ((0, 3), 1), ((1, 0), 2), ((4, 2), 2)):
         assert_same(*rollouts(policy, generator, indices))
         assert captures.num_steps == num_steps
@@ -197,7 +201,7 @@ def test_longer_prompts_get_more_room(policy, monkeypatch):
 @ONE_FAMILY
 def test_replaying_stops_soon_after_the_last_row_has_ended(policy):
     captures = Captures()
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
     one, other = rollouts(policy, generator, group_size=2, max_new_tokens=200)
     assert_same(one, other)
     assert not any(one.is_truncated)
@@ -210,7 +214,7 @@ def test_replaying_stops_soon_after_the_last_row_has_ended(policy):
 
 def test_a_policy_keeps_its_steps_until_its_weights_move_or_change_their_type(folder, monkeypatch):
     captures = Captures()
-    monkeypatch.setattr(policy_module, "GraphGenerator", partial(GraphGenerator, capture=captures))
+    monkeypatch.setattr(policy_module, "GraphGenerator", partial(GraphGenerator, make_capture=captures.new))
     monkeypatch.setattr(Policy, "device", torch.device("cuda"))
     policy = Policy.load(PolicyConfig(name=str(folder))).eval()
     policy.eos_token_ids = MANY_ENDS
@@ -255,7 +259,7 @@ def test_graphs_of_cuda_write_what_the_eager_path_writes_there(policy, group_siz
 
 @ONE_FAMILY
 def test_a_rollout_outlives_the_next_one(policy):
-    generator = GraphGenerator(Decoder(policy.model), Captures())
+    generator = GraphGenerator(Decoder(policy.model), Captures().new)
     one, expected = rollouts(policy, generator, seeds=[1, 2, 3])
     rollouts(policy, generator, seeds=[4, 5, 6])
     assert_same(one, expected)
@@ -264,7 +268,7 @@ def test_a_rollout_outlives_the_next_one(policy):
 @ONE_FAMILY
 def test_an_adapter_can_be_switched_off_in_place(adapted, monkeypatch):
     monkeypatch.setattr("perception_r1.policy.decoder._MAX_COPIED_WEIGHTS", 0)
-    generator = GraphGenerator(Decoder(adapted.model), Captures(is_traced=True))
+    generator = GraphGenerator(Decoder(adapted.model), Captures(is_traced=True).new)
     assert_same(*rollouts(adapted, generator))
     with adapted.without_adapter():
         assert_same(*rollouts(adapted, generator))
@@ -272,7 +276,7 @@ def test_an_adapter_can_be_switched_off_in_place(adapted, monkeypatch):
 
 @ONE_FAMILY
 def test_other_end_tokens_are_heeded(policy):
-    generator = GraphGenerator(Decoder(policy.model), Captures())
+    generator = GraphGenerator(Decoder(policy.model), Captures().new)
     assert_same(*rollouts(policy, generator, max_new_tokens=40))
     assert_same(*rollouts(policy, generator, max_new_tokens=40, eos_token_ids=torch.tensor([287])))
 
@@ -280,7 +284,7 @@ def test_other_end_tokens_are_heeded(policy):
 @ONE_FAMILY
 def test_buffers_that_are_too_large_to_be_kept_are_captured_anew(policy):
     captures = Captures()
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
     assert_same(*rollouts(policy, generator, max_new_tokens=4))
     (step,) = generator._captured.values()
     config, group_size, prompts, room = policy.model.config.get_text_config(), 3, 3, 256
@@ -288,7 +292,7 @@ def test_buffers_that_are_too_large_to_be_kept_are_captured_anew(policy):
     assert step.num_bytes == 2 * config.num_hidden_layers * prompts * (room + group_size * 4) * size
     for factor, num_steps in ((1.0, 1), (0.99, 2)):
         captures.num_steps = 0
-        generator = GraphGenerator(Decoder(policy.model), captures, max_kept_bytes=int(factor * step.num_bytes))
+        generator = GraphGenerator(Decoder(policy.model), captures.new, max_kept_bytes=int(factor * step.num_bytes))
         for _ in range(2):
             assert_same(*rollouts(policy, generator, max_new_tokens=4))
         assert captures.num_steps == num_steps
@@ -297,12 +301,57 @@ def test_buffers_that_are_too_large_to_be_kept_are_captured_anew(policy):
 @ONE_FAMILY
 def test_of_small_buffers_those_used_last_are_kept(policy):
     captures = Captures()
-    generator = GraphGenerator(Decoder(policy.model), captures)
+    generator = GraphGenerator(Decoder(policy.model), captures.new)
     for length in (1, 2):
         assert_same(*rollouts(policy, generator, max_new_tokens=length))
     bound = sum(step.num_bytes for step in generator._captured.values())
-    generator = GraphGenerator(Decoder(policy.model), captures, max_kept_bytes=bound)
+    generator = GraphGenerator(Decoder(policy.model), captures.new, max_kept_bytes=bound)
     captures.num_steps = 0
     for length in (1, 2, 1, 3, 1):
         assert_same(*rollouts(policy, generator, max_new_tokens=length))
     assert captures.num_steps == 4  # 3 takes the place of both: the bound is that of 1 and 2
+
+
+@pytest.fixture
+def small_buckets(monkeypatch):
+    for name, value in {"_TOKEN_BUCKET": 4, "_MIN_STEPS": 4, "_CHECK_INTERVAL": 2}.items():
+        monkeypatch.setattr(f"perception_r1.policy.cuda_graphs.{name}", value)
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("options", [{}, {"is_greedy": True, "group_size": 1, "repetition_penalty": 1.6}], ids=str)
+def test_attention_reads_more_and_more_of_what_is_written(policy, captures, small_buckets, options):
+    generator, no_end = GraphGenerator(Decoder(policy.model), captures.new), torch.tensor([287])
+    for num_captured in (5, 0):  # of widths 4, 8, 16, 32 and 37
+        before = captures.num_steps
+        assert_same(*rollouts(policy, generator, max_new_tokens=37, eos_token_ids=no_end, **options))
+        assert captures.num_steps - before == num_captured
+    (step,) = generator._captured.values()
+    assert sorted(step._replays) == [4, 8, 16, 32, 37]
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"group_size": 1, "indices": (0, 1, 2, 3, 4)}, {"group_size": 6, "repetition_penalty": 1.6}],
+    ids=str,
+)
+def test_finished_rows_leave_buffers_that_are_not_kept(policy, captures, small_buckets, monkeypatch, options):
+    sizes = []
+    select_rows = StaticCache.select_rows
+
+    def note(cache, rows):
+        select_rows(cache, rows)
+        sizes.append(rows.numel())
+        assert cache.num_rows == rows.shape[1]
+
+    monkeypatch.setattr(StaticCache, "select_rows", note)
+    for max_kept_bytes in (2**30, 0):
+        generator = GraphGenerator(Decoder(policy.model), captures.new, max_kept_bytes=max_kept_bytes)
+        for seeds in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
+            indices = options.get("indices", (0, 1, 2))
+            settings = options | {"max_new_tokens": 60, "seeds": seeds[: len(indices)]}
+            assert_same(*rollouts(policy, generator, **settings))
+        assert bool(sizes) == (max_kept_bytes == 0)
+        assert generator.is_empty == (max_kept_bytes == 0)
+    assert len(sizes) >= 2

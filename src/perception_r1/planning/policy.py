@@ -87,9 +87,9 @@ class ShapePolicy(Policy):
         if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
             with self.meter.kind("generation copy"):
                 decoder = Decoder(self.model)
-            self._graphs = GraphGenerator(decoder, self._capture)
+            self._graphs = GraphGenerator(decoder, lambda: self._capture)
         with self.meter.kind("caches"):
-            self._graphs.prepare(prompts, group_size=group_size, params=params, seeds=seeds)
+            self._graphs.prepare(prompts, group_size=group_size, params=params, seeds=seeds).replay(0)
         self._graphs.release()
         self._release_copies()
         num_rows = len(seeds) * group_size

@@ -2,7 +2,7 @@
 
 `SharedPromptCache` and `ContiguousCache` (a single row per prompt, nothing to share) compute with exactly what has been
 written, and finished rows leave them. `StaticCache` has fixed shapes and changes only in place, as a captured CUDA
-graph wants.
+graph wants, until rows leave it.
 
 Legend: B prompts, S rows of each, P prompt tokens (longest), T tokens that can be written, H heads, K key-value heads,
 D head size. Rows are numbered prompt by prompt.
@@ -106,8 +106,7 @@ class SharedPromptCache(_EagerCache):
 
         def select(own: Tensor) -> Tensor:
             kept = own.new_empty(len(rows), own.shape[1], rows.shape[1], *own.shape[3:])
-            written = own[:, :, :, : self._step]
-            kept[:, :, :, : self._step] = written[prompts[:, None], :, slots].transpose(1, 2)
+            kept[:, :, :, : self._step] = _select_slots(own[:, :, :, : self._step], prompts, slots)
             return kept
 
         self._own = [(select(keys), select(values)) for keys, values in self._own]
@@ -145,7 +144,7 @@ class ContiguousCache(_EagerCache):
 
 
 class StaticCache(DecodeCache):
-    """Buffers of fixed shape: attention reads all of them and hides what has not been written.
+    """Buffers of fixed shape: attention reads them up to a width, and hides what has not been written.
 
     Args:
         like: As many prompts of the same model, for shapes.
@@ -166,9 +165,17 @@ class StaticCache(DecodeCache):
         turns = hidden.new_zeros(2, num_prompts, num_tokens, size, dtype=at_least_fp32(dtype))
         self._position_embeddings = turns[0], turns[1]
         self._prompt_room = prompt_room
-        self._bias = hidden.new_zeros(num_prompts, 1, 1, 1, prompt_room + num_tokens, dtype=dtype)
+        self.bias = hidden.new_zeros(num_prompts, 1, 1, 1, prompt_room + num_tokens, dtype=dtype)
+        """[B, 1, 1, 1, P + T] minus infinity for what has not been written."""
+        self.width = num_tokens
+        """How many written tokens attention reads; never fewer than there are."""
         self.step = hidden.new_zeros(1, dtype=torch.long)
         """[1] tokens written so far."""
+
+    @property
+    def num_rows(self) -> int:
+        """S."""
+        return self._own[0][0].shape[2]
 
     @property
     def num_bytes(self) -> int:
@@ -184,13 +191,13 @@ class StaticCache(DecodeCache):
             values[:, :, :longest] = more_values
         for buffer, values in zip(self._position_embeddings, position_embeddings, strict=True):
             buffer.copy_(values)
-        self._bias.fill_(float("-inf"))
-        self._bias[..., :longest] = to_device(_prompt_bias(prompts), self._bias.device)[:, None, None, None]
+        self.bias.fill_(float("-inf"))
+        self.bias[..., :longest] = to_device(_prompt_bias(prompts), self.bias.device)[:, None, None, None]
         self.step.zero_()
 
     def begin_step(self) -> PositionEmbeddings:
         """See `DecodeCache`."""
-        self._bias.index_fill_(-1, self.step + self._prompt_room, 0.0)  # the token is about to be seen
+        self.bias.index_fill_(-1, self.step + self._prompt_room, 0.0)  # the token is about to be seen
         cos, sin = (values.index_select(1, self.step)[:, :, None] for values in self._position_embeddings)
         return cos, sin
 
@@ -199,11 +206,31 @@ class StaticCache(DecodeCache):
         keys, values = self._own[layer]
         keys.index_copy_(3, self.step, key.transpose(1, 2)[:, :, :, None])
         values.index_copy_(3, self.step, value.transpose(1, 2)[:, :, :, None])
-        return next_token_attention(query, self._prompts[layer], self._own[layer], self._bias)
+        own = keys[:, :, :, : self.width], values[:, :, :, : self.width]
+        return next_token_attention(query, self._prompts[layer], own, self.bias[..., : self._prompt_room + self.width])
 
     def end_step(self) -> None:
         """See `DecodeCache`; behind the last token it begins anew, for a capture makes more steps than may fit."""
         self.step.add_(1).remainder_(self._own[0][0].shape[3])
+
+    def select_rows(self, rows: Tensor) -> None:
+        """As for `SharedPromptCache`; the buffers are then others, so that nothing captured can be replayed."""
+        prompts, slots = rows[:, 0] // self.num_rows, rows % self.num_rows
+        self._position_embeddings = self._position_embeddings[0][prompts], self._position_embeddings[1][prompts]
+        self.bias = self.bias[prompts]
+        for layer in range(len(self._own)):  # one after another, so that no more than a layer is held twice
+            keys, values = self._prompts[layer]
+            self._prompts[layer] = keys[prompts], values[prompts]
+            keys, values = self._own[layer]
+            self._own[layer] = (
+                _select_slots(keys, prompts, slots).contiguous(),
+                _select_slots(values, prompts, slots).contiguous(),
+            )
+
+
+def _select_slots(own: Tensor, prompts: Tensor, slots: Tensor) -> Tensor:
+    """[B', K, S', T, D] from [B, K, S, T, D]: of prompts [B'] the rows with the numbers [B', S']."""
+    return own[prompts[:, None], :, slots].transpose(1, 2)
 
 
 def _cast(prompts: PromptCache, dtype: torch.dtype) -> list[KeysAndValues]:

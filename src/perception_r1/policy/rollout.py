@@ -102,6 +102,22 @@ class GenerationBuffer:
         for rows, input_ids in zip(self.is_repeated.split(group_size), prompts.input_ids, strict=True):
             rows.index_fill_(1, to_device(input_ids, rows.device), True)
 
+    def select(self, rows: Tensor) -> "GenerationBuffer":
+        """A copy of rows."""
+        is_repeated = None if self.is_repeated is None else self.is_repeated[rows]
+        return GenerationBuffer(
+            tokens=self.tokens[rows],
+            logprobs=self.logprobs[rows],
+            entropies=self.entropies[rows],
+            is_repeated=is_repeated,
+        )
+
+    def update(self, rows: Tensor, other: "GenerationBuffer") -> None:
+        """Take over what was written in rows, which are those of another buffer."""
+        self.tokens[rows] = other.tokens
+        self.logprobs[rows] = other.logprobs
+        self.entropies[rows] = other.entropies
+
 
 @torch.no_grad()
 def generate(
@@ -133,7 +149,7 @@ def generate(
         ended |= is_any_of(tokens, params.eos_token_ids).view(ended.shape)
         if step + 1 == num_tokens or bool(ended.all()):
             break
-        rows = _rows_to_keep(ended)
+        rows = rows_to_keep(ended)
         if rows.numel() <= _COMPACTION_THRESHOLD * ended.numel():
             cache.select_rows(rows)
             tokens, indices, ended = tokens[rows.flatten()], indices.flatten()[rows], ended.flatten()[rows]
@@ -141,7 +157,7 @@ def generate(
     return trim_completions(buffer, params)
 
 
-def _rows_to_keep(ended: Tensor) -> Tensor:
+def rows_to_keep(ended: Tensor) -> Tensor:
     """[B', S'] numbers of rows: prompts that still write, each with as many rows as the busiest one needs."""
     waiting = ended.sort(dim=1, stable=True)  # unfinished rows come first
     num_rows = int((~ended).sum(1).max())
