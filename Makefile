@@ -76,7 +76,7 @@ tensorboard: $(INSTALLED) ## Show all runs
 	$(BIN)/tensorboard --logdir logs
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ def passes(monkeypatch):
     """A list that grows with every backward pass; what a trainer does around it is left out."""
     passes = []
     monkeypatch.setattr(GRPO, "accumulation", lambda self, is_last: nullcontext())
+    monkeypatch.setattr(GRPO, "exchanges_gradients", lambda self: False)
     monkeypatch.setattr(GRPO, "manual_backward", lambda self, loss: passes.append(loss.backward()))
     return passes
 
@@ -49,10 +50,18 @@ def _policy_is_its_own_reference(monkeypatch):
     monkeypatch.setattr(Policy, "without_adapter", lambda self: nullcontext(self))
 
 
-@pytest.mark.parametrize(("budget", "num_micro_batches"), [(None, 1), (1, 4)], ids=["whole", "split"])
-def test_an_update_reads_nothing_back_before_its_last_pass(folder, passes, budget, num_micro_batches):
+@pytest.mark.parametrize(("budget", "num_passes"), [(None, 1), (1, 6)], ids=["whole", "split"])
+def test_an_update_reads_nothing_back_before_its_last_pass(folder, passes, budget, num_passes):
+    """Two groups in four parts, each of which goes backward by itself, and so does each prompt."""
     update(folder, budget)
-    assert len(passes) == num_micro_batches
+    assert len(passes) == num_passes
+
+
+def test_nor_does_it_where_devices_exchange_gradients(folder, passes, monkeypatch):
+    """Then a prompt goes backward with the last part."""
+    monkeypatch.setattr(GRPO, "exchanges_gradients", lambda self: True)
+    update(folder, 1)
+    assert len(passes) == 4
 
 
 OPTIONS = [
@@ -68,7 +77,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_nor_does_any_other_objective(folder, passes, options):
     update(folder, 1, **options)
-    assert len(passes) == 4
+    assert len(passes) == 6
 
 
 def test_a_reading_per_micro_batch_is_noticed(folder, passes, monkeypatch):
