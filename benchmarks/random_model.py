@@ -1,4 +1,4 @@
-"""A randomly initialised Qwen2-VL with prompts and pictures, in a folder that any trainer of the field can load.
+"""A randomly initialised Qwen-VL with prompts and pictures, in a folder that any trainer of the field can load.
 
 The question is filled up so that a prompt has `prompt_tokens` tokens, whatever the picture takes.
 """
@@ -11,8 +11,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from perception_r1.planning.policy import read_config
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -73,22 +81,30 @@ class Shape:
         return self.picture[0] * self.picture[1]
 
 
-def make_folder(folder: Path, shape: Shape, *, has_weights: bool = True) -> None:
-    """Write config, weights, tokenizer, image processor, pictures and `prompts.jsonl`; nothing if it is there."""
+def make_folder(folder: Path, shape: Shape, *, published: str | None = None, has_weights: bool = True) -> None:
+    """Write config, weights, tokenizer, image processor, pictures and `prompts.jsonl`; nothing if it is there.
+
+    Args:
+        folder: Where to.
+        shape: Sizes.
+        published: A model of the hub that the network is like, instead of the sizes that `shape` has for it.
+        has_weights: Weights are written too.
+    """
     if (folder / "shape.json").exists():
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(shape.vocabulary)
+    config = None if published is None else read_config(published)
+    tokenizer = _tokenizer(shape.vocabulary if config is None else config.text_config.vocab_size)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=4096 * 28 * 28).save_pretrained(folder)
-    config = _config(shape, tokenizer)
+    config = _config(shape, tokenizer) if config is None else _with_tokens(config, tokenizer)
     config.save_pretrained(folder)
     end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
     generation = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     generation.save_pretrained(folder)
     if has_weights:
         torch.manual_seed(0)
-        model = Qwen2VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
         model.generation_config = generation
         model.save_pretrained(folder)
     height, width = (28 * side for side in shape.picture)
@@ -127,6 +143,15 @@ def _question(tokenizer: PreTrainedTokenizerFast, number: int, shape: Shape) -> 
     image_size = len(tokenizer(text, add_special_tokens=False)["input_ids"]) - 1  # the image's tokens are counted apart
     room = shape.prompt_tokens - shape.image_tokens - image_size
     return f"{number}: how many?".ljust(room, ".")[:room]
+
+
+def _with_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    """A configuration with the numbers that special tokens have here."""
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    for name, token in names.items():
+        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    return config
 
 
 def _config(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:

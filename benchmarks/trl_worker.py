@@ -1,4 +1,4 @@
-"""One step of TRL's GRPOTrainer whenever a line arrives; started by `engine.py` with the Python of TRL's environment.
+"""One step of TRL's GRPOTrainer whenever a line arrives, started by `engine.py` and `gpu.py` with TRL's own Python.
 
     TRL_PYTHON benchmarks/trl_worker.py FOLDER GROUP_SIZE COMPLETION_TOKENS
 
@@ -80,7 +80,8 @@ def even_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 def main(folder: str, group_size: str, num_tokens: str) -> None:
     """Train until the input ends."""
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
     datasets.disable_progress_bars()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
     processor = PictureProcessor(Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer)
@@ -94,8 +95,8 @@ def main(folder: str, group_size: str, num_tokens: str) -> None:
     ).cast_column("image", datasets.Image())
     options = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
         fp16=False,
         report_to=[],
         save_strategy="no",

@@ -303,8 +303,9 @@ def run_benchmark(arguments: list[str]) -> None:
             runpy.run_path(str(ROOT / arguments[1]), run_name="__main__")  # a process of its own would import for long
         assert not end.value.code
         results = json.loads(path.read_text(encoding="utf-8"))
-        assert len(results.get("cells") or results.get("runs") or results["rows"]) == 1
-        assert re.search(r"\| (P|recipe) \| ", printed.getvalue())
+        assert len(results.get("cells") or results.get("rows") or [results["stages"]]) == 1
+        assert not any("error" in stage for stage in results.get("stages", {}).values())
+        assert re.search(r"\| (P|recipe|model) \| ", printed.getvalue())
 
 
 def run_host(arguments: list[str]) -> None:
