@@ -41,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "engine_cpu.json"
 SHAPES = {
     333: Shape(prompt_tokens=333, picture=(16, 16)),
+    653: Shape(prompt_tokens=653, picture=(24, 24)),
     1101: Shape(prompt_tokens=1101, picture=(32, 32)),
     100: Shape(prompt_tokens=100, picture=(4, 4)),  # to try the program
 }

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py
 
-Every recipe is planned with all weights and with a LoRA adapter, on one device. Nothing is downloaded, and no GPU is
-needed. Writes benchmarks/results/memory.json and the table of docs/memory.md.
+Every recipe is planned with all weights, on one card and on two, and with a LoRA adapter. Nothing is downloaded, and no
+GPU is needed. Writes benchmarks/results/memory.json and the table of docs/memory.md.
 """
 
 import argparse
@@ -31,7 +31,11 @@ RECIPES = {
     "detection": ("qwen2_5_vl_3b", "coco"),
 }
 """Recipe -> model and data."""
-TRAINED: dict[str, list[str]] = {"all weights": [], "LoRA": ["--variant", "lora"]}
+TRAINED: dict[str, list[str]] = {
+    "all weights": [],
+    "all weights, fsdp2 on 2 cards": ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"],
+    "LoRA": ["--variant", "lora"],
+}
 
 
 def options_of(recipe: str, trained: str) -> list[str]:

@@ -2,8 +2,8 @@
 
     python benchmarks/memory_check.py
 
-Each case trains a randomly initialised Qwen2-VL for two steps in a process of its own, in float32, with the trainer
-and the buffers of captured decoding steps. Measured is the most resident memory of each phase of the second step, above
+Each case trains a randomly initialised Qwen2-VL for three steps in a process of its own, in float32, with the trainer
+and the buffers of captured decoding steps. Measured is the most resident memory of each phase of the last step, above
 what the process takes once it has trained a tiny model in the same way. The plan is that of `perception-r1 plan` for
 the same model and batch, with the attention kernel of the CPU in place of those of CUDA. Writes
 benchmarks/results/memory_check.json and the table of docs/memory.md.
@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +36,10 @@ from torch.overrides import TorchFunctionMode
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.planning.cuda_semantics import functions
+from perception_r1.planning.devices import Devices
 from perception_r1.planning.measure import RunSize, load_shapes, measure
 from perception_r1.planning.prompts import LongestPrompt
-from perception_r1.policy.cuda_graphs import GraphGenerator
+from perception_r1.policy.cuda_graphs import GraphGenerator, Step
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -67,8 +70,14 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "frozen vision": {"freeze_vision": True},
     "LoRA": {"lora": LoraConfig()},
+    "all weights, zero1, 2 devices": {},
+    "all weights, fsdp2, 2 devices": {},
+    "checkpointing, fsdp2, 2 devices": {"gradient_checkpointing": True},
 }
+DEVICES = {case: Devices(count=2, strategy=case.split(", ")[1]) for case in CASES if case.endswith("2 devices")}
 GROUP_SIZE, COMPLETION, NUM_PROMPTS, BUDGET = 8, 32, 2, 500
+NUM_STEPS = 3
+"""Of which the last is measured: by then buckets of gradients are those that stay."""
 WARM_UP = "warm-up"
 """Folder of a tiny model beside that of a case."""
 PHASES = {
@@ -89,8 +98,20 @@ class FixedBuffers(Policy):
         """As on CUDA."""
         params = self.sampling_params(**options)
         if self._graphs is None:
-            self._graphs = GraphGenerator(Decoder(self.model), lambda: lambda step: step)
+            self._graphs = GraphGenerator(Decoder(self.model), lambda: _run_again)
         return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
+
+
+def _run_again(step: Step) -> Step:
+    """A step that can be run again; like a graph, it does not hold the buffers of the step."""
+    method = WeakMethod(step)
+
+    def replay() -> None:
+        held = method()
+        assert held is not None
+        held()
+
+    return replay
 
 
 class CpuAttention(TorchFunctionMode):
@@ -122,12 +143,14 @@ def make_module(folder: Path, case: str) -> GRPO:
     )
 
 
-def make_trainer(callbacks: Sequence[Callback] = ()) -> Trainer:
+def make_trainer(callbacks: Sequence[Callback] = (), devices: Devices | None = None) -> Trainer:
     """On the CPU, silent."""
     return Trainer(
         accelerator="cpu",
-        devices=1,
-        max_steps=2,
+        devices=1 if devices is None else devices.count,
+        strategy="auto" if devices is None else devices.strategy,
+        use_distributed_sampler=False,
+        max_steps=NUM_STEPS,
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
@@ -172,18 +195,30 @@ def run_worker(folder: Path, case: str) -> None:
 
 
 def train(folder: Path, case: str) -> PhasePeaks:
-    """Two steps of a case."""
+    """The steps of a case."""
     module, peaks = make_module(folder, case), PhasePeaks()
     module.policy_class = FixedBuffers
-    make_trainer([peaks]).fit(module, datamodule=Prompts(folder, NUM_PROMPTS))
+    make_trainer([peaks], DEVICES.get(case)).fit(module, datamodule=Prompts(folder, NUM_PROMPTS))
     return peaks
 
 
 def measured(folder: Path, case: str) -> dict[str, float]:
-    """MiB of each phase in a process of its own, whose freed memory goes back at once."""
+    """MiB of each phase in a process of its own, or the first of two, whose freed memory goes back at once."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     command = [sys.executable, __file__, "--worker", str(folder), case]
-    lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+    if case in DEVICES:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environment |= {"WORLD_SIZE": str(DEVICES[case].count), "NODE_RANK": "0"}
+    ranks = [{"LOCAL_RANK": str(rank)} for rank in range(DEVICES[case].count)] if case in DEVICES else [{}]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=environment | rank, **options) for rank in ranks]
+    outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            raise SystemExit(errors)
+    lines = outputs[0][0].splitlines()
     found: dict[str, float] = json.loads(
         next(line for line in lines if line.startswith("REPORT ")).removeprefix("REPORT ")
     )
@@ -197,7 +232,7 @@ def planned(folder: Path, case: str) -> dict[str, float]:
     rows, columns = SHAPE.picture
     text = SHAPE.prompt_tokens - SHAPE.image_tokens
     prompt = LongestPrompt(num_text_tokens=text, grid=(1, 2 * rows, 2 * columns), merge_size=2)
-    size = RunSize(batch_size=NUM_PROMPTS, eval_batch_size=0)
+    size = RunSize(batch_size=NUM_PROMPTS, eval_batch_size=0, devices=DEVICES.get(case, Devices()))
     peaks = measure(module, prompt, size, functions(CpuAttention))
     return {peak.phase: peak.bytes / 2**20 for peak in peaks if peak.phase in PHASES.values()}
 

@@ -46,7 +46,8 @@ def test_every_recipe_can_be_planned_from_shapes_alone(shallow, recipe, trained)
     kinds = {kind for peak in plan.peaks for kind, size in peak.kinds.items() if size}
     assert {"weights", "gradients", "moments", "caches", "activations", "logits"} <= kinds
     whole = {"reference", "generation copy"}  # an adapter is switched off, and weights in bfloat16 are read in place
-    assert whole & kinds == (whole if trained == "all weights" else set())
+    assert whole & kinds == (set() if trained == "LoRA" else whole)
+    assert ("gathered" in kinds) == ("fsdp2" in trained)
     assert plan.prompt.num_image_tokens == 1260  # 980 x 1008 pixels, the most below 1,000,000 in tokens of 28 x 28
 
 
@@ -88,6 +89,31 @@ def test_a_split_group_takes_the_gradients_of_its_layers_twice_where_devices_exc
     assert more == pytest.approx(2 * layer * 4, rel=0.01)
 
 
+def test_what_devices_divide_is_counted_by_its_share(shallow):
+    options = [
+        "--task",
+        "counting",
+        "--model",
+        "qwen2_vl_2b",
+        "--trainer.devices",
+        "4",
+        "--data.global_batch_size",
+        "4",
+    ]
+    plans = {name: read([*options, "--trainer.strategy", name]).plan() for name in ("ddp", "zero1", "fsdp2")}
+    at_rest = {name: next(peak.kinds for peak in plan.peaks if peak.phase == "save") for name, plan in plans.items()}
+    for kind in ("weights", "reference", "moments"):
+        ddp, zero1, fsdp2 = (at_rest[name][kind] for name in plans)
+        assert zero1 == (pytest.approx(ddp / 4, rel=1e-3) if kind == "moments" else ddp)
+        assert fsdp2 == pytest.approx(ddp / 4, rel=1e-3)
+    update = [next(peak.kinds for peak in plan.peaks if peak.phase == "update") for plan in plans.values()]
+    gradients = [kinds["gradients"] for kinds in update]
+    assert gradients == pytest.approx([gradients[0], gradients[0], gradients[0] / 4], rel=1e-3)
+    decoding = next(peak.kinds for peak in plans["fsdp2"].peaks if peak.phase == "decode")
+    weights = at_rest["ddp"]["weights"]  # a rollout gathers all of them
+    assert decoding["gathered"] == pytest.approx(weights, rel=1e-4)
+
+
 def test_supervised_training_is_planned_without_generation(shallow):
     plan = read(["--task", "counting", "--model", "qwen3_vl_2b", "--variant", "sft"]).plan()
     assert [peak.phase for peak in plan.peaks] == ["evaluate", "forward", "backward", "update", "save"]
@@ -99,7 +125,7 @@ def test_supervised_training_is_planned_without_generation(shallow):
         (["--cards", "0"], "--cards are sizes in GB"),
         (["--model", "/nowhere/at/all"], "There is no model folder"),
         (["--data.global_batch_size", "3", "--trainer.devices", "2"], "cannot be shared evenly by 2 devices"),
-        (["--trainer.strategy", "fsdp2"], "what fsdp2 shards is not counted yet"),
+        (["--trainer.strategy", "ddp_spawn"], "plan does not know the strategy ddp_spawn; use ddp, zero1 or fsdp2"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(capsys, arguments, message):

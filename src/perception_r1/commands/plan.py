@@ -14,13 +14,24 @@ from perception_r1.commands.configuration import PARSER, ConfiguredCLI
 from perception_r1.commands.options import run_command
 from perception_r1.errors import UserError
 from perception_r1.planning.advice import next_change
+from perception_r1.planning.devices import Devices, Strategy
 from perception_r1.planning.report import GB, peak_table, summary
 from perception_r1.planning.run import Plan, plan_run
 
 CARDS = (24, 48, 80, 141)
 """GB of the cards that are asked about unless others are named."""
 _DESCRIPTION = "Say how much memory a run needs on a GPU, phase by phase, which card has it, and what would help."
-_SHARDED = ("zero1", "fsdp2")
+STRATEGIES: dict[str, Strategy] = {
+    "auto": "ddp",
+    "ddp": "ddp",
+    "DDPStrategy": "ddp",
+    "SingleDeviceStrategy": "ddp",
+    "zero1": "zero1",
+    "ZeRO1Strategy": "zero1",
+    "fsdp2": "fsdp2",
+    "FSDP2Strategy": "fsdp2",
+}
+"""By the names under which `--trainer.strategy` has them."""
 _SOURCES = ("train_file", "val_file", "test_file", "train", "val", "test")
 
 
@@ -49,20 +60,23 @@ class PlanCLI(ConfiguredCLI):
         """Run the phases; once, for they change the module.
 
         Raises:
-            UserError: The model is unknown, the devices do not go with the batch, or they hold shares of the model.
+            UserError: The model or the strategy is unknown, or the devices do not go with the batch.
         """
         trainer = self.config.trainer
         strategy: Any = trainer.strategy
         name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2]
-        if name.lower().startswith(_SHARDED):
-            raise UserError(f"plan counts devices that hold the whole model; what {name} shards is not counted yet")
-        is_view = bool(getattr(strategy, "init_args", {}).get("gradient_as_bucket_view", False))
+        if name not in STRATEGIES:
+            raise UserError(f"plan does not know the strategy {name}; use ddp, zero1 or fsdp2")
+        devices = Devices(
+            count=_num_devices(trainer.devices) * int(trainer.num_nodes),
+            strategy=STRATEGIES[name],
+            is_bucket_view=bool(getattr(strategy, "init_args", {}).get("gradient_as_bucket_view", False)),
+        )
         return plan_run(
             self.model,
             self.datamodule,
             precision=str(trainer.precision or "32-true"),
-            num_devices=_num_devices(trainer.devices) * int(trainer.num_nodes),
-            is_bucket_view=is_view,
+            devices=devices,
             is_synthetic=self.is_synthetic,
         )
 

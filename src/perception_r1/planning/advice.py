@@ -28,6 +28,8 @@ def _changes(module: PolicyModule, plan: Plan) -> Iterator[list[str]]:
         yield from _halve("micro_batch_tokens", module.micro_batch_tokens, least)
     if phase == "evaluate":
         yield from _halve("eval_batch_tokens", module.eval_batch_tokens, least)
+    if plan.devices.count > 1 and not plan.devices.is_sharded:
+        yield ["--trainer.strategy", "zero1" if plan.devices.strategy == "ddp" else "fsdp2"]
     if config.lora is None:
         yield ["--variant", "lora"]
     if not config.gradient_checkpointing:

@@ -6,15 +6,16 @@ every prompt is the longest, every completion too, and every group teaches somet
 Legend: B prompts, G completions per prompt, N = B*G completions.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from perception_r1.modules.base import PolicyModule
@@ -23,6 +24,7 @@ from perception_r1.modules.experience import Experience
 from perception_r1.modules.grpo import GRPO
 from perception_r1.modules.sft import SFT
 from perception_r1.planning.cuda_semantics import cuda_semantics
+from perception_r1.planning.devices import Devices, gather_for_pass, gather_wholes, num_bytes
 from perception_r1.planning.meter import MemoryMeter, Peak
 from perception_r1.planning.policy import ShapePolicy
 from perception_r1.planning.prompts import LongestPrompt
@@ -34,6 +36,7 @@ KINDS = (
     "gradients",
     "moments",
     "reference",
+    "gathered",
     "generation copy",
     "caches",
     "activations",
@@ -59,15 +62,13 @@ class RunSize:
         batch_size: Prompts of a step on a device.
         eval_batch_size: Samples of an evaluation batch; 0: there is no evaluation.
         precision: That of the trainer.
-        num_devices: Devices that train together.
-        is_bucket_view: Gradients lie in the buckets in which devices exchange them.
+        devices: Those that train together.
     """
 
     batch_size: int
     eval_batch_size: int
     precision: str = "32-true"
-    num_devices: int = 1
-    is_bucket_view: bool = False
+    devices: Devices = field(default_factory=Devices)
 
 
 def load_shapes(module: PolicyModule, trainer: Trainer, precision: str) -> ShapePolicy:
@@ -98,18 +99,17 @@ def measure(
         The peak of each phase, in the order of the run.
     """
     policy = cast(ShapePolicy, module.policy)
-    meter = policy.meter = MemoryMeter("meta", policy.model.config.get_text_config().vocab_size)
+    devices, vocabulary = size.devices, policy.model.config.get_text_config().vocab_size
+    meter = policy.meter = MemoryMeter("meta", vocabulary, devices.shares)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    _watch(module, meter, trained, is_bucket_view=size.is_bucket_view)
-    module.phase = lambda name: meter.phase(_PHASES.get(name, name))  # type: ignore[method-assign]
-    module.exchanges_gradients = lambda: size.num_devices > 1  # type: ignore[method-assign]
-    module.num_empty_passes = lambda num_micro_batches: 0  # type: ignore[method-assign]  # all devices have as many
+    _watch(module, meter, trained, is_bucket_view=devices.is_bucket_view)
+    _stand_for(module, meter, devices)
     optimizer = module.optimizer_factory(trained)
-    buckets = [_make_buckets(trained)] if size.num_devices > 1 else []
+    buckets = [_make_buckets(trained)] if devices.has_buckets else []
     meter.claim(buckets, "DDP buckets")
     if semantics is None:
         semantics = cuda_semantics({"bf16-mixed": torch.bfloat16}.get(size.precision))
-    with semantics, meter:
+    with semantics, gather_wholes(meter) if devices.is_sharded else nullcontext(), meter:
         meter.claim(_begin(optimizer, trained), "moments")
         if size.eval_batch_size:
             _evaluate(module, prompt, size.eval_batch_size)
@@ -123,6 +123,25 @@ def measure(
         with meter.phase("save"):
             module.state_dict()
     return list(meter.peaks.values())
+
+
+def _stand_for(module: PolicyModule, meter: MemoryMeter, devices: Devices) -> None:
+    """Let a module do what it does on one of the devices; its clock measures memory."""
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        is_backward = name == "backward"
+        with ExitStack() as stack:
+            stack.enter_context(meter.phase(_PHASES.get(name, name)))
+            if devices.is_sharded and (is_backward or name == "policy_forward"):
+                stack.enter_context(gather_for_pass(meter, module.policy, is_backward=is_backward))
+            yield
+
+    module.phase = phase  # type: ignore[method-assign]
+    module.exchanges_gradients = lambda: devices.count > 1  # type: ignore[method-assign]
+    module.num_empty_passes = lambda num_micro_batches: 0  # type: ignore[method-assign]  # all devices have as many
+    if devices.is_sharded:
+        module._device_mesh = cast(DeviceMesh, devices)  # all that is asked is whether there is one
 
 
 def _watch(module: PolicyModule, meter: MemoryMeter, trained: Sequence[nn.Parameter], *, is_bucket_view: bool) -> None:
@@ -158,10 +177,10 @@ def resting_memory(module: PolicyModule) -> dict[str, int]:
     with cuda_semantics(None):
         moments = _begin(module.optimizer_factory(trained), trained)
     return {
-        "weights": _num_bytes(policy.parameters()),
-        "gradients": _num_bytes(trained),
-        "moments": _num_bytes(moments),
-        "reference": 0 if reference is None else _num_bytes(reference.parameters()),
+        "weights": num_bytes(policy.parameters()),
+        "gradients": num_bytes(trained),
+        "moments": num_bytes(moments),
+        "reference": 0 if reference is None else num_bytes(reference.parameters()),
     }
 
 
@@ -193,7 +212,7 @@ def _step_of_grpo(module: GRPO, prompt: LongestPrompt, batch_size: int) -> Exper
             with module.phase("vision"):
                 prompts = policy.encode_images(prompts)
         rollout = module.generate(prompts, group_size, [0] * num_prompts)
-        if policy.keeps_copies:  # then the next step begins with what this one has left
+        if policy.keeps_copies and module.device_mesh is None:  # the next step begins with what this one has left
             rollout = module.generate(prompts, group_size, [0] * num_prompts)
     experience = module.make_experience(prompts, rollout, torch.ones(num_prompts * group_size))
     experience = replace(experience, micro_batches=_first(experience.micro_batches))
@@ -220,8 +239,4 @@ def _update(optimizer: Optimizer, trained: Sequence[nn.Parameter], max_grad_norm
 
 def _make_buckets(trained: Sequence[nn.Parameter]) -> Tensor:
     """Gradients once more, in which devices exchange them."""
-    return torch.empty(_num_bytes(trained), dtype=torch.uint8, device="meta")
-
-
-def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    return torch.empty(num_bytes(trained), dtype=torch.uint8, device="meta")

@@ -4,6 +4,7 @@ Tensors on the meta device have shapes and no values, so a meter counts the real
 it takes. On the CPU it counts real ones, which is how the plan is checked.
 """
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,12 +43,16 @@ class MemoryMeter(TorchDispatchMode):
     Args:
         device_type: "meta", or "cpu" to count real tensors.
         vocabulary: Floating-point tensors whose last dimension has this size are of the kind "logits".
+        shares: What counts of the kinds that several devices divide among themselves, once they are claimed.
     """
 
-    def __init__(self, device_type: str, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, device_type: str, vocabulary: int | None = None, shares: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device_type = device_type
         self.vocabulary = vocabulary
+        self.shares = shares or {}
         self.peaks: dict[str, Peak] = {}
         """Of each phase that was entered, in their order."""
         self._totals: Counter[str] = Counter()
@@ -73,8 +78,8 @@ class MemoryMeter(TorchDispatchMode):
                     self._add(tensor, kind)
                 else:
                     self._count(held.kind, -held.size)
+                    held.kind, held.size = kind, self._size_of(tensor, kind)
                     self._count(kind, held.size)
-                    held.kind = kind
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Do not count tensors: what holds them is counted already."""
@@ -127,10 +132,10 @@ class MemoryMeter(TorchDispatchMode):
         key = storage._cdata
         if key in self._held or storage.nbytes() == 0:
             return
-        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
-        held = self._held[key] = _Held(kind or self._kind_of(tensor), size)
+        kind = kind or self._kind_of(tensor)
+        held = self._held[key] = _Held(kind, self._size_of(tensor, kind))
         held.reference = weakref.ref(storage, lambda _: self._remove(key))
-        self._count(held.kind, size)
+        self._count(kind, held.size)
         self._note()
 
     def _remove(self, key: int) -> None:
@@ -140,6 +145,10 @@ class MemoryMeter(TorchDispatchMode):
     def _count(self, kind: str, size: int) -> None:
         self._totals[kind] += size
         self._total += size
+
+    def _size_of(self, tensor: Tensor, kind: str) -> int:
+        share = tensor.untyped_storage().nbytes() * self.shares.get(kind, 1.0)
+        return -(-math.ceil(share) // _BLOCK) * _BLOCK
 
     def _kind_of(self, tensor: Tensor) -> str:
         if tensor.is_floating_point() and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary:

@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from perception_r1.data.base import BaseDataModule
 from perception_r1.errors import UserError
 from perception_r1.modules.base import PolicyModule
+from perception_r1.planning.devices import Devices
 from perception_r1.planning.measure import RunSize, load_shapes, measure
 from perception_r1.planning.meter import Peak
 from perception_r1.planning.prompts import LongestPrompt, longest_prompt
@@ -21,12 +22,14 @@ class Plan:
         prompt: Its longest prompt.
         num_parameters: Weights of the policy.
         num_trainable: Those that are trained.
+        devices: Those that train together.
     """
 
     peaks: tuple[Peak, ...]
     prompt: LongestPrompt
     num_parameters: int
     num_trainable: int
+    devices: Devices
 
     @property
     def highest(self) -> Peak:
@@ -39,8 +42,7 @@ def plan_run(
     data: BaseDataModule,
     *,
     precision: str,
-    num_devices: int,
-    is_bucket_view: bool,
+    devices: Devices,
     is_synthetic: bool,
 ) -> Plan:
     """Run the phases of a fit without values.
@@ -49,16 +51,16 @@ def plan_run(
         module: A module that has no policy yet.
         data: Its data, of which only sizes of batches, tasks and scenes matter.
         precision: That of the trainer.
-        num_devices: How many train together.
-        is_bucket_view: Gradients lie in the buckets in which devices exchange them.
+        devices: Those that train together.
         is_synthetic: The data are scenes, else pictures as large as the policy takes them.
 
     Raises:
         UserError: The model is unknown, or the number of devices does not divide the batch.
     """
-    if data.global_batch_size is not None and data.global_batch_size % num_devices:
-        raise UserError(f"global_batch_size {data.global_batch_size} cannot be shared evenly by {num_devices} devices")
-    shares = data.batch_size if data.global_batch_size is None else data.global_batch_size // num_devices
+    if data.global_batch_size is not None and data.global_batch_size % devices.count:
+        numbers = f"global_batch_size {data.global_batch_size} cannot be shared evenly by {devices.count} devices"
+        raise UserError(numbers)
+    share = data.batch_size if data.global_batch_size is None else data.global_batch_size // devices.count
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -70,17 +72,12 @@ def plan_run(
     policy = load_shapes(module, trainer, precision)
     max_pixels = module.policy_config.max_pixels
     prompt = longest_prompt(policy.model.config, data, max_pixels=max_pixels, is_synthetic=is_synthetic)
-    size = RunSize(
-        batch_size=shares,
-        eval_batch_size=data.eval_batch_size,
-        precision=precision,
-        num_devices=num_devices,
-        is_bucket_view=is_bucket_view,
-    )
+    size = RunSize(batch_size=share, eval_batch_size=data.eval_batch_size, precision=precision, devices=devices)
     weights = list(policy.parameters())
     return Plan(
         peaks=tuple(measure(module, prompt, size)),
         prompt=prompt,
         num_parameters=sum(weight.numel() for weight in weights),
         num_trainable=sum(weight.numel() for weight in weights if weight.requires_grad),
+        devices=devices,
     )
