@@ -28,7 +28,7 @@ from perception_r1.planning.measure import RunSize, load_shapes, measure
 from perception_r1.planning.prompts import LongestPrompt
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.load import LoraConfig, PolicyConfig, set_attention
+from perception_r1.policy.load import LoraConfig, PolicyConfig, set_engine
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import generate
@@ -59,7 +59,7 @@ class RandomPolicy(Policy):
         with torch.device(DEVICE):
             network = AutoConfig.from_pretrained(config.name)
             model = AutoModelForImageTextToText.from_config(network, dtype=getattr(torch, config.dtype))
-        set_attention(model)
+        set_engine(model)
         codec, processor = CODECS[network.model_type], Processor.load(config.name)
         return cls.from_model(model, processor, codec, config, is_trained=is_trained).to(DEVICE)
 

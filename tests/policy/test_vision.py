@@ -24,7 +24,8 @@ def test_features_are_those_of_a_tower_that_computes_its_geometry_itself(policy,
     assert [image.shape[1] for image in features] == [image.shape[0] for image in expected.pooler_output]
     for number, image in enumerate(features):
         layers = [layer[number] for layer in getattr(expected, "deepstack_features", None) or []]
-        assert torch.equal(image, torch.stack([expected.pooler_output[number], *layers]))
+        expected_image = torch.stack([expected.pooler_output[number], *layers])
+        torch.testing.assert_close(image, expected_image, rtol=1e-12, atol=1e-12)
 
 
 def test_only_what_qwen3_adds_to_layers_makes_features_deeper(policy, family, prompts):

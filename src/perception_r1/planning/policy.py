@@ -15,7 +15,7 @@ from perception_r1.planning.meter import MemoryMeter
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator, Step, warm_up
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.load import EMBEDDED, PolicyConfig, model_family, model_path, set_attention
+from perception_r1.policy.load import EMBEDDED, PolicyConfig, model_family, model_path, set_engine
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.prefill import PromptCache
 from perception_r1.policy.processor import Processor
@@ -45,7 +45,7 @@ def empty_model(config: PolicyConfig) -> Any:
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
         )
-    set_attention(model)
+    set_engine(model)
     return model
 
 

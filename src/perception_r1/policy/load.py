@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.policy.attention import NAME as SHARED_PROMPT
-from perception_r1.policy.vision import share_calls
+from perception_r1.policy.vision import simplify_tower
 
 EMBEDDED = "tiny"
 """Name of the model that comes with this package."""
@@ -100,14 +100,14 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError(f"{config.name} attends through {', '.join(sorted(kinds))}; only full attention is known here.")
-    set_attention(model)
+    set_engine(model)
     return cast(PreTrainedModel, model)
 
 
-def set_attention(model: PreTrainedModel) -> None:
-    """The attention of this engine: prompts that completions share, and equal segments of images in one call."""
+def set_engine(model: PreTrainedModel) -> None:
+    """Let a model compute as this engine does: prompts that completions share, and a simpler vision tower."""
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
-    share_calls(model)
+    simplify_tower(model)
 
 
 def model_family(name: str) -> str:
