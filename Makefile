@@ -25,10 +25,10 @@ INSTALLED := $(VENV)/.installed
 CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install train sft eval check stats fetch convert plan predict export pretrain tensorboard test lint format docs clean
+.PHONY: help install train sft eval check stats fetch convert plan predict export pretrain tensorboard test test-slow lint format docs clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder IMAGES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
@@ -77,6 +77,9 @@ tensorboard: $(INSTALLED) ## Show all runs
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-slow: $(INSTALLED) ## Run the tests that start several processes or train for longer
+	$(BIN)/pytest -n 2 --dist loadfile -m 'slow and not hours'
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

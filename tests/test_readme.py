@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -78,7 +79,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if FIFTH_TASK not in command])
+def marked(command: str) -> Any:
+    """A program of benchmarks/ takes longer than other commands."""
+    return pytest.param(command, marks=[pytest.mark.slow] if "benchmarks/" in command else [])
+
+
+@pytest.mark.parametrize("command", [marked(command) for command in COMMANDS if FIFTH_TASK not in command])
 def test_command_works(
     command: str,
     place: Path,
@@ -276,6 +282,7 @@ SMALLER = {
     "engine": ["--sizes", "100,4", "--group-sizes", "2", "--rounds", "1", "--other-rounds", "1"],
     "gpu": ["--smoke"],
     "memory": ["--recipes", "grounding", "--trained", "LoRA"],
+    "scale": [],
 }
 """Options with which a program of benchmarks/ is done in seconds."""
 
@@ -297,13 +304,15 @@ def run_benchmark(arguments: list[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
         path = Path(place) / "results.json"
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
         monkeypatch.setattr(sys, "argv", [*arguments[1:], *SMALLER[name], "--results", str(path)])
         monkeypatch.setattr(sys, "path", list(sys.path))
         with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / arguments[1]), run_name="__main__")  # a process of its own would import for long
         assert not end.value.code
         results = json.loads(path.read_text(encoding="utf-8"))
-        assert len(results.get("cells") or results.get("rows") or [results["stages"]]) == 1
+        num_rows = 12 if name == "scale" else 1
+        assert len(results.get("cells") or results.get("rows") or [results["stages"]]) == num_rows
         assert not any("error" in stage for stage in results.get("stages", {}).values())
         assert re.search(r"\| (P|recipe|model) \| ", printed.getvalue())
 

@@ -10,6 +10,8 @@ from PIL import Image
 from perception_r1.cli import main
 from perception_r1.tasks import TASKS
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 PHOTOS = {"astronaut": "png", "chelsea": "jpg", "coffee": "jpg", "rocket": "png", "page": "png"}
 """Photographs that ship with scikit-image, and the form in which the data set has them."""

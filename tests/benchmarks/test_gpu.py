@@ -53,6 +53,7 @@ def test_no_stage_begins_when_time_is_over(start):
     assert set(map(str, start(lambda *_: {}, "--minutes", "0").values())) == {"{'error': 'no time was left'}"}
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_or_takes_too_long_says_so():
     stage = gpu.Stage(name="a", minutes=1, options={"what": "unknown"})
     assert "unknown" in gpu.run(stage, 60, None)["error"]
@@ -79,6 +80,7 @@ def test_tables_show_steps_and_plans_and_what_failed():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"])
 def test_a_folder_like_a_published_model_has_its_width_and_prompts_of_the_wanted_length(tmp_path, monkeypatch, name):
     def shallow(name):

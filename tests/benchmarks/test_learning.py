@@ -244,6 +244,7 @@ def test_a_report_draws_every_interval_that_its_tables_tell(tmp_path, monkeypatc
     assert all(f"{center:+.3f} ± {half:.3f}" in tables for center, half in bars)
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_measured_as_planned(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "GROUP_SIZE", 2)
     monkeypatch.setattr(run, "MAX_NEW_TOKENS", 8)

@@ -33,6 +33,7 @@ def end_of(tmp_path, still, how, number=signal.SIGKILL, seconds=30):
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "still"), [("waiting", 0), ("waiting", 1), ("asleep", 1)])
 def test_a_kill_of_one_rank_ends_the_other_with_a_sentence(tmp_path, still, how):
     """Whether it waits where the backend notices, or where nothing would."""
@@ -43,12 +44,14 @@ def test_a_kill_of_one_rank_ends_the_other_with_a_sentence(tmp_path, still, how)
     assert status == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_noticed_by_its_silence(tmp_path):
     output, status = end_of(tmp_path, 1, "silent", signal.SIGSTOP, seconds=3)
     assert "Rank 1 has given no sign of life for 3 seconds; it was last seen at step 1, decode" in output
     assert status == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_failed_is_named_while_the_other_waits(tmp_path):
     output, status = end_of(tmp_path, 1, "failed", None)
     assert "Rank 1 stopped with an error, which its own output tells; it was last seen at step 1, decode" in output

@@ -37,6 +37,7 @@ def shallow(monkeypatch):
     monkeypatch.setattr(policy, "read_config", cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "trained"), RUNS)
 def test_every_recipe_can_be_planned_from_shapes_alone(shallow, recipe, trained):
     plan = read(memory.options_of(recipe, trained)).plan()
@@ -51,6 +52,7 @@ def test_every_recipe_can_be_planned_from_shapes_alone(shallow, recipe, trained)
     assert plan.prompt.num_image_tokens == 1260  # 980 x 1008 pixels, the most below 1,000,000 in tokens of 28 x 28
 
 
+@pytest.mark.slow
 def test_the_table_says_which_card_has_the_memory(shallow, capsys):
     arguments = ["plan", *memory.options_of("counting", "all weights"), "--cards", "24", "1"]
     assert main(arguments) == 0
@@ -60,6 +62,7 @@ def test_the_table_says_which_card_has_the_memory(shallow, capsys):
     assert "1 GB: no setting is enough" in printed
 
 
+@pytest.mark.slow
 def test_advice_is_planned_too(shallow, capsys):
     plan = read(memory.options_of("counting", "all weights")).plan()
     card = plan.highest.bytes / GB - 0.1
@@ -78,6 +81,7 @@ def test_several_devices_exchange_gradients_in_buckets(shallow):
     assert backward.kinds["DDP buckets"] == pytest.approx(weights, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_split_group_takes_the_gradients_of_its_layers_twice_where_devices_exchange_them(shallow):
     options = ["--task", "detection", "--model", "qwen2_5_vl_3b", "--data", "coco", "--recipe", "detection"]
     options += ["--model.micro_batch_tokens", "1500", "--model.max_new_tokens", "32"]
@@ -89,6 +93,7 @@ def test_a_split_group_takes_the_gradients_of_its_layers_twice_where_devices_exc
     assert more == pytest.approx(2 * layer * 4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_devices_divide_is_counted_by_its_share(shallow):
     options = [
         "--task",
@@ -146,7 +151,7 @@ def test_the_documentation_shows_the_committed_table():
     assert CARDS == (24, 48, 80, 141)
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize(
     "row", committed() if (RESULTS / "memory.json").exists() else [], ids=lambda row: row["recipe"]
 )

@@ -119,6 +119,7 @@ def wait_for_rows(process: subprocess.Popen, part: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_killed_goes_on_and_ends_as_if_nothing_had_been(undisturbed, tmp_path, monkeypatch):
     folder, done = tmp_path / "logs" / "grounding" / undisturbed.name, []
     for count in (2, 3):
@@ -230,11 +231,13 @@ def on_two(undisturbed, detection, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fresh", "some", "one", "none"])
 def test_other_devices_go_on_and_end_with_the_same(undisturbed, on_two, name):
     assert left_behind(results(on_two / name)) == undisturbed.left
 
 
+@pytest.mark.slow
 def test_a_source_that_only_one_device_has_seen_gets_its_metrics(detection, on_two):
     assert json.loads(detection.left["metrics.json"])["two"]["ap"] == 0
     assert left_behind(results(on_two / "detection")) == detection.left

@@ -99,6 +99,7 @@ def test_an_evaluation_has_metrics_and_a_report_of_every_task(tmp_path):
     assert len(rows) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"), [(GRPO, {}), (GRPO, {"scale_rewards": "task"}), (SFT, {})], ids=["GRPO", "task", "SFT"]
 )
@@ -115,6 +116,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, kind, options):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+@pytest.mark.slow
 def test_a_run_can_be_opened_again_with_all_its_tasks(tmp_path):
     data = mixed()
     module = made(data)

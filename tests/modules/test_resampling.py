@@ -132,6 +132,7 @@ def test_a_step_rolls_out_no_more_than_it_needs_and_no_more_than_the_batch(folde
     assert max(counts) > 2
 
 
+@pytest.mark.slow
 def test_with_nothing_to_spare_it_is_the_step_without(folder, tmp_path):
     weights = []
     for options in ({}, {"num_prompts": 2}, {"num_prompts": 9}):
@@ -142,6 +143,7 @@ def test_with_nothing_to_spare_it_is_the_step_without(folder, tmp_path):
         assert all(torch.equal(other[name], value) for name, value in weights[0].items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_rolls_out_the_same(folder, tmp_path):
     ends = []
     for name, stops in (("whole", (5,)), ("resumed", (2, 5))):

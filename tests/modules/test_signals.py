@@ -31,6 +31,8 @@ from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.scoring import ScoredCompletion
 from tests.modules.toy import Numbers, Quick, TwoUpdates, make_trainer
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(package).parent
 TRACED = (
     *(str(Path(module.__file__)) for module in (call, logger_connector, signal_connector)),
@@ -275,7 +277,7 @@ def test_a_step_goes_to_its_end_after_sigterm(tmp_path, plan):
     assert faults(tmp_path / "run", whole, whole.points[::331], signal.SIGTERM) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("plan", ALL)
 def test_a_signal_at_every_single_moment_alters_nothing(tmp_path, plan):
     whole = whole_run(tmp_path / "whole", plan)

@@ -45,6 +45,7 @@ def passes(policy, budget, *, in_one_pass=False):
     return torch.cat([rows[row] for row in range(len(LENGTHS))]), gradients, micro_batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "checkpointed", "lora", "frozen_vision"])
 def test_parts_give_the_numbers_and_gradients_of_whole_groups(grouped_folders, family, kind):
     config = PolicyConfig(

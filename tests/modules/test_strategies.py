@@ -16,6 +16,8 @@ from perception_r1.policy.sharded_checkpoint import META, load_shards
 from tests.modules import two_processes
 from tests.modules.run_sharded import KINDS, train
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-9
 SHARDED = [("full", "zero1"), ("lora", "zero1"), ("frozen", "zero1"), *((kind, "fsdp2") for kind in KINDS)]
 RESUMED = ["zero1", "fsdp2", "shards"]

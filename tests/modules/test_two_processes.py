@@ -12,6 +12,8 @@ from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.modules.toy import Lottery, make_data
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 KINDS = ("grpo", "uneven", "parts", "whole", "reserve", "mixture", "sft", "sft_whole")

@@ -22,6 +22,8 @@ from tests.evaluation.evaluating import write_sources
 from tests.modules.toy import Log, Lottery, fit, make_data, make_module, make_trainer, trained_weights
 from tests.policy.test_batch import assert_same
 
+pytestmark = pytest.mark.slow
+
 VALIDATION = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 

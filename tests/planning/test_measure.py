@@ -56,6 +56,7 @@ class CountedPhases(memory_check.PhasePeaks):
         self.meter.peaks.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in memory_check.CASES if case not in memory_check.DEVICES])
 def test_a_plan_is_what_the_tensors_of_a_real_step_take(random_folder, monkeypatch, case):
     monkeypatch.setattr(memory_check, "SHAPE", SMALL)
