@@ -32,6 +32,12 @@ NUM_DROPPED = 2
 """First steps of a run that are not counted."""
 
 
+def short(commit: str) -> str:
+    """The short hash of a commit, under whatever name it is given."""
+    command = ["git", "rev-parse", "--short", commit]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def check_out(commit: str, parent: Path) -> Path:
     """The files of a commit in a folder of their own."""
     folder = parent / commit
@@ -104,6 +110,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--results", type=Path, help="Default: results/train_TASK.json, or engine_commits.json.")
     args = parser.parse_args()
+    args.commits = [short(name) for name in args.commits]
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "lightning")},
