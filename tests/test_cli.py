@@ -389,6 +389,7 @@ def test_scoring_needs_no_trainer(capsys):
     assert "score" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP is that of Linux")
 @pytest.mark.parametrize(
     ("given", "expected"),

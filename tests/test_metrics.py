@@ -392,6 +392,7 @@ def _merged(rank: int, port: int, queue) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_devices_together_find_what_pycocotools_finds(free_port):
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()

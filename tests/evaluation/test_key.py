@@ -36,6 +36,7 @@ def name_of(folder, tmp_path, monkeypatch):
     return name
 
 
+@pytest.mark.slow
 def test_what_changes_the_answers_changes_the_name(name_of, tmp_path):
     names = [
         name_of(),
@@ -62,6 +63,7 @@ def test_what_changes_the_answers_changes_the_name(name_of, tmp_path):
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_what_changes_no_answer_changes_no_name(name_of):
     settings = [
         (),

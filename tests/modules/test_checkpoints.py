@@ -94,6 +94,7 @@ def test_a_resumed_run_ends_exactly_as_one_that_was_never_stopped(folder, tmp_pa
     assert_same_training(second, log, range(stop + 1, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "saved"), [(2, 4), (6, 8)])
 def test_a_run_stopped_by_sigterm_between_two_updates_finishes_its_step_and_goes_on_exactly(
     folder, tmp_path, step, saved

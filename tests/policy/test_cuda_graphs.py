@@ -333,7 +333,7 @@ def test_attention_reads_more_and_more_of_what_is_written(policy, captures, smal
 @ONE_FAMILY
 @pytest.mark.parametrize(
     "options",
-    [{}, {"group_size": 1, "indices": (0, 1, 2, 3, 4)}, {"group_size": 6, "repetition_penalty": 1.6}],
+    [{}, {"group_size": 1, "indices": (0, 1, 2, 3, 4)}, {"group_size": 5, "repetition_penalty": 1.6}],
     ids=str,
 )
 def test_finished_rows_leave_buffers_that_are_not_kept(policy, captures, small_buckets, monkeypatch, options):
@@ -346,12 +346,14 @@ def test_finished_rows_leave_buffers_that_are_not_kept(policy, captures, small_b
         assert cache.num_rows == rows.shape[1]
 
     monkeypatch.setattr(StaticCache, "select_rows", note)
-    for max_kept_bytes in (2**30, 0):
+    num_rollouts = 1 if captures.is_traced else 3  # to record steps takes long
+    for max_kept_bytes in (2**30, 0)[captures.is_traced :]:
         generator = GraphGenerator(Decoder(policy.model), captures.new, max_kept_bytes=max_kept_bytes)
-        for seeds in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
+        for number in range(num_rollouts):
+            seeds = range(5 * number, 5 * number + 5)
             indices = options.get("indices", (0, 1, 2))
-            settings = options | {"max_new_tokens": 60, "seeds": seeds[: len(indices)]}
+            settings = options | {"max_new_tokens": 40, "seeds": [*seeds][: len(indices)]}
             assert_same(*rollouts(policy, generator, **settings))
         assert bool(sizes) == (max_kept_bytes == 0)
         assert generator.is_empty == (max_kept_bytes == 0)
-    assert len(sizes) >= 2
+    assert len(sizes) >= num_rollouts

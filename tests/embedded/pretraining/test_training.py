@@ -91,6 +91,7 @@ def test_terms_are_counted_as_the_losses_sum_them(start):
     assert counts["page/name"] == sum(scene.owner.size // 49 for scene, _ in pages)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(start, tmp_path, capsys):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
