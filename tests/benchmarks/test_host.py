@@ -3,7 +3,8 @@ import json
 import numpy as np
 from PIL import Image
 
-from tests.benchmarks.programs import program
+from tests.benchmarks.programs import RESULTS, program
+from tests.readme import ROOT
 
 host = program("host")
 
@@ -57,3 +58,18 @@ def test_rows_name_jpeg_files_of_the_size_asked_for(tmp_path):
     rows = [json.loads(line) for line in host.write_rows(tmp_path, 2, 80, 60).read_text().splitlines()]
     with Image.open(tmp_path / rows[1]["image"]) as image:
         assert (image.format, image.size) == ("JPEG", (80, 60))
+
+
+def test_the_documentation_has_the_committed_times():
+    found = json.loads((RESULTS / "host.json").read_text(encoding="utf-8"))
+    alone, ahead = (
+        {name: found[f"{count} workers"][name]["median"] for name in ("wait_seconds", "cpu_seconds")}
+        for count in (0, 2)
+    )
+    page = " ".join((ROOT / "docs" / "engine.md").read_text(encoding="utf-8").split())
+    waits = (
+        f"a step waits {1000 * alone['wait_seconds']:.0f} ms for prompts that the training process encodes itself, and "
+    )
+    assert f"{waits}{1000 * ahead['wait_seconds']:.0f} ms with two workers" in page
+    assert f"{1000 * alone['cpu_seconds']:.0f} ms and {1000 * ahead['cpu_seconds']:.0f} ms" in page
+    assert found["steps"] * found["rounds"] == 60
