@@ -52,6 +52,22 @@ def test_the_documentation_shows_the_committed_tables(cells):
     assert engine.table(cells) in page
 
 
+def test_the_documentation_has_the_committed_costs_of_a_middle_size():
+    (cell,) = committed("engine_653.json")["cells"]
+    assert (cell["prompt"], cell["completion"], cell["group_size"]) == (653, 96, 12)
+    shared, repeated, trl = (cell["cpu_s"][name] for name in ("shared", "repeated", "trl"))
+    page = " ".join((ROOT / "docs" / "engine.md").read_text(encoding="utf-8").split())
+    costs = f"takes {shared:.2f} CPU-s, of repeated prompts {repeated:.2f}, and TRL's {trl:.2f}, "
+    assert f"{costs}{trl / shared:.1f} times as long" in page
+
+
+def test_the_documentation_has_the_committed_ratios_of_two_commits():
+    ratios = [row["ratio"] for row in committed("engine_commits.json")["steps"]]
+    page = " ".join((ROOT / "docs" / "engine.md").read_text(encoding="utf-8").split())
+    assert len(ratios) == 12
+    assert f"no size has become slower by more than {100 * (max(ratios) - 1):.1f} %" in page
+
+
 def test_the_readme_names_the_range_of_speed_at_8_completions(cells):
     ratios = [cell.ratio("trl") for cell in cells if cell.group_size == 8]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
