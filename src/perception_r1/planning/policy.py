@@ -90,7 +90,6 @@ class ShapePolicy(Policy):
             self._graphs = GraphGenerator(decoder, lambda: self._capture)
         with self.meter.kind("caches"):
             self._graphs.prepare(prompts, group_size=group_size, params=params, seeds=seeds).replay(0)
-        self._graphs.release()
         self._release_copies()
         num_rows = len(seeds) * group_size
         return Rollout(

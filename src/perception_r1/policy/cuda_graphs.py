@@ -109,21 +109,12 @@ class GraphGenerator:
                 break
             if not is_kept and step + 1 + _MIN_STEPS <= params.max_new_tokens:
                 captured.release_rows()
-        completions = rollout.trim_completions(captured.written(), params)
-        self.release()
-        return completions
+        return rollout.trim_completions(captured.written(), params)
 
     @property
     def is_empty(self) -> bool:
         """No step is kept, so nothing needs the decoder's copies of the weights to stay."""
         return not self._captured
-
-    def release(self) -> None:
-        """Let go of the buffers that were not used for the longest time, until the others are few and small enough."""
-        sizes = {key: step.num_bytes for key, step in self._captured.items()}
-        while len(sizes) > _MAX_GRAPHS or sum(sizes.values()) > self._max_kept_bytes:
-            oldest = next(iter(sizes))
-            del sizes[oldest], self._captured[oldest]
 
     @torch.no_grad()
     def prepare(
@@ -141,8 +132,16 @@ class GraphGenerator:
         if captured is None:
             captured = CapturedStep(self.decoder, prompts, room, group_size, params, self._make_capture())
         self._captured[key] = captured
+        self._release()
         captured.load(prompts, rollout.draw_uniforms(seeds, group_size, params, self.decoder.device))
         return captured
+
+    def _release(self) -> None:
+        """Let go of the buffers that were not used for the longest time, until the others are few and small enough."""
+        sizes = {key: step.num_bytes for key, step in self._captured.items()}
+        while len(sizes) > _MAX_GRAPHS or sum(sizes.values()) > self._max_kept_bytes:
+            oldest = next(iter(sizes))
+            del sizes[oldest], self._captured[oldest]
 
 
 class CapturedStep:
