@@ -43,6 +43,7 @@ from perception_r1.policy.cuda_graphs import GraphGenerator, Step
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.rollout import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from pages import fill, table
@@ -94,9 +95,8 @@ PHASES = {
 class FixedBuffers(Policy):
     """Decodes in the buffers that a captured graph of CUDA has."""
 
-    def generate(self, prompts: Any, *, group_size: int, seeds: Sequence[int], **options: Any) -> Any:
+    def generate(self, prompts: Any, *, group_size: int, params: SamplingParams, seeds: Sequence[int]) -> Any:
         """As on CUDA."""
-        params = self.sampling_params(**options)
         if self._graphs is None:
             self._graphs = GraphGenerator(Decoder(self.model), lambda: _run_again)
         return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)

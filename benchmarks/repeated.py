@@ -15,7 +15,7 @@ from perception_r1.modules import GRPO
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.forward import process_logits
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.rollout import Rollout
+from perception_r1.policy.rollout import Rollout, SamplingParams
 
 
 class RepeatedPolicy(Policy):
@@ -35,32 +35,21 @@ class RepeatedPolicy(Policy):
         return prompts
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: Any,
-        *,
-        group_size: int,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        is_greedy: bool = False,
-        repetition_penalty: float = 1.0,
-    ) -> Rollout:
+    def generate(self, prompts: Any, *, group_size: int, params: SamplingParams, seeds: Sequence[int]) -> Rollout:
         """`generate` on repeated prompts; it samples from torch's global random state, seeded with the first seed."""
         rows = _repeat(prompts, group_size)
         torch.manual_seed(seeds[0])
         inputs = self._inputs(rows)
         generated = self.model.generate(
             **inputs,
-            do_sample=not is_greedy,
-            temperature=temperature,
+            do_sample=not params.is_greedy,
+            temperature=params.temperature,
             top_k=0,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            max_new_tokens=max_new_tokens,
-            suppress_tokens=self.suppress_tokens.tolist(),
-            eos_token_id=self.eos_token_ids.tolist(),
+            top_p=params.top_p,
+            repetition_penalty=params.repetition_penalty,
+            max_new_tokens=params.max_new_tokens,
+            suppress_tokens=params.suppress_tokens.tolist(),
+            eos_token_id=params.eos_token_ids.tolist(),
             pad_token_id=int(self.eos_token_ids[0]),
         )[:, inputs["input_ids"].shape[1] :].cpu()
         is_end = torch.isin(generated, self.eos_token_ids.cpu())

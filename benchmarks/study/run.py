@@ -187,9 +187,8 @@ def sample(
             rollout = policy.generate(
                 policy.prefill(prompts),
                 group_size=GROUP_SIZE,
-                max_new_tokens=MAX_NEW_TOKENS,
+                params=policy.sampling_params(max_new_tokens=MAX_NEW_TOKENS, temperature=temperature),
                 seeds=range(len(batch)),
-                temperature=temperature,
             )
             own, before = (each(prompts, rollout.completions, temperature) for each in (policy, base))
         gaps += float((own - before).sum())

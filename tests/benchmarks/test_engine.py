@@ -94,7 +94,8 @@ def test_the_operations_that_are_needed_are_about_those_that_are_made(tmp_path):
     prompts = policy.processor.encode([chat], [[Image.new("RGB", (112, 112))]], max_tokens=None)
     assert prompts.lengths == [100]
     with FlopCounterMode(display=False) as counter:
-        rollout = policy.generate(policy.prefill(prompts), group_size=4, max_new_tokens=20, seeds=[0])
+        params = policy.sampling_params(max_new_tokens=20)
+        rollout = policy.generate(policy.prefill(prompts), group_size=4, params=params, seeds=[0])
         with torch.no_grad():
             reference(prompts, rollout.completions)
         policy(prompts, rollout.completions).sum().backward()

@@ -47,7 +47,7 @@ def test_a_budget_of_tokens_changes_no_answer_and_no_order(module, monkeypatch, 
     real = type(module.policy).generate
 
     def generate(policy, prompts, **options):
-        sizes.append(len(prompts.lengths) * (max(prompts.lengths) + options["max_new_tokens"]))
+        sizes.append(len(prompts.lengths) * (max(prompts.lengths) + options["params"].max_new_tokens))
         assert len(prompts.lengths) == 1 or sizes[-1] <= budget
         return real(policy, prompts, **options)
 

@@ -16,7 +16,6 @@ from perception_r1.modules import GRPO, SFT
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.rollout import SamplingParams
 from perception_r1.tasks.ocr import OcrData
 from tests.evaluation.evaluating import write_sources
 from tests.modules.toy import fit, make_data, make_module, make_trainer
@@ -31,10 +30,10 @@ def greedy(monkeypatch):
     """What every greedy generation saw and gave: autocast state, tokens, log-probabilities."""
     seen, real = [], Policy.generate
 
-    def generate(self, prompts, **options):
-        rollout = real(self, prompts, **options)
+    def generate(self, prompts, *, params, **options):
+        rollout = real(self, prompts, params=params, **options)
         state = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        if options.get("is_greedy"):
+        if params.is_greedy:
             values = torch.cat(rollout.logprobs).tolist()
             seen.append((state, [completion.tolist() for completion in rollout.completions], values))
         return rollout
@@ -117,12 +116,10 @@ def test_rewards_are_compared_in_full_precision_also_by_a_trainer_in_pure_bf16(f
 def test_buffers_that_decoding_keeps_serve_evaluation_and_training_in_any_order(folder, tmp_path, monkeypatch):
     """On a GPU a policy keeps them for captured steps; here the steps run as they are, in the same buffers."""
 
-    def generate(self, prompts, *, group_size, seeds, is_greedy=False, **sampling):
+    def generate(self, prompts, **options):
         if self._graphs is None:
             self._graphs = GraphGenerator(Decoder(self.model), lambda: lambda step: step)
-        ids = {"eos_token_ids": self.eos_token_ids, "suppress_tokens": self.suppress_tokens}
-        params = SamplingParams(is_greedy=is_greedy, **sampling, **ids)
-        return self._graphs.generate(prompts, group_size=group_size, params=params, seeds=seeds)
+        return self._graphs.generate(prompts, **options)
 
     monkeypatch.setattr(Policy, "generate", generate)
     module, data = make_module(folder), make_data()

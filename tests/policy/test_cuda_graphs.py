@@ -219,15 +219,14 @@ def test_a_policy_keeps_its_steps_until_its_weights_move_or_change_their_type(fo
     policy = Policy.load(PolicyConfig(name=str(folder))).eval()
     policy.eos_token_ids = MANY_ENDS
     prompts = oracle.encode(policy.processor)
-    options = {"group_size": 2, "max_new_tokens": 6, "seeds": [1, 2, 3], "temperature": 0.7}
+    options = {"group_size": 2, "params": sampling_of(policy, max_new_tokens=6), "seeds": [1, 2, 3]}
 
     def num_captured():
         before = captures.num_steps
         cache = policy.prefill(prompts)
         rollout = policy.generate(cache, **options)
         if not torch.is_autocast_enabled("cpu"):  # rounding to bfloat16 may turn a draw
-            params = sampling_of(policy, max_new_tokens=6)
-            eager = generate(Decoder(policy.model), cache, group_size=2, params=params, seeds=options["seeds"])
+            eager = generate(Decoder(policy.model), cache, **options)
             assert [row.tolist() for row in rollout.completions] == [row.tolist() for row in eager.completions]
         return captures.num_steps - before
 
@@ -248,11 +247,10 @@ def test_a_policy_keeps_its_steps_until_its_weights_move_or_change_their_type(fo
 def test_graphs_of_cuda_write_what_the_eager_path_writes_there(policy, group_size):
     policy = policy.cuda()
     policy.eos_token_ids = MANY_ENDS.cuda()
-    options = {"group_size": group_size, "max_new_tokens": 12}
     params = sampling_of(policy, eos_token_ids=policy.eos_token_ids)
     for indices in ((0, 1, 2), (2, 0, 3)):
         prompts = policy.prefill(oracle.encode(policy.processor, indices).to("cuda"))
-        one = policy.generate(prompts, seeds=indices, temperature=0.7, **options)
+        one = policy.generate(prompts, group_size=group_size, params=params, seeds=indices)
         other = generate(Decoder(policy.model), prompts, group_size=group_size, params=params, seeds=indices)
         assert_same(one, other)
 

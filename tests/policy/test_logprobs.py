@@ -75,9 +75,8 @@ def test_in_a_nucleus_they_are_those_of_the_sampler_and_so_are_their_gradients(
     monkeypatch.setattr(logprobs_module, "_HEAD_ROWS", head_rows)
     temperature, top_p = 0.9, 0.6
     prompts = oracle.encode(policy.processor)
-    rollout = policy.generate(
-        policy.prefill(prompts), group_size=3, max_new_tokens=6, seeds=[1, 2, 3], temperature=temperature, top_p=top_p
-    )
+    params = policy.sampling_params(max_new_tokens=6, temperature=temperature, top_p=top_p)
+    rollout = policy.generate(policy.prefill(prompts), group_size=3, params=params, seeds=[1, 2, 3])
     rows = without_padding(policy(prompts, rollout.completions, temperature, top_p), rollout.completions)
     assert_same_rows([row.detach() for row in rows], rollout.logprobs)
     full = naive_logprobs(plain, policy, rollout.completions, temperature)

@@ -64,6 +64,7 @@ def test_a_row_holds_the_tokens_and_positions_of_its_prompts_and_then_of_its_com
         input_ids=tuple(map(torch.tensor, ids)),
         position_ids=tuple(map(torch.tensor, positions)),
         next_positions=tuple(following),
+        chats=(),
         num_images=(),
         image_sizes=(),
         image_grids=(),

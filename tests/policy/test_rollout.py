@@ -167,7 +167,8 @@ def test_sampling_touches_no_global_random_state(folder):
 
 def test_sampled_completions_have_the_log_probabilities_of_the_sampler(policy, plain):
     prompts = oracle.encode(policy.processor)
-    rollout = policy.generate(policy.prefill(prompts), group_size=2, max_new_tokens=6, seeds=[1, 2, 3], temperature=0.7)
+    params = sampling_of(policy, max_new_tokens=6, temperature=0.7)
+    rollout = policy.generate(policy.prefill(prompts), group_size=2, params=params, seeds=[1, 2, 3])
     with torch.no_grad():
         logprobs = policy(prompts, rollout.completions, 0.7)
         for index, completion in enumerate(rollout.completions):
@@ -185,21 +186,18 @@ def test_the_checkpoint_s_own_sampling_settings_do_not_leak_in(folder, copy_fold
     def sample(source):
         policy = Policy.load(PolicyConfig(name=str(source)))
         prompts = oracle.encode(policy.processor)
-        answers = policy.generate(
-            policy.prefill(prompts), group_size=1, max_new_tokens=8, seeds=[0] * 3, is_greedy=True
-        )
-        return rows(policy.generate(policy.prefill(prompts), group_size=3, max_new_tokens=8, seeds=[1, 2, 3])) + rows(
-            answers
-        )
+        params = sampling_of(policy)
+        sampled = policy.generate(policy.prefill(prompts), group_size=3, params=params, seeds=[1, 2, 3])
+        return rows(sampled) + rows(greedy(policy, [0, 1, 2]))
 
     assert sample(other) == sample(folder)
 
 
 def test_the_text_s_length_limit_holds_for_every_row(folder):
     policy = Policy.load(PolicyConfig(name=str(folder)))
-    rollout = policy.generate(
-        policy.prefill(oracle.encode(policy.processor)), group_size=2, max_new_tokens=1, seeds=[1, 2, 3]
-    )
+    prompts = policy.prefill(oracle.encode(policy.processor))
+    params = sampling_of(policy, max_new_tokens=1)
+    rollout = policy.generate(prompts, group_size=2, params=params, seeds=[1, 2, 3])
     assert [len(completion) for completion in rollout.completions] == [1] * 6
 
 
@@ -210,7 +208,8 @@ def test_a_tall_picture_does_not_confuse_positions(policy, plain):
         [[oracle.noise(28, 400)], [oracle.noise(400, 28)]],
         max_tokens=None,
     )
-    rollout = policy.generate(policy.prefill(both), group_size=2, max_new_tokens=5, seeds=[1, 2])
+    params = sampling_of(policy, max_new_tokens=5)
+    rollout = policy.generate(policy.prefill(both), group_size=2, params=params, seeds=[1, 2])
     with torch.no_grad():
         logprobs = policy(both, rollout.completions)
         for completion, row in zip(rollout.completions[:2], logprobs, strict=False):
@@ -222,12 +221,13 @@ MANY_ENDS = torch.arange(0, 270, 6)
 """So many that rows end at many different indices."""
 
 
-def ragged(policy, indices=(0, 1, 2, 3), **options):
+def ragged(policy, indices=(0, 1, 2, 3), group_size=4):
     """Prompts and a rollout in which many rows end long before the limit."""
     policy.eos_token_ids = MANY_ENDS
     prompts = oracle.encode(policy.processor, indices)
-    defaults = {"group_size": 4, "max_new_tokens": 16, "seeds": range(len(indices)), "temperature": 0.7}
-    return prompts, policy.generate(policy.prefill(prompts), **(defaults | options))
+    params = sampling_of(policy, max_new_tokens=16, temperature=0.7)
+    rollout = policy.generate(policy.prefill(prompts), group_size=group_size, params=params, seeds=range(len(indices)))
+    return prompts, rollout
 
 
 def spy_on_rows(monkeypatch):

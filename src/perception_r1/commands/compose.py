@@ -5,7 +5,8 @@
 stands for default.yaml, task/counting.yaml, model/tiny.yaml, tiny/counting.yaml (what this model needs for this task,
 where there is such a file), data/coco.yaml, recipes/detection.yaml and variant/lora.yaml. `--model` may also be a hub
 id or a folder, `--data` a file of JSON lines to train on. `--protocol published` adds protocol/published.yaml and
-protocol/published/counting.yaml. A file of ./configs comes before that of the checkout.
+protocol/published/counting.yaml, `--engine vllm` engine/vllm.yaml. A file of ./configs comes before that of the
+checkout.
 """
 
 import re
@@ -27,6 +28,7 @@ PARTS = {
     "recipe": "the settings of a published training, a name in configs/recipes",
     "variant": "a deviation, a name in configs/variant; may be given several times",
     "protocol": "how an evaluation asks, strict or published, a name in configs/protocol (default: strict)",
+    "engine": "what writes completions, a name in configs/engine (default: the engine of this package)",
 }
 """The options that name parts, with their help."""
 
@@ -86,6 +88,8 @@ def _layers(parts: Mapping[str, Sequence[str]]) -> Iterator[_Config]:
         yield _read(f"protocol/{protocol}", "--protocol")
         if _find(f"protocol/{protocol}/{task}") is not None:
             yield _read(f"protocol/{protocol}/{task}")
+    for engine in parts.get("engine", [])[-1:]:
+        yield _read(f"engine/{engine}", "--engine", "; a class is given as --model.engine")
 
 
 def _read(name: str, option: str = "", others: str = "") -> _Config:

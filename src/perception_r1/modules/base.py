@@ -269,6 +269,7 @@ class PolicyModule(EvaluationModule):
                 )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.engine.invalidate()
         self.lr_schedulers().step()  # type: ignore[union-attr]
         return {"grad_norm": float(norm), "lr": learning_rate, "skipped_steps": float(self.num_skipped_steps)}
 
@@ -304,6 +305,7 @@ class PolicyModule(EvaluationModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics; during a fit also the seconds of this validation, and the share of all of them so far."""
         super().on_validation_epoch_end()
+        self.engine.sleep()
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
         seconds = time.perf_counter() - self._validation_started
@@ -335,5 +337,6 @@ class PolicyModule(EvaluationModule):
         check_origin(checkpoint)
         if self.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
             raise UserError("The checkpoint holds weights alone, as best.ckpt does; training goes on from last.ckpt.")
+        self.engine.invalidate()
         self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +19,8 @@ from torchmetrics import MetricCollection
 from perception_r1.codecs import Codec
 from perception_r1.data.base import BaseDataModule
 from perception_r1.data.loading import Batch
+from perception_r1.engines import GenerationEngine, NativeEngine
+from perception_r1.engines.base import EngineContext
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics, make_metrics, update_metrics
 from perception_r1.modules.encoding import encode_prompts, prompt_encoder
@@ -42,6 +45,7 @@ class EvaluationModule(LightningModule):
     Args:
         task: That of the data module, or its mixture of several; the command line hands it over.
         policy: Which model is trained, and what of it.
+        engine: What writes completions; null: the engine of this package.
         max_new_tokens: Longest completion, end token included.
         repetition_penalty: Of greedy answers: makes tokens that are in the prompt or the answer less probable; 1 does
             not. Sampling has none, so that its log-probabilities are the model's.
@@ -62,6 +66,7 @@ class EvaluationModule(LightningModule):
         task: AnyTask,
         *,
         policy: PolicyConfig,
+        engine: GenerationEngine | None = None,
         max_new_tokens: int = 768,
         repetition_penalty: float = 1.0,
         eval_batch_tokens: int | None = None,
@@ -75,6 +80,8 @@ class EvaluationModule(LightningModule):
             raise UserError(f"eval_batch_tokens is {eval_batch_tokens}; it must be 1 or more, or null.")
         self.task = task
         self.policy_config = policy
+        self.engine: GenerationEngine = NativeEngine() if engine is None else engine
+        self._is_connected = False
         self.max_new_tokens = max_new_tokens
         self.repetition_penalty = repetition_penalty
         self.eval_batch_tokens = eval_batch_tokens
@@ -87,11 +94,31 @@ class EvaluationModule(LightningModule):
 
         The workers of the data module learn from it how a prompt is encoded.
         """
+        if not self._is_connected:
+            self.connect_engine()
         if not hasattr(self, "policy"):
-            self.policy = self.load_policy(self.policy_config)
+            is_elsewhere = self.engine.has_own_weights and self.trainer.state.fn != TrainerFn.FITTING
+            if is_elsewhere and self.trainer.ckpt_path is None:
+                self.policy = self.policy_class.without_weights(self.policy_config)
+            else:
+                self.policy = self.load_policy(self.policy_config)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, BaseDataModule):
             data.encode_with(prompt_encoder(self.policy, self.task))
+
+    def connect_engine(self) -> None:
+        """Tell the engine whom it serves."""
+        strategy = self.trainer.strategy
+        self.engine.connect(
+            EngineContext(
+                config=self.policy_config,
+                dtype="bfloat16" if self.trainer.precision.startswith("bf16") else self.policy_config.dtype,
+                run_id=strategy.broadcast(uuid4().hex),
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+            )
+        )
+        self._is_connected = True
 
     def load_policy(self, config: PolicyConfig, *, is_trained: bool = True) -> Policy:
         """A policy, its weights sharded over the devices where the strategy says so."""
@@ -177,14 +204,10 @@ class EvaluationModule(LightningModule):
 
     def answer(self, prompts: PromptBatch) -> Rollout:
         """The greedy completion of each prompt, all at once."""
-        return self.policy.generate(
-            self.policy.prefill(prompts),
-            group_size=1,
-            max_new_tokens=self.max_new_tokens,
-            seeds=[0] * len(prompts),
-            is_greedy=True,
-            repetition_penalty=self.repetition_penalty,
+        params = self.policy.sampling_params(
+            max_new_tokens=self.max_new_tokens, is_greedy=True, repetition_penalty=self.repetition_penalty
         )
+        return self.engine.generate(self.policy, prompts, group_size=1, params=params, seeds=[0] * len(prompts))
 
     def parse(self, samples: Sequence[Sample[Any]], prompts: PromptBatch, rollout: Rollout) -> list[ParsedCompletion]:
         """The completions of a rollout as text and as predictions; samples and prompts are those that it answers."""

@@ -173,6 +173,11 @@ class GRPO(PolicyModule):
             top_entropy_quantile=top_entropy_quantile,
         )
         self.reference: Policy | None = None
+        if not self.engine.knows_entropies and (entropy_coef != 0 or top_entropy_quantile < 1):
+            raise UserError(
+                f"entropy_coef and top_entropy_quantile need entropies, which {type(self.engine).__name__} does not "
+                "tell: leave them out, or use the engine of this package."
+            )
 
     @property
     def updates_per_batch(self) -> int:
@@ -211,6 +216,7 @@ class GRPO(PolicyModule):
                 num_prompts=min(self.num_prompts or len(batch), len(batch)),
                 min_reward_std=self.min_reward_std,
             )
+        self.engine.sleep()
         with self.phase("reward"):
             advantages = self.advantages.compute(self, chosen, self.scoring_task)
         experience = self.make_experience(chosen.prompts, chosen.rollout, advantages)
@@ -259,17 +265,12 @@ class GRPO(PolicyModule):
 
     def generate(self, prompts: PromptBatch, group_size: int, seeds: Sequence[int]) -> Rollout:
         """G completions of each prompt."""
-        with self.phase("prefill"):
-            cache = self.policy.prefill(prompts)
-        with self.phase("decode"):
-            return self.policy.generate(
-                cache,
-                group_size=group_size,
-                max_new_tokens=self.max_new_tokens,
-                seeds=seeds,
-                temperature=self.temperature,
-                top_p=self.top_p,
-            )
+        params = self.policy.sampling_params(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p
+        )
+        return self.engine.generate(
+            self.policy, prompts, group_size=group_size, params=params, seeds=seeds, phase=self.phase
+        )
 
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
         """Bundle what the updates need; the advantages are on the CPU, for they decide what is computed.
@@ -403,6 +404,9 @@ class GRPO(PolicyModule):
         if isinstance(self.task, Mixture):
             metrics = metrics | {"reward": float(rewards.mean())}
         num_tokens = [len(completion) for completion in rollout.completions]
+        entropy = torch.cat(list(rollout.entropies)).mean()
+        if not self.engine.knows_entropies:  # what a token tells of it
+            entropy = -torch.cat(list(rollout.logprobs)).mean()
         self.log_train(
             metrics
             | {
@@ -410,7 +414,7 @@ class GRPO(PolicyModule):
                 "num_prompts": float(len(found.samples)),
                 "reward_std": float(rewards.view(-1, group_size).std(1).mean()),
                 "frac_reward_zero_std": float(has_zero_std(rewards, group_size).float().mean()),
-                "entropy": float(torch.cat(list(rollout.entropies)).mean()),
+                "entropy": float(entropy),
                 "completion_length": sum(num_tokens) / len(num_tokens),
                 "truncation_rate": sum(rollout.is_truncated) / len(num_tokens),
             }

@@ -19,7 +19,7 @@ from perception_r1.policy.load import EMBEDDED, PolicyConfig, model_family, mode
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.prefill import PromptCache
 from perception_r1.policy.processor import Processor
-from perception_r1.policy.rollout import Rollout
+from perception_r1.policy.rollout import Rollout, SamplingParams
 
 _SHAPES = Path(__file__).parent / "shapes"
 
@@ -80,10 +80,10 @@ class ShapePolicy(Policy):
         self.meter.claim([*cache.keys, *cache.values], "caches")
         return cache
 
-    def generate(self, prompts: PromptCache, *, group_size: int, max_new_tokens: int, **options: Any) -> Rollout:
+    def generate(
+        self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+    ) -> Rollout:
         """As on CUDA, up to the first token: the buffers of its step are those of every other."""
-        seeds: Sequence[int] = options.pop("seeds")
-        params = self.sampling_params(max_new_tokens=max_new_tokens, **options)
         if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
             with self.meter.kind("generation copy"):
                 decoder = Decoder(self.model)
@@ -91,12 +91,12 @@ class ShapePolicy(Policy):
         with self.meter.kind("caches"):
             self._graphs.prepare(prompts, group_size=group_size, params=params, seeds=seeds).replay(0)
         self._release_copies()
-        num_rows = len(seeds) * group_size
+        num_rows, num_tokens = len(seeds) * group_size, params.max_new_tokens
         return Rollout(
-            completions=[torch.zeros(max_new_tokens, dtype=torch.long) for _ in range(num_rows)],
-            logprobs=list(torch.zeros(num_rows, max_new_tokens, device=self.device)),
+            completions=[torch.zeros(num_tokens, dtype=torch.long) for _ in range(num_rows)],
+            logprobs=list(torch.zeros(num_rows, num_tokens, device=self.device)),
             is_truncated=[True] * num_rows,
-            entropies=list(torch.zeros(num_rows, max_new_tokens, device=self.device)),
+            entropies=list(torch.zeros(num_rows, num_tokens, device=self.device)),
         )
 
     def _capture(self, step: Step) -> Step:

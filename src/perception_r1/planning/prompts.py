@@ -68,6 +68,7 @@ class LongestPrompt:
             input_ids=(torch.tensor(ids),) * count,
             position_ids=(positions,) * count,
             next_positions=(int(positions.max()) + 1,) * count,
+            chats=([],) * count,
             num_images=(1,) * count,
             image_sizes=(image_size,) * count,
             image_grids=(self.grid,) * count,

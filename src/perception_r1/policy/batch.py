@@ -21,6 +21,8 @@ from perception_r1.records import ImageSize
 
 Grid: TypeAlias = tuple[int, int, int]
 """Patches of an image in time, height and width."""
+Chat: TypeAlias = list[dict[str, Any]]
+"""Messages as the chat templates of transformers take them."""
 T = TypeVar("T")
 
 
@@ -32,6 +34,7 @@ class PromptBatch:
         input_ids: Token ids of each prompt, B entries [P] on the CPU.
         position_ids: Rotary positions in time, height and width of each prompt, B entries [3, P] on the CPU.
         next_positions: Position of the first completion token of each prompt, B entries.
+        chats: Messages of each prompt, B entries.
         num_images: Images of each prompt, B entries.
         image_sizes: Sizes of the first image of each prompt, B entries.
         image_grids: Patches of each image, I entries.
@@ -43,6 +46,7 @@ class PromptBatch:
     input_ids: tuple[Tensor, ...]
     position_ids: tuple[Tensor, ...]
     next_positions: tuple[int, ...]
+    chats: tuple[Chat, ...]
     num_images: tuple[int, ...]
     image_sizes: tuple[ImageSize, ...]
     image_grids: tuple[Grid, ...]
@@ -72,6 +76,7 @@ class PromptBatch:
             input_ids=_pick(self.input_ids, indices),
             position_ids=_pick(self.position_ids, indices),
             next_positions=_pick(self.next_positions, indices),
+            chats=_pick(self.chats, indices),
             num_images=_pick(self.num_images, indices),
             image_sizes=_pick(self.image_sizes, indices),
             image_grids=_pick(self.image_grids, images),

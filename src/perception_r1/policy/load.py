@@ -6,7 +6,14 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
@@ -104,6 +111,18 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
+class WithoutWeights(nn.Module):
+    """In place of a model whose weights another engine has: what its configuration says, and nothing that computes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(model_path(name))
+        try:
+            self.generation_config = GenerationConfig.from_pretrained(model_path(name))
+        except OSError:  # the file is not needed
+            self.generation_config = GenerationConfig.from_model_config(self.config)
+
+
 def set_engine(model: PreTrainedModel) -> None:
     """Let a model compute as this engine does: prompts that completions share, and a simpler vision tower."""
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
@@ -131,7 +150,7 @@ def model_family(name: str) -> str:
     return family
 
 
-def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> torch.nn.Module:
+def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:
     """Freeze, adapt and checkpoint as the configuration says; the result is the module to train.
 
     Raises:

@@ -16,7 +16,14 @@ from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.load import PolicyConfig, load_model, model_family, model_path, prepare_for_training
+from perception_r1.policy.load import (
+    PolicyConfig,
+    WithoutWeights,
+    load_model,
+    model_family,
+    model_path,
+    prepare_for_training,
+)
 from perception_r1.policy.logprobs import completion_logprobs, prompt_states
 from perception_r1.policy.prefill import PromptCache, prefill
 from perception_r1.policy.processor import Processor
@@ -60,6 +67,14 @@ class Policy(nn.Module):
         return cls.from_model(model, processor, CODECS[family], config, is_trained=is_trained)
 
     @classmethod
+    def without_weights(cls, config: PolicyConfig) -> Self:
+        """A policy that encodes prompts and reads completions, while another engine has its weights."""
+        family, network = model_family(config.name), WithoutWeights(config.name)
+        bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        processor = Processor.load(model_path(config.name), **bounds)
+        return cls(network, processor, CODECS[family], max_prompt_length=config.max_prompt_length)
+
+    @classmethod
     def from_model(
         cls, model: PreTrainedModel, processor: Processor, codec: Codec, config: PolicyConfig, *, is_trained: bool
     ) -> Self:
@@ -73,6 +88,11 @@ class Policy(nn.Module):
         """The causal model of transformers, inside its adapter if it has one."""
         network: Any = self.network
         return network.get_base_model() if hasattr(network, "get_base_model") else network
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it can compute itself; see `without_weights`."""
+        return not isinstance(self.network, WithoutWeights)
 
     @property
     def device(self) -> torch.device:
@@ -121,25 +141,9 @@ class Policy(nn.Module):
         return prefill(self.model, prompts)
 
     def generate(
-        self,
-        prompts: PromptCache,
-        *,
-        group_size: int,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        is_greedy: bool = False,
-        repetition_penalty: float = 1.0,
+        self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> Rollout:
         """`group_size` completions of each prompt; see `policy/rollout.py`, and on CUDA `policy/cuda_graphs.py`."""
-        params = self.sampling_params(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            is_greedy=is_greedy,
-            repetition_penalty=repetition_penalty,
-        )
         if self.device.type != "cuda":
             return generate(Decoder(self.model), prompts, group_size=group_size, params=params, seeds=seeds)
         if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):

@@ -5,12 +5,14 @@ The hub's own processor classes want a video processor, which wants torchvision;
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -109,6 +111,7 @@ class Processor:
             input_ids=tuple(torch.tensor(row) for row in rows),
             position_ids=tuple(positions),
             next_positions=tuple(int(position.max()) + 1 for position in positions),
+            chats=tuple(chats),
             num_images=tuple(len(group) for group in images),
             image_sizes=tuple(self.image_size(*group[0].size) for group in images),
             image_grids=tuple(grids),
@@ -126,6 +129,32 @@ class Processor:
         values = torch.stack([level[part.long()] for level, part in zip(levels, channels, strict=True)], 1)
         values = values[:, :, None].expand(-1, -1, times, -1).flatten(1)  # [N, channels * times * height * width]
         return replace(prompts, pixel_values=values.split([len(image) for image in prompts.pixel_values]))
+
+    def pictures(self, prompts: PromptBatch) -> list[list[Image.Image]]:
+        """The pictures of each prompt as the model sees them, at their resized sizes: `normalize` undone.
+
+        An image processor with the same bounds leaves such a picture as it is, so others see the same pixels too.
+        """
+        pictures = (self._picture(*each) for each in zip(prompts.pixel_values, prompts.image_grids, strict=True))
+        return [list(islice(pictures, count)) for count in prompts.num_images]
+
+    def _picture(self, patches: Tensor, grid: Grid) -> Image.Image:
+        """A picture from its patches [N, channels * times * height * width]."""
+        size, side = self.image_processor.merge_size, self.image_processor.patch_size
+        channels, (_, rows, columns) = len(self._levels), grid
+        darkest, brightest = self._levels[:, :1], self._levels[:, -1:]
+        values = patches.cpu().view(len(patches), channels, -1, side * side)[:, :, 0]  # [N, channels, side * side]
+        pixels = ((values - darkest) / (brightest - darkest) * 255).round().to(torch.uint8)
+        blocks = pixels.view(rows // size, columns // size, size, size, channels, side, side)
+        pixels = blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, channels)
+        return Image.fromarray(pixels.numpy())
+
+    def without_repeats(self, input_ids: Tensor) -> list[int]:
+        """Token ids of a prompt with one placeholder for each picture, from [P] with one for each of its features."""
+        is_picture = input_ids == self.image_token_id
+        is_repeat = is_picture & F.pad(is_picture, (1, 0))[:-1]
+        ids: list[int] = input_ids[~is_repeat].tolist()
+        return ids
 
     def image_size(self, width: int, height: int) -> ImageSize:
         """Sizes of a picture of this size, without the picture itself; raises as `check_aspect` does."""
@@ -151,6 +180,11 @@ class Processor:
         image_size = self.image_size(width, height)
         if max_tokens is not None:
             _check_length(self.num_prompt_tokens(chat, image_size), max_tokens)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text, nothing added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def encode_targets(self, texts: Sequence[str], eos_token_id: int) -> list[Tensor]:
         """Token ids of answers, each closed by the end token: what SFT teaches."""

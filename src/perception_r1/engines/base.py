@@ -1,0 +1,128 @@
+"""The interface of what writes completions: the engine of this package, vLLM in this process, or a server."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.load import Dtype, PolicyConfig
+from perception_r1.policy.policy import Policy
+from perception_r1.policy.rollout import Rollout, SamplingParams
+
+Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]
+"""Measures a part of a step under a name."""
+
+
+@contextmanager
+def unmeasured(name: str) -> Iterator[None]:
+    """A `Phase` that measures nothing."""
+    yield
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineContext:
+    """What an engine has to know of the run that it serves.
+
+    Attributes:
+        config: The model, and what of it is trained.
+        dtype: In which the trainer computes.
+        run_id: Tells this run from all others, and is the same on all devices.
+        rank: Of this device.
+        world_size: Number of devices.
+    """
+
+    config: PolicyConfig
+    dtype: Dtype
+    run_id: str
+    rank: int = 0
+    world_size: int = 1
+
+
+class GenerationEngine(ABC):
+    """Writes completions of prompts.
+
+    Attributes:
+        has_own_weights: It computes with a copy of the policy's weights, and can do without a policy that has any.
+        knows_entropies: Its rollouts tell the entropies of the distributions; those of others are NaN.
+    """
+
+    has_own_weights: ClassVar[bool] = True
+    knows_entropies: ClassVar[bool] = False
+
+    @abstractmethod
+    def connect(self, context: EngineContext) -> None:
+        """Learn whom it serves, before the first completion.
+
+        Raises:
+            UserError: It cannot serve this run.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        policy: Policy,
+        prompts: PromptBatch,
+        *,
+        group_size: int,
+        params: SamplingParams,
+        seeds: Sequence[int],
+        phase: Phase = unmeasured,
+    ) -> Rollout:
+        """Write G completions of each of B prompts with the present weights of a policy.
+
+        Args:
+            policy: The policy, in evaluation mode.
+            prompts: B prompts, their pixels on the policy's device.
+            group_size: G.
+            params: How completions are written.
+            seeds: B numbers, on each of which the completions of one prompt depend.
+            phase: Measures what is done.
+
+        Returns:
+            N = B*G completions, the G of a prompt after one another; log-probabilities on the policy's device.
+
+        Raises:
+            UserError: It has failed, or cannot be reached.
+        """
+
+    @abstractmethod
+    def invalidate(self) -> None:
+        """The policy's weights have changed."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Leave as much memory as can be to training, until the next completion is wanted."""
+
+
+class NativeEngine(GenerationEngine):
+    """The engine of this package: each prompt is computed once, its completions share it."""
+
+    has_own_weights = False
+    knows_entropies = True
+
+    def connect(self, context: EngineContext) -> None:
+        """It serves every run."""
+
+    def invalidate(self) -> None:
+        """It reads the weights themselves."""
+
+    def sleep(self) -> None:
+        """The policy itself keeps no more than captured steps, which are to be kept."""
+
+    def generate(
+        self,
+        policy: Policy,
+        prompts: PromptBatch,
+        *,
+        group_size: int,
+        params: SamplingParams,
+        seeds: Sequence[int],
+        phase: Phase = unmeasured,
+    ) -> Rollout:
+        """See `GenerationEngine`."""
+        with phase("prefill"):
+            cache = policy.prefill(prompts)
+        with phase("decode"):
+            return policy.generate(cache, group_size=group_size, params=params, seeds=seeds)
