@@ -103,11 +103,12 @@ def _run(argv: Sequence[str]) -> int:
         raise UserError(f"--cards are sizes in GB, such as 24 80; there is none of {cards[-1]:g}")
     with console.status("Running the phases without values"):
         found = cli.plan()
+    left = 1 - cli.model.engine.memory_share
     console.print(summary(found), highlight=False, soft_wrap=True)
     console.print(peak_table(found.peaks))
     for card in reversed(cards):
-        console.print(f"{card:g} GB: {_fits(found, card)}", highlight=False)
-    missed = [card for card in cards if found.highest.bytes > card * GB]
+        console.print(f"{card:g} GB: {_fits(found, card * left)}", highlight=False)
+    missed = [card for card in cards if found.highest.bytes > card * left * GB]
     if missed and cli.config.advice:
         for line in advise(argv, cli, found, missed):
             console.print(line, highlight=False, soft_wrap=True)
@@ -125,7 +126,7 @@ def advise(argv: Sequence[str], cli: PlanCLI, plan: Plan, cards: Sequence[float]
     """Settings with which a run fits cards that are too small for it, planned until it does; the largest card first."""
     options: list[str] = []
     for card in cards:
-        while plan.highest.bytes > card * GB:
+        while plan.highest.bytes > card * (1 - cli.model.engine.memory_share) * GB:
             change = next_change(cli.model, plan)
             if change is None:
                 yield f"{card:g} GB: no setting is enough; lower max_pixels or max_new_tokens, or use more devices."

@@ -133,7 +133,7 @@ class PerceptionCLI(ConfiguredCLI):
             is_whole = type(self.trainer.strategy) in (SingleDeviceStrategy, DDPStrategy)
             if is_whole and isinstance(self.trainer.accelerator, CUDAAccelerator):
                 device = torch.cuda.get_device_properties(self.trainer.strategy.root_device)
-                check_memory(self.model, device.total_memory)
+                check_memory(self.model, round(device.total_memory * (1 - self.model.engine.memory_share)))
         if self.trainer.is_global_zero:
             get_console().print(told, highlight=False)
 

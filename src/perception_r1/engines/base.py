@@ -30,6 +30,7 @@ class EngineContext:
         dtype: In which the trainer computes.
         run_id: Tells this run from all others, and is the same on all devices.
         rank: Of this device.
+        local_rank: Of this device on its machine.
         world_size: Number of devices.
     """
 
@@ -37,6 +38,7 @@ class EngineContext:
     dtype: Dtype
     run_id: str
     rank: int = 0
+    local_rank: int = 0
     world_size: int = 1
 
 
@@ -51,9 +53,14 @@ class GenerationEngine(ABC):
     has_own_weights: ClassVar[bool] = True
     knows_entropies: ClassVar[bool] = False
 
+    @property
+    def memory_share(self) -> float:
+        """Share of a device's memory that training cannot have."""
+        return 0.0
+
     @abstractmethod
-    def connect(self, context: EngineContext) -> None:
-        """Learn whom it serves, before the first completion.
+    def connect(self, policy: Policy, context: EngineContext) -> None:
+        """Get ready to serve a run; all devices call it together, and before the first completion.
 
         Raises:
             UserError: It cannot serve this run.
@@ -102,7 +109,7 @@ class NativeEngine(GenerationEngine):
     has_own_weights = False
     knows_entropies = True
 
-    def connect(self, context: EngineContext) -> None:
+    def connect(self, policy: Policy, context: EngineContext) -> None:
         """It serves every run."""
 
     def invalidate(self) -> None:

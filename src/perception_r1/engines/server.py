@@ -66,7 +66,7 @@ class ServerEngine(GenerationEngine):
         self._num_updates = 0
         self._weights: Weights | None = None
 
-    def connect(self, context: EngineContext) -> None:
+    def connect(self, policy: Policy, context: EngineContext) -> None:
         """See `GenerationEngine`; at least one server answers."""
         if self.weights_folder is not None:
             self._weights = Weights(self.weights_folder, context)

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,20 +60,24 @@ class VLLMEngine(GenerationEngine):
         self.enforce_eager = enforce_eager
         self.sleeps = sleeps
         self.engine_args = engine_args or {}
-        self._context: EngineContext | None = None
         self._llm: Any = None
         self._is_current = self._is_asleep = False
         self._num_adapters = 0
         self._adapter: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def connect(self, context: EngineContext) -> None:
-        """See `GenerationEngine`; vLLM itself starts with the first completion."""
+    @property
+    def memory_share(self) -> float:
+        """See `GenerationEngine`."""
+        return 0.0 if self.sleeps else self.gpu_memory_utilization
+
+    def connect(self, policy: Policy, context: EngineContext) -> None:
+        """See `GenerationEngine`: it starts with the weights of the model's folder."""
         if find_spec("vllm") is None:
             raise UserError(
                 "vLLM is not installed beside this program: see `make install-vllm`, or leave out the engine."
             )
-        self._context = context
+        self._llm = self._start(policy.processor, context)
 
     def invalidate(self) -> None:
         """See `GenerationEngine`."""
@@ -109,9 +114,7 @@ class VLLMEngine(GenerationEngine):
         return self.sleeps and torch.cuda.is_available()
 
     def _prepare(self, policy: Policy) -> None:
-        """Start, wake up, and take over the policy's weights where they have changed."""
-        if self._llm is None:
-            self._llm = self._start(policy.processor)
+        """Wake up, and take over the policy's weights where they have changed."""
         if self._is_asleep:
             self._llm.wake_up()
             self._is_asleep = False
@@ -135,16 +138,17 @@ class VLLMEngine(GenerationEngine):
         self._adapter = LoRARequest(f"adapter-{self._num_adapters}", self._num_adapters, folder.name)
         self._folder = folder  # the one before is removed; vLLM has read it
 
-    def _start(self, processor: Processor) -> Any:
+    def _start(self, processor: Processor, context: EngineContext) -> Any:
         """VLLM's `LLM` with the weights of the model's folder."""
-        assert self._context is not None, "connect comes first"
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over by reference
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        warnings.filterwarnings("ignore", message="It is recommended to use `self.log")  # vLLM's is a group of one
+        from lightning.pytorch.utilities.seed import isolate_rng  # vLLM seeds the whole process
         from vllm import LLM
 
-        config, size = self._context.config, processor.image_processor.size
+        config, size = context.config, processor.image_processor.size
         arguments: dict[str, Any] = {
-            "dtype": self.dtype or self._context.dtype,
+            "dtype": self.dtype or context.dtype,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_model_len": self.max_model_len,
             "enforce_eager": self.enforce_eager,
@@ -160,10 +164,13 @@ class VLLMEngine(GenerationEngine):
             arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gb * 2**30)
         if config.lora is not None:
             arguments |= {"enable_lora": True, "max_lora_rank": _lora_rank(config.lora.r), "max_loras": 1}
-        if self._context.world_size > 1:  # else it would make a group of processes of its own
+        if context.world_size > 1:  # it joins the processes that there are, each of which has an engine of its own
             arguments["distributed_executor_backend"] = "external_launcher"
+            ranks = {"RANK": context.rank, "LOCAL_RANK": context.local_rank, "WORLD_SIZE": context.world_size}
+            os.environ |= {name: str(value) for name, value in ranks.items()}
         try:
-            return LLM(model_path(config.name), **(arguments | self.engine_args))
+            with isolate_rng():
+                return LLM(model_path(config.name), **(arguments | self.engine_args))
         except Exception as error:  # whatever vLLM or a wrong argument raises
             raise UserError(f"vLLM cannot start with {config.name}: {' '.join(str(error).split())}") from error
 

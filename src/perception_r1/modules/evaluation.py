@@ -94,14 +94,14 @@ class EvaluationModule(LightningModule):
 
         The workers of the data module learn from it how a prompt is encoded.
         """
-        if not self._is_connected:
-            self.connect_engine()
         if not hasattr(self, "policy"):
             is_elsewhere = self.engine.has_own_weights and self.trainer.state.fn != TrainerFn.FITTING
             if is_elsewhere and self.trainer.ckpt_path is None:
                 self.policy = self.policy_class.without_weights(self.policy_config)
             else:
                 self.policy = self.load_policy(self.policy_config)
+        if not self._is_connected:
+            self.connect_engine()
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, BaseDataModule):
             data.encode_with(prompt_encoder(self.policy, self.task))
@@ -110,13 +110,15 @@ class EvaluationModule(LightningModule):
         """Tell the engine whom it serves."""
         strategy = self.trainer.strategy
         self.engine.connect(
+            self.policy,
             EngineContext(
                 config=self.policy_config,
                 dtype="bfloat16" if self.trainer.precision.startswith("bf16") else self.policy_config.dtype,
                 run_id=strategy.broadcast(uuid4().hex),
                 rank=self.trainer.global_rank,
+                local_rank=self.trainer.local_rank,
                 world_size=self.trainer.world_size,
-            )
+            ),
         )
         self._is_connected = True
 

@@ -26,7 +26,7 @@ from perception_r1.modules.sft import SFT
 from perception_r1.planning.cuda_semantics import cuda_semantics
 from perception_r1.planning.devices import Devices, gather_for_pass, gather_wholes, num_bytes
 from perception_r1.planning.meter import MemoryMeter, Peak
-from perception_r1.planning.policy import ShapePolicy
+from perception_r1.planning.policy import ShapePolicy, WrittenElsewhere
 from perception_r1.planning.prompts import LongestPrompt
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.packing import MicroBatch, plan_eval_batches
@@ -74,6 +74,8 @@ class RunSize:
 def load_shapes(module: PolicyModule, trainer: Trainer, precision: str) -> ShapePolicy:
     """Give a module its policy, and its reference if a fit needs one, without values."""
     module.policy_class = ShapePolicy
+    if module.engine.has_own_weights:
+        module.engine = WrittenElsewhere()
     module.trainer = trainer
     trainer.strategy.connect(module)
     trainer.state.fn = TrainerFn.FITTING

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from perception_r1.codecs import CODECS
+from perception_r1.engines.base import NativeEngine
 from perception_r1.planning.meter import MemoryMeter
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator, Step, warm_up
@@ -91,13 +92,7 @@ class ShapePolicy(Policy):
         with self.meter.kind("caches"):
             self._graphs.prepare(prompts, group_size=group_size, params=params, seeds=seeds).replay(0)
         self._release_copies()
-        num_rows, num_tokens = len(seeds) * group_size, params.max_new_tokens
-        return Rollout(
-            completions=[torch.zeros(num_tokens, dtype=torch.long) for _ in range(num_rows)],
-            logprobs=list(torch.zeros(num_rows, num_tokens, device=self.device)),
-            is_truncated=[True] * num_rows,
-            entropies=list(torch.zeros(num_rows, num_tokens, device=self.device)),
-        )
+        return longest_rollout(len(seeds) * group_size, params.max_new_tokens)
 
     def _capture(self, step: Step) -> Step:
         """A captured graph keeps the memory that its step needs besides the buffers."""
@@ -108,3 +103,23 @@ class ShapePolicy(Policy):
             pool.zero_()
 
         return replay
+
+
+class WrittenElsewhere(NativeEngine):
+    """In place of an engine that writes completions in memory of its own: they are as long as can be."""
+
+    def generate(
+        self, policy: Policy, prompts: PromptBatch, *, group_size: int, params: SamplingParams, **options: Any
+    ) -> Rollout:
+        """See `GenerationEngine`."""
+        return longest_rollout(len(prompts) * group_size, params.max_new_tokens)
+
+
+def longest_rollout(num_rows: int, num_tokens: int) -> Rollout:
+    """Completions that all reach the greatest length."""
+    return Rollout(
+        completions=[torch.zeros(num_tokens, dtype=torch.long) for _ in range(num_rows)],
+        logprobs=list(torch.zeros(num_rows, num_tokens, device="meta")),
+        is_truncated=[True] * num_rows,
+        entropies=list(torch.zeros(num_rows, num_tokens, device="meta")),
+    )
