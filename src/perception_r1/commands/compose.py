@@ -63,6 +63,16 @@ def compose(argv: Sequence[str]) -> list[str]:
     return [f"--config={OmegaConf.to_yaml(OmegaConf.create(config))}" for config in configs] + rest
 
 
+def engine_settings(name: str) -> _Config:
+    """The class of an engine and its options, from the file of this name in configs/engine.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    settings: _Config = _read(f"engine/{name}", "--engine")["model"]["init_args"]["engine"]
+    return settings
+
+
 def _layers(parts: Mapping[str, Sequence[str]]) -> Iterator[_Config]:
     """The configurations of the parts, in the order in which they are merged."""
     task, model = parts["task"][-1], parts.get("model", [_DEFAULT_MODEL])[-1]

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from perception_r1.callbacks.log_samples import answer_fields
 from perception_r1.commands.answers import PictureBatch, answer_images, find_images
+from perception_r1.commands.engine import HELP, read_engine
 from perception_r1.commands.options import (
     check_unused,
     first_positional,
@@ -31,6 +32,7 @@ from perception_r1.commands.runs import CARD, Run, checkpoint_path, is_run, load
 from perception_r1.data.loading import load_sample_image
 from perception_r1.displays import Display, Lines, open_display
 from perception_r1.drawing import annotate, draw_card
+from perception_r1.engines import GenerationEngine
 from perception_r1.errors import UserError
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.load import PolicyConfig
@@ -53,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _predict(argv: Sequence[str]) -> int:
+    engine, argv = read_engine(argv)
     source = first_positional(argv)
     run = open_run(Path(source)) if source is not None and is_run(Path(source)) else None
     name = option_value(argv, "--task")
@@ -72,7 +75,7 @@ def _predict(argv: Sequence[str]) -> int:
     paths = find_images(options.pictures)
     if options.out is not None:
         check_unused("--out", options.out)
-    module, precision = _load(run, task, options)
+    module, precision = _load(run, task, options, engine)
     files, console = [sys.stdout], Console(stderr=True)  # a bar on the terminal redirects sys.stdout
     # bars and JSON lines on one terminal would overwrite each other
     display = Lines(console, _LINE_SECONDS) if sys.stdout.isatty() else open_display(console, _LINE_SECONDS)
@@ -106,6 +109,7 @@ def _parser(task_class: type[Task[Any, Any]] | None, defaults: dict[str, Any]) -
     parser.add_argument("--max_new_tokens", type=int | None, help="Longest completion; else that of the run.")
     parser.add_argument("--min_pixels", type=int | None, help="Smaller pictures are enlarged to this many pixels.")
     parser.add_argument("--max_pixels", type=int | None, help="Larger pictures are shrunk to this many pixels.")
+    parser.add_argument("--engine", type=str | None, help=HELP)  # see commands/engine.py
     if task_class is not None:
         parser.add_class_arguments(task_class, as_group=True)
         parser.set_defaults(defaults)
@@ -126,7 +130,9 @@ def _query(task: Task[Any, Any], query: str | None) -> str:
     return query or ""
 
 
-def _load(run: Run | None, task: Task[Any, Any], options: jsonargparse.Namespace) -> tuple[EvaluationModule, str]:
+def _load(
+    run: Run | None, task: Task[Any, Any], options: jsonargparse.Namespace, engine: GenerationEngine | None
+) -> tuple[EvaluationModule, str]:
     """The module with its policy, and the precision in which it answers.
 
     Raises:
@@ -139,11 +145,13 @@ def _load(run: Run | None, task: Task[Any, Any], options: jsonargparse.Namespace
         raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be 1 or more")
     config = PolicyConfig(name=options.model) if run is None else run.policy
     given = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
-    module = EvaluationModule(task, policy=replace(config, **given), max_new_tokens=max_new_tokens)
+    module = EvaluationModule(task, policy=replace(config, **given), engine=engine, max_new_tokens=max_new_tokens)
     if run is not None:
         module.policy, _ = load_checkpoint(module.policy_config, checkpoint_path(run, options.ckpt or "best"))
     elif options.ckpt is not None:
         raise UserError(f"--ckpt is for a run, and {options.model} is none: it has no {CARD}")
+    elif module.engine.has_own_weights:
+        module.policy = Policy.without_weights(module.policy_config)
     else:
         module.policy = Policy.load(module.policy_config, is_trained=False)
     return module, options.precision or ("32-true" if run is None else run.precision)
