@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-_COMMANDS = ("data", "export", "plan", "predict", "score")
+_COMMANDS = ("data", "export", "plan", "predict", "score", "serve")
 """All but the trainer's own verbs, which belong together."""
 _SPIN_COUNT = "1000"
 """How often a thread of GNU OpenMP looks whether there is work before it sleeps; libgomp's own value for a process with

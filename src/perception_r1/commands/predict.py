@@ -28,7 +28,7 @@ from perception_r1.commands.options import (
     run_command,
     task_values,
 )
-from perception_r1.commands.runs import CARD, Run, checkpoint_path, is_run, load_checkpoint, open_run
+from perception_r1.commands.runs import Run, is_run, open_policy, open_run
 from perception_r1.data.loading import load_sample_image
 from perception_r1.displays import Display, Lines, open_display
 from perception_r1.drawing import annotate, draw_card
@@ -36,7 +36,6 @@ from perception_r1.engines import GenerationEngine
 from perception_r1.errors import UserError
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.load import PolicyConfig
-from perception_r1.policy.policy import Policy
 from perception_r1.scoring import ParsedCompletion
 from perception_r1.task import Task, tasks_of
 from perception_r1.tasks import TASKS
@@ -146,14 +145,7 @@ def _load(
     config = PolicyConfig(name=options.model) if run is None else run.policy
     given = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
     module = EvaluationModule(task, policy=replace(config, **given), engine=engine, max_new_tokens=max_new_tokens)
-    if run is not None:
-        module.policy, _ = load_checkpoint(module.policy_config, checkpoint_path(run, options.ckpt or "best"))
-    elif options.ckpt is not None:
-        raise UserError(f"--ckpt is for a run, and {options.model} is none: it has no {CARD}")
-    elif module.engine.has_own_weights:
-        module.policy = Policy.without_weights(module.policy_config)
-    else:
-        module.policy = Policy.load(module.policy_config, is_trained=False)
+    module.policy = open_policy(run, module.policy_config, ckpt=options.ckpt, engine=module.engine)
     return module, options.precision or ("32-true" if run is None else run.precision)
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from perception_r1.callbacks.checkpoints import FOLDER
 from perception_r1.commands.options import plain
+from perception_r1.engines import GenerationEngine
 from perception_r1.errors import UserError
 from perception_r1.policy.checkpoint import restore
 from perception_r1.policy.load import PolicyConfig
@@ -103,6 +104,21 @@ def load_checkpoint(config: PolicyConfig, path: Path) -> tuple[Policy, int]:
     policy = Policy.load(config)
     step = restore(policy, path)
     return policy.eval(), step
+
+
+def open_policy(run: Run | None, config: PolicyConfig, *, ckpt: str | None, engine: GenerationEngine) -> Policy:
+    """The policy of a run with the weights of a checkpoint, or a model as it is.
+
+    It is without weights where those suffice that the engine has.
+
+    Raises:
+        UserError: The model or the checkpoint cannot be used.
+    """
+    if run is not None:
+        return load_checkpoint(config, checkpoint_path(run, ckpt or "best"))[0]
+    if ckpt is not None:
+        raise UserError(f"--ckpt is for a run, and {config.name} is none: it has no {CARD}")
+    return Policy.without_weights(config) if engine.has_own_weights else Policy.load(config, is_trained=False)
 
 
 def _instantiated(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Server:
         call = {"method": "load_policy", "kwargs": {"weights_path": str(folder)}}  # see engines/vllm_worker.py
         self._send("POST", "/collective_rpc", call)
         for cache in ("prefix", "encoder"):  # what was computed with the old weights
-            self._send("POST", f"/reset_{cache}_cache")
+            self._send("POST", f"/reset_{cache}_cache", {})
         self._send("POST", "/update_weight_version", {"new_version": version})
 
     def load_adapter(self, folder: Path, name: str) -> None:

@@ -206,10 +206,11 @@ class Processor:
             ends.append(len(text))
         return ends
 
-    def decode(self, completions: Sequence[Tensor]) -> list[str]:
-        """Text of completions; special tokens stay, for boxes are written with them."""
+    def decode(self, completions: Sequence[Tensor], *, has_special_tokens: bool = True) -> list[str]:
+        """Text of completions; special tokens stay as a rule, for boxes are written with them."""
         rows = [completion.tolist() for completion in completions]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": not has_special_tokens, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.batch_decode(rows, **options)
 
 
 def rotary_positions(input_ids: list[int], grids: Sequence[Grid], image_token_id: int) -> Tensor:
