@@ -74,7 +74,7 @@ function take(chosen) {
 find("picture").addEventListener("load", ({ target }) => {
   const { naturalWidth: width, naturalHeight: height } = target;
   const scale = Math.max(1, 480 / Math.max(width, height));
-  target.style.width = `min(100%, ${width * scale}px, ${(75 * width) / height}vh)`;
+  find("stage").style.width = `min(100%, ${width * scale}px, ${(75 * width) / height}vh)`;
 });
 
 function rectangle(shape, kind) {
