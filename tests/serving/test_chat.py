@@ -10,7 +10,7 @@ from PIL import Image
 
 from perception_r1.errors import UserError
 from perception_r1.serving.chat import as_chunk, read_picture, read_request, write_answer
-from perception_r1.serving.generation import Answer, Completion, Sampling, check_sampling
+from perception_r1.serving.generation import Answer, Completion, CompletionParams, check_sampling
 
 
 def data_url(image, form="PNG"):
@@ -30,14 +30,14 @@ def test_a_request_is_read_as_openai_writes_it():
     assert found.chat == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
     assert found.pictures == ["data:"]
     expected = {"group_size": 2, "max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
-    assert found.sampling == Sampling(**expected)
+    assert found.sampling == CompletionParams(**expected)
     assert found.seed == 4
     assert (found.has_logprobs, found.is_streamed, found.has_tokens, found.has_special_tokens) == (1, 1, 0, 0)
 
 
 def test_what_is_not_said_has_defaults():
     found = read_request(request(max_completion_tokens=None), max_new_tokens=50)
-    assert found.sampling == Sampling(max_new_tokens=50)
+    assert found.sampling == CompletionParams(max_new_tokens=50)
     assert found.seed is None
 
 
@@ -91,7 +91,7 @@ def test_nothing_but_a_sentence_comes_of_any_json(changes):
 )
 def test_sampling_that_cannot_be_is_refused(name, value):
     with pytest.raises(UserError, match="must be"):
-        check_sampling(Sampling(**{"max_new_tokens": 9, name: value}), max_new_tokens=50, max_group_size=4)
+        check_sampling(CompletionParams(**{"max_new_tokens": 9, name: value}), max_new_tokens=50, max_group_size=4)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])

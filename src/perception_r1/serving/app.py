@@ -26,7 +26,7 @@ from perception_r1.errors import UserError
 from perception_r1.records import ImageSize, Sample
 from perception_r1.scoring import parse_completions
 from perception_r1.serving.chat import as_chunk, read_picture, read_request, write_answer
-from perception_r1.serving.generation import BusyError, Completion, Generator, Sampling, check_sampling
+from perception_r1.serving.generation import BusyError, Completion, CompletionParams, Generator, check_sampling
 from perception_r1.task import Task
 
 _PAGE = Path(__file__).parent / "page"
@@ -160,13 +160,13 @@ class Served:
         if not isinstance(query, str) or len(query) > _MAX_QUERY:
             raise UserError(f"query must be text of at most {_MAX_QUERY} characters.")
         if _asks(task) and not query.strip():
-            raise UserError("Say what to look for.")
+            raise UserError("The query is empty: this task needs one.")
         if not isinstance(url, str):
             raise UserError("image must be a data URL.")
         image = await self._picture(url)
         width, height = image.size
         sample = Sample(id="picture", image=image, width=width, height=height, query=query.strip(), target=None)
-        sampling = Sampling(max_new_tokens=self.limits.max_new_tokens)
+        sampling = CompletionParams(max_new_tokens=self.limits.max_new_tokens)
         future = await asyncio.to_thread(self.generator.submit, task.messages(sample), [image], sampling)
         answer = await asyncio.wrap_future(future)
         return web.json_response(self._read(task, sample, answer.completions[0]))

@@ -19,7 +19,7 @@ from perception_r1.data.images import check_image, load_image
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import Chat
 from perception_r1.records import ImageBytes
-from perception_r1.serving.generation import Answer, Completion, Sampling
+from perception_r1.serving.generation import Answer, Completion, CompletionParams
 
 MAX_IMAGES = 8
 """Most pictures of a request."""
@@ -46,7 +46,7 @@ class ChatRequest:
 
     chat: Chat
     pictures: list[str]
-    sampling: Sampling
+    sampling: CompletionParams
     seed: int | None
     has_logprobs: bool
     has_tokens: bool
@@ -74,7 +74,7 @@ def read_request(body: Any, *, max_new_tokens: int) -> ChatRequest:
     return ChatRequest(
         chat=chat,
         pictures=pictures,
-        sampling=Sampling(
+        sampling=CompletionParams(
             group_size=_integer(body, "n", 1),
             max_new_tokens=max_new_tokens if length is None else _integer({"max_tokens": length}, "max_tokens", 1),
             temperature=_number(body, "temperature", 0.0),

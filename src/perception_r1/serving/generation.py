@@ -22,7 +22,7 @@ from perception_r1.policy.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
+class CompletionParams:
     """How completions are written; requests with the same are answered together.
 
     Attributes:
@@ -81,7 +81,7 @@ class BusyError(Exception):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Request:
     prompt: PromptBatch
-    sampling: Sampling
+    sampling: CompletionParams
     seed: int
     future: "Future[Answer]"
 
@@ -115,7 +115,7 @@ class Generator(threading.Thread):
         self._seeds = count()
 
     def submit(
-        self, chat: Chat, images: Sequence[Image.Image], sampling: Sampling, seed: int | None = None
+        self, chat: Chat, images: Sequence[Image.Image], sampling: CompletionParams, seed: int | None = None
     ) -> "Future[Answer]":
         """Hand over a request.
 
@@ -209,7 +209,7 @@ class Generator(threading.Thread):
         )
 
 
-def check_sampling(sampling: Sampling, *, max_new_tokens: int, max_group_size: int) -> None:
+def check_sampling(sampling: CompletionParams, *, max_new_tokens: int, max_group_size: int) -> None:
     """Refuse, with a `UserError`, sampling that no model can do, or that this one may not."""
     if not 1 <= sampling.group_size <= max_group_size:
         raise UserError(f"n is {sampling.group_size}; it must be from 1 to {max_group_size}.")
