@@ -31,7 +31,7 @@ INSTALLED := $(USED)/.installed
 CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %) $(ENGINE:%=--engine %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict export pretrain tensorboard test test-slow test-vllm lint format docs clean
+.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict serve export pretrain tensorboard test test-slow test-vllm lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ plan: $(INSTALLED) ## Say how much memory the training of TASK needs on a GPU
 
 predict: $(INSTALLED) ## Answer IMAGES with RUN
 	$(BIN)/perception-r1 predict $(RUN) $(IMAGES) $(ENGINE:%=--engine %) $(ARGS)
+
+serve: $(INSTALLED) ## Serve RUN on this machine, with a page to try it
+	$(BIN)/perception-r1 serve $(RUN) $(ENGINE:%=--engine %) $(ARGS)
 
 export: $(INSTALLED) ## Write RUN as a model folder TO
 	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 
 from perception_r1.data.mixed import MixedData
 from perception_r1.data.module import TaskDataModule
+from perception_r1.engines import ServerEngine, VLLMEngine
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.modules.strategies import FSDP2Strategy
@@ -140,6 +141,8 @@ def is_option(option: str) -> bool:
         return path[1:] in ([], *([task] for task in TASKS))
     if owner == "data" and path[0] == "tasks" and len(path) > 1:
         return path[1] in TASKS and is_option(".".join(["data", *path[2:]]))
+    if owner == "model" and path[0] == "engine" and len(path) == 2:
+        return any(path[1] in inspect.signature(kind).parameters for kind in (VLLMEngine, ServerEngine))
     data = MixedData if path == ["tasks"] else TaskDataModule
     classes: dict[str, Any] = {"model": GRPO, "data": data, "trainer": Trainer}
     found: Any = classes[owner]

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perception_r1.cli import main
+from perception_r1.commands import serve
+from perception_r1.commands.engine import read_engine
 from perception_r1.data.samples import load
 from perception_r1.data.sources import JsonLines
 from perception_r1.tasks import TASKS
@@ -96,7 +99,10 @@ def test_command_works(
     for arguments in expanded(command):
         program = Path(arguments[0]).name.rstrip(";")
         is_of_several_devices = "--trainer.strategy" in arguments  # `test_strategies.py` has these
-        if is_of_several_devices or (command in REPEATED and arguments[1] == "fit"):
+        has_engine = "--engine" in arguments  # tests/engines/ has these
+        if has_engine and arguments[1] == "predict":
+            assert read_engine(arguments[2:])[0] is not None
+        elif has_engine or is_of_several_devices or (command in REPEATED and arguments[1] == "fit"):
             check_output([*arguments[1:], "--print_config"], capsys)
         elif program == "perception-r1" and arguments[1] in RUN_RULES:
             put_run(arguments, place, runs["lora"] if "--adapter" in arguments else run_folder)
@@ -166,7 +172,7 @@ def expanded(command: str) -> list[list[str]]:
     if arguments[0] != "make":
         return [arguments]
     outside = ("TASK", "MODEL", "DATA", "SEED", "CKPT", "ARGS", "PYTHON", "TORCH", "MAKE", "MFLAGS")
-    outside += ("RUN", "TO", "IMAGES", "RECIPE", "VARIANT", "PROTOCOL")
+    outside += ("RUN", "TO", "IMAGES", "RECIPE", "VARIANT", "PROTOCOL", "ENGINE", "VLLM")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     done = subprocess.run(
         ["make", "-n", *arguments[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -267,7 +273,20 @@ def check_export(
     assert len(list(folder.glob("*.safetensors"))) == 1
 
 
-RUN_RULES: dict[str, Callable[..., None]] = {"predict": check_predict, "export": check_export}
+def check_serve(
+    arguments: list[str], place: Path, model_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its options; tests/commands/test_serve.py starts it."""
+    assert serve.read_options(arguments[1:]).model == arguments[1]
+
+
+def check_vllm(arguments: list[str]) -> None:
+    """What vLLM is told to import can be imported; tests/engines/test_vllm.py starts its server."""
+    module, _, name = str(option(arguments, "--worker-extension-cls")).rpartition(".")
+    assert hasattr(import_module(module), name)
+
+
+RUN_RULES: dict[str, Callable[..., None]] = {"predict": check_predict, "export": check_export, "serve": check_serve}
 """Commands that start from a run, and how they are checked."""
 
 
@@ -290,6 +309,8 @@ SMALLER = {
 def run_benchmark(arguments: list[str]) -> None:
     """A program of benchmarks/ from end to end, in its smallest form, away from the committed results."""
     name = Path(arguments[1]).stem
+    if name == "repair_vllm":  # tests/engines/test_repair_vllm.py
+        return
     if name == "learning":
         run_learning(arguments)
         return
@@ -383,6 +404,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     **dict.fromkeys(("pip", "pytest", "ruff", "mypy", "mkdocs", "tensorboard", "pre-commit"), has_tool),
     **dict.fromkeys(("python3", "touch", "grep", "echo"), is_on_path),
     "python": run_benchmark,
+    "vllm": check_vllm,
 }
 """How programs that are not run here are checked."""
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _serve(argv: Sequence[str]) -> int:
     engine, rest = read_engine(argv)
-    options = parse(_parser(), rest)
+    options = read_options(rest)
     run = open_run(Path(options.model)) if is_run(Path(options.model)) else None
     limits = Limits(
         max_bytes=int(options.max_upload_mb * 2**20),
@@ -43,7 +43,6 @@ def _serve(argv: Sequence[str]) -> int:
         max_new_tokens=options.max_new_tokens,
         timeout=options.timeout,
     )
-    _check(options)
     with _listen(options.host, options.port) as listener:  # before the model is read: the port may be taken
         generator = _generator(run, options, engine or NativeEngine())
         generator.start()
@@ -54,6 +53,19 @@ def _serve(argv: Sequence[str]) -> int:
         sys.stderr.write(f"Serving {name} at {address}, and its interface at {address}/v1. Ctrl-C stops it.\n")
         web.run_app(served.app(), sock=listener, print=None, handle_signals=True, access_log=None)
     return 0
+
+
+def read_options(argv: Sequence[str]) -> jsonargparse.Namespace:
+    """The options of a command line, but for those of the engine.
+
+    Raises:
+        UserError: One is wrong.
+    """
+    options = parse(_parser(), argv)
+    for name in ("max_new_tokens", "max_upload_mb", "max_upload_pixels", "timeout"):
+        if options[name] <= 0:
+            raise UserError(f"--{name} is {options[name]}; it must be above 0")
+    return options
 
 
 def _parser() -> jsonargparse.ArgumentParser:
@@ -78,12 +90,6 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=limits.timeout, help="Seconds for an answer.")
     parser.add_argument("--engine", type=str | None, help=HELP)  # see commands/engine.py
     return parser
-
-
-def _check(options: jsonargparse.Namespace) -> None:
-    for name in ("max_new_tokens", "max_upload_mb", "max_upload_pixels", "timeout"):
-        if options[name] <= 0:
-            raise UserError(f"--{name} is {options[name]}; it must be above 0")
 
 
 def _listen(host: str, port: int) -> socket.socket:
