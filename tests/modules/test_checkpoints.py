@@ -7,6 +7,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from perception_r1.callbacks.checkpoints import next_log_step
+from perception_r1.engines import NativeEngine
+from perception_r1.engines.base import EngineError
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
 from perception_r1.policy.load import LoraConfig
@@ -128,6 +130,34 @@ def test_a_run_that_dies_inside_a_step_keeps_the_checkpoint_before_and_goes_on_e
     assert_same(trained_weights(resumed), trained_weights(whole))
     assert_same_end(tmp_path, 0, 2)
     assert_same_training(second, log, [6, 8])
+
+
+class FailingEngine(NativeEngine):
+    """Fails at a rollout, counted from 0."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def generate(self, policy, prompts, *, group_size, **options):
+        self.number -= group_size > 1
+        if self.number < 0:
+            raise EngineError("No server has answered.")
+        return super().generate(policy, prompts, group_size=group_size, **options)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_run_whose_engine_fails_saves_what_was_before_that_step(folder, tmp_path, number):
+    """The step after one, after a validation, and at the border of an epoch."""
+    options = {"num_iterations": 2, "max_steps": 12}
+    whole, _, log = run(folder, tmp_path, version=0, **options)
+    with pytest.raises(EngineError):
+        run(folder, tmp_path, version=1, engine=FailingEngine(number), **options)
+    assert load(last(tmp_path, 1))["global_step"] == 2 * number
+    resumed, trainer, second = run(folder, tmp_path, version=2, ckpt_path=last(tmp_path, 1), **options)
+    assert trainer.global_step == 12
+    assert_same(trained_weights(resumed), trained_weights(whole))
+    assert_same_end(tmp_path, 0, 2)
+    assert_same_training(second, log, range(2 * number + 2, 14, 2))
 
 
 def test_a_checkpoint_holds_what_is_trained_and_no_more(folder, tmp_path):

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from perception_r1.engines.base import EngineError
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.sharded_checkpoint import is_sharded, load_meta
 
@@ -43,7 +44,8 @@ class Checkpoints(Checkpoint):
     """Saves after each validation, at the end, and when a run is stopped between two steps or in a validation.
 
     A checkpoint always stands between two batches, with all updates of a rollout done and logged, so that going on from
-    it is exact. A run that dies in the middle of a step therefore keeps the checkpoint before.
+    it is exact. A run that dies in the middle of a step therefore keeps the checkpoint before. One whose engine fails has
+    changed nothing in that step yet, and saves what was before it.
 
     Args:
         enabled: Write checkpoints at all.
@@ -54,6 +56,7 @@ class Checkpoints(Checkpoint):
         self.best_value = -math.inf
         self._is_best_due = False
         self._position: Position | None = None  # after the batch that was begun last
+        self._begun: Position | None = None  # before it
         self._is_exact = False  # weights, logs and position agree
         self._cut: dict[str, float] | None = None  # the metrics of a step whose validation is not over
 
@@ -73,6 +76,8 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on weights, logs and position disagree."""
         self._is_exact = False
+        loop = trainer.fit_loop.epoch_loop
+        self._begun = Position(trainer.current_epoch, loop.batch_idx, loop.total_batch_idx)
         self._arrive(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,7 +111,10 @@ class Checkpoints(Checkpoint):
         is_error = not isinstance(exception, KeyboardInterrupt | SystemExit)
         if is_error and pl_module.device_mesh is not None:
             return  # the other devices, which have the rest of the weights, are still elsewhere
-        if trainer.state.fn == TrainerFn.FITTING and self._position is not None:
+        if isinstance(exception, EngineError) and not self._is_exact and self._begun is not None and self._begun.total:
+            self._position = self._begun
+            self._save(trainer)
+        elif trainer.state.fn == TrainerFn.FITTING and self._position is not None:
             num_over = trainer.fit_loop.epoch_loop._batches_that_stepped  # counted last, after log and validation
             if self._is_exact or num_over == self._position.total:
                 self._save(trainer)

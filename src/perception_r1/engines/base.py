@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
+from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import Dtype, PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -13,6 +14,10 @@ from perception_r1.policy.rollout import Rollout, SamplingParams
 
 Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]
 """Measures a part of a step under a name."""
+
+
+class EngineError(UserError):
+    """An engine cannot write completions any more; the policy is as it was."""
 
 
 @contextmanager
@@ -91,7 +96,7 @@ class GenerationEngine(ABC):
             N = B*G completions, the G of a prompt after one another; log-probabilities on the policy's device.
 
         Raises:
-            UserError: It has failed, or cannot be reached.
+            EngineError: It has failed, or cannot be reached.
         """
 
     @abstractmethod

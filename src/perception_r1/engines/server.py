@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from perception_r1.engines.base import EngineContext, GenerationEngine, Phase, unmeasured
+from perception_r1.engines.base import EngineContext, EngineError, GenerationEngine, Phase, unmeasured
 from perception_r1.engines.client import Completion, Server, ServerLostError, chat_request, read_completions
 from perception_r1.engines.weights import save_adapter, save_weights
 from perception_r1.errors import UserError
@@ -157,7 +157,7 @@ class ServerEngine(GenerationEngine):
         """One of the servers that answer, another for every index; waits where there is none.
 
         Raises:
-            UserError: None has answered for too long.
+            EngineError: None has answered for too long.
         """
         while True:
             if left := [server for server in self._servers if not server.is_lost]:
@@ -176,7 +176,7 @@ class ServerEngine(GenerationEngine):
                     self._renew(server)
             if self._all_lost_since is not None and time.monotonic() > self._all_lost_since + self.restart_timeout:
                 urls = ", ".join(server.url for server in self._servers)
-                raise UserError(f"No server has answered for {self.restart_timeout:.0f} s, of {urls}.")
+                raise EngineError(f"No server has answered for {self.restart_timeout:.0f} s, of {urls}.")
             time.sleep(_POLL_SECONDS)
         self._all_lost_since = None
 
