@@ -2,9 +2,9 @@
 
     .venv-vllm/bin/python benchmarks/engine_runs.py
 
-Whole runs of `make train` on the embedded model, from the same seeds, with each engine. They see the same prompts and draw
-other samples, so that their ends differ as those of other seeds do. Compared are the metrics of the test split before
-and after. A run that is there already is not repeated. Writes benchmarks/results/engine_runs.json.
+Whole runs of `make train` on the embedded model, from the same seeds, with each engine. They see the same prompts and
+draw other samples, so that their ends differ as those of other seeds do. Compared are the metrics of the test split
+before and after. A run that is there already is not repeated. Writes benchmarks/results/engine_runs.json.
 """
 
 import argparse

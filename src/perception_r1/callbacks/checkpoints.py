@@ -44,8 +44,8 @@ class Checkpoints(Checkpoint):
     """Saves after each validation, at the end, and when a run is stopped between two steps or in a validation.
 
     A checkpoint always stands between two batches, with all updates of a rollout done and logged, so that going on from
-    it is exact. A run that dies in the middle of a step therefore keeps the checkpoint before. One whose engine fails has
-    changed nothing in that step yet, and saves what was before it.
+    it is exact. A run that dies in the middle of a step therefore keeps the checkpoint before. One whose engine fails
+    has changed nothing in that step yet, and saves what was before it.
 
     Args:
         enabled: Write checkpoints at all.
