@@ -20,7 +20,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from perception_r1.codecs import CODECS
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.modules.encoding import encode_prompts
@@ -28,6 +27,7 @@ from perception_r1.planning.measure import RunSize, load_shapes, measure
 from perception_r1.planning.prompts import LongestPrompt
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig, set_engine
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
@@ -60,7 +60,7 @@ class RandomPolicy(Policy):
             network = AutoConfig.from_pretrained(config.name)
             model = AutoModelForImageTextToText.from_config(network, dtype=getattr(torch, config.dtype))
         set_engine(model)
-        codec, processor = CODECS[network.model_type], Processor.load(config.name)
+        codec, processor = FAMILIES[network.model_type].codec, Processor.load(config.name)
         return cls.from_model(model, processor, codec, config, is_trained=is_trained).to(DEVICE)
 
 

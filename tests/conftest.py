@@ -14,10 +14,11 @@ import torch
 import transformers
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.integrations import moe
 
 from perception_r1.cli import main
-from perception_r1.codecs import CODECS
 from perception_r1.embedded.model import build_model_folder
+from perception_r1.policy.families import FAMILIES
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -28,6 +29,16 @@ transformers.utils.logging.disable_progress_bar()
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _experts_in_any_type() -> Iterator[None]:
+    """Torch's product over experts knows no float64, in which the engine is compared; transformers has another."""
+    plain = moe._can_use_grouped_mm
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        exact = lambda rows, weight, offs: weight.dtype != torch.float64 and plain(rows, weight, offs)  # noqa: E731
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", exact)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,7 +60,7 @@ def _nothing_is_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model with random weights of every family, in the hub's layout."""
-    folders = {family: tmp_path_factory.mktemp(family) for family in CODECS}
+    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
     for family, folder in folders.items():
         build_model_folder(folder, family=family, seed=0)
     return folders

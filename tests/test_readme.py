@@ -64,6 +64,7 @@ FAMILIES = {
     "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl",
     "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
 }
 """Hub ids of the documentation; a tiny model of the same family stands for each."""
 EXPORTED = "supervised"

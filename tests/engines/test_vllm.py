@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from perception_r1.cli import main
-from perception_r1.codecs import CODECS
 from perception_r1.embedded.model import BASE, build_model_folder
 from perception_r1.engines import NativeEngine, ServerEngine, VLLMEngine
 from perception_r1.engines.base import EngineContext
 from perception_r1.errors import UserError
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
@@ -34,7 +34,7 @@ NUM_TOKENS = 40
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Models of each family with heads of 64, as vLLM on a CPU wants them."""
-    found = {family: tmp_path_factory.mktemp(family) for family in CODECS}
+    found = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
     for family, folder in found.items():
         build_model_folder(folder, family=family, seed=0, size=BASE)
     return found
@@ -92,7 +92,7 @@ def gaps(policy, engine):
     return is_same, max(float((row[: len(told)] - told).abs().max()) for row, told in pairs)
 
 
-@pytest.mark.parametrize("family", CODECS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_and_log_probabilities_are_ours_before_and_after_an_update(folders, family, start):
     policy, config = load(folders[family])
     engine = start(policy, config)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from perception_r1.codecs import CODECS
 from perception_r1.modules import GRPO
 from perception_r1.modules.split_groups import SharedPrompt
 from perception_r1.policy import attention
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.policy.policy import Policy
@@ -18,7 +18,7 @@ LENGTHS = [3, 7, 1, 5, 4, 2, 6, 6, 1]
 """Three completions of each of three prompts, some of a single token."""
 
 
-@pytest.fixture(params=CODECS)
+@pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
 

@@ -8,6 +8,7 @@ import yaml
 
 from perception_r1.planning import policy as module
 from perception_r1.planning.policy import ShapePolicy, empty_model, read_config
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.readme import ROOT
@@ -31,10 +32,20 @@ def test_a_model_has_as_many_weights_as_on_the_hub(name, number):
     assert {weight.device.type for weight in weights.values()} == {"meta"}
 
 
+def test_a_model_with_experts_has_as_many_weights_as_its_published_sizes_make():
+    model = empty_model(PolicyConfig(name="Qwen/Qwen3-VL-30B-A3B-Instruct"))
+    attention = 2048 * (32 + 4 + 4) * 128 + 32 * 128 * 2048 + 2 * 128
+    experts = 128 * 2048 + 128 * 3 * 2048 * 768
+    text = 2 * 151_936 * 2048 + 48 * (attention + experts + 2 * 2048) + 2048
+    assert round(text / 1e9, 1) == 30.5
+    parts = (*model.model.language_model.parameters(), *model.lm_head.parameters())
+    assert sum(weight.numel() for weight in parts) == text
+
+
 def test_every_configured_model_can_be_planned_offline(monkeypatch):
     monkeypatch.setattr(module, "model_family", lambda name: pytest.fail(f"{name} is looked for on the hub"))
     files = [path for path in (ROOT / "configs" / "model").glob("*.yaml") if path.stem != "tiny"]
-    assert len(files) == len(PUBLISHED)
+    assert len(files) == len(PUBLISHED) + 1
     for path in files:
         name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]["name"]
         assert read_config(name).model_type.startswith("qwen")
@@ -52,7 +63,7 @@ def test_a_policy_without_values_has_the_weights_of_one_with_values(grouped_fold
         assert (weight.shape, weight.dtype, weight.requires_grad) == (other.shape, other.dtype, other.requires_grad)
 
 
-@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from perception_r1.codecs import CODECS
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
 
-@pytest.fixture(params=CODECS)
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -57,7 +57,14 @@ def exact_layers(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
         cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
         return q * cos + module.rotate_half(q) * sin, k * cos + module.rotate_half(k) * sin
 
+    def route(self: Any, hidden: torch.Tensor) -> Any:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
+        weights, experts = logits.softmax(-1).topk(self.top_k)
+        return logits, weights / weights.sum(-1, keepdim=True), experts
+
     for name, value in vars(module).items():
         if isinstance(value, type) and name.endswith("RMSNorm"):
             monkeypatch.setattr(value, "forward", norm)
+        if isinstance(value, type) and name.endswith("TopKRouter"):
+            monkeypatch.setattr(value, "forward", route)
     monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate)

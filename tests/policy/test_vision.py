@@ -29,7 +29,7 @@ def test_features_are_those_of_a_tower_that_computes_its_geometry_itself(policy,
 
 
 def test_only_what_qwen3_adds_to_layers_makes_features_deeper(policy, family, prompts):
-    num_layers = len(policy.model.config.vision_config.deepstack_visual_indexes) if family == "qwen3_vl" else 0
+    num_layers = len(policy.model.config.vision_config.deepstack_visual_indexes) if "qwen3" in family else 0
     assert {len(image) for image in encode_images(policy.model, prompts)} == {1 + num_layers}
 
 

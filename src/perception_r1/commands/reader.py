@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from perception_r1.codecs import CODECS, Codec
+from perception_r1.codecs import Codec
 from perception_r1.data.samples import SampleCheck
 from perception_r1.policy.load import PolicyConfig, model_family, model_path
 from perception_r1.policy.processor import Processor
@@ -18,7 +18,7 @@ def load_reader(policy: PolicyConfig) -> tuple[Codec, Processor]:
         UserError: The model has no usable processor.
     """
     bounds = {"min_pixels": policy.min_pixels, "max_pixels": policy.max_pixels}
-    return CODECS[model_family(policy.name)], Processor.load(model_path(policy.name), **bounds)
+    return model_family(policy.name).codec, Processor.load(model_path(policy.name), **bounds)
 
 
 def sample_check(processor: Processor, task: Task[Any, Any], max_prompt_length: int | None) -> SampleCheck:

@@ -7,25 +7,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers, trainers
-from transformers import (
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.processor import Processor
-
-Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -48,7 +38,7 @@ _CHAT_TEMPLATE = """\
 {% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-_PATCH, _MERGE = 14, 2
+_MERGE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +98,7 @@ BASE = ModelSize(
 def build_model_folder(
     folder: Path,
     *,
-    family: Family,
+    family: str,
     seed: int,
     size: ModelSize = SMALL,
     corpus: Iterable[str] = (),
@@ -125,9 +115,9 @@ def build_model_folder(
     Processor(tokenizer, build_image_processor(family)).save(folder)
 
 
-def build_image_processor(family: Family) -> Qwen2VLImageProcessorPil:
+def build_image_processor(family: str) -> Qwen2VLImageProcessorPil:
     """The family's own image processor."""
-    patch = 16 if family == "qwen3_vl" else _PATCH
+    patch = FAMILIES[family].patch_size
     size = {"shortest_edge": (patch * _MERGE) ** 2, "longest_edge": 1280 * (patch * _MERGE) ** 2}
     return Qwen2VLImageProcessorPil(patch_size=patch, merge_size=_MERGE, size=size)
 
@@ -152,10 +142,9 @@ def build_tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_model(family: Family, tokenizer: Qwen2Tokenizer, size: ModelSize) -> PreTrainedModel:
+def build_model(family: str, tokenizer: Qwen2Tokenizer, size: ModelSize) -> PreTrainedModel:
     """The family's own architecture at a tiny size, with random weights."""
     token = tokenizer.convert_tokens_to_ids
-    head = size.hidden_size // size.num_heads
     rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": list(size.mrope_section)}
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 32) * 32,
@@ -166,16 +155,24 @@ def build_model(family: Family, tokenizer: Qwen2Tokenizer, size: ModelSize) -> P
         "num_key_value_heads": size.num_key_value_heads,
         "max_position_embeddings": 8192,
         "initializer_range": size.init_std,
-        "rope_parameters": rope | ({"mrope_interleaved": True} if family == "qwen3_vl" else {}),
+        "rope_parameters": rope,
         "bos_token_id": token("<|endoftext|>"),
         "eos_token_id": token("<|im_end|>"),
         "pad_token_id": token("<|endoftext|>"),
         "tie_word_embeddings": True,
     }
-    config_class, model_class, vision = _family_parts(family, size)
-    config = config_class(
-        text_config=text | ({"head_dim": head} if family == "qwen3_vl" else {}),
-        vision_config=vision,
+    vision = {
+        "depth": size.vision_depth,
+        "num_heads": size.vision_num_heads,
+        "hidden_size": size.vision_hidden_size,
+        "out_hidden_size": size.hidden_size,
+        "spatial_merge_size": _MERGE,
+        "temporal_patch_size": 2,
+        "initializer_range": size.init_std,
+    }
+    config = FAMILIES[family].small_config(
+        text,
+        vision,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
@@ -183,36 +180,7 @@ def build_model(family: Family, tokenizer: Qwen2Tokenizer, size: ModelSize) -> P
         tie_word_embeddings=True,
         initializer_range=size.init_std,
     )
-    model: PreTrainedModel = model_class(config)
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]
     model.generation_config.pad_token_id = token("<|endoftext|>")
     return model
-
-
-def _family_parts(family: Family, size: ModelSize) -> tuple[Any, Any, dict[str, Any]]:
-    """Config class, model class and vision settings."""
-    common = {
-        "depth": size.vision_depth,
-        "num_heads": size.vision_num_heads,
-        "spatial_merge_size": _MERGE,
-        "temporal_patch_size": 2,
-        "initializer_range": size.init_std,
-    }
-    if family == "qwen2_vl":
-        sizes = {
-            "embed_dim": size.vision_hidden_size,
-            "hidden_size": size.hidden_size,
-            "mlp_ratio": 4,
-            "patch_size": _PATCH,
-        }
-        return Qwen2VLConfig, Qwen2VLForConditionalGeneration, common | sizes
-    sizes = {
-        "hidden_size": size.vision_hidden_size,
-        "intermediate_size": 3 * size.vision_hidden_size,
-        "out_hidden_size": size.hidden_size,
-    }
-    if family == "qwen2_5_vl":
-        windows = {"patch_size": _PATCH, "window_size": 112, "fullatt_block_indexes": [size.vision_depth - 1]}
-        return Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, common | sizes | windows
-    deepstack = {"patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
-    return Qwen3VLConfig, Qwen3VLForConditionalGeneration, common | sizes | deepstack

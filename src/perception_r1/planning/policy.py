@@ -10,12 +10,12 @@ from typing import Any, Self
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from perception_r1.codecs import CODECS
 from perception_r1.engines.base import NativeEngine
 from perception_r1.planning.meter import MemoryMeter
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator, Step, warm_up
 from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.families import family_of
 from perception_r1.policy.load import EMBEDDED, PolicyConfig, model_family, model_path, set_engine
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.prefill import PromptCache
@@ -67,7 +67,7 @@ class ShapePolicy(Policy):
     def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> Self:
         """The policy that `Policy.load` would read."""
         model = empty_model(config)
-        codec = CODECS[model.config.model_type]
+        codec = family_of(model).codec
         return cls.from_model(model, read_processor(config), codec, config, is_trained=is_trained).to("meta")
 
     @property

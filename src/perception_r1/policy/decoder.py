@@ -6,15 +6,13 @@ linear layers of the same input are one product, adapters are merged, and a CUDA
 Legend: B prompts, S rows of each, R = B*S rows, H heads, K key-value heads, D head size, V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.cache import DecodeCache, PositionEmbeddings
+from perception_r1.policy.decoder_layers import FusedLinear, normalise
+from perception_r1.policy.families import family_of
 from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.prefill import PromptCache
 from perception_r1.policy.vision import QwenVL
@@ -39,12 +37,13 @@ class Decoder:
         """Of products, keys and values: that of the weights, or of automatic mixed precision where it is on."""
         num_weights = sum(parameter.numel() for parameter in text.parameters())
         is_in_place = self._embedding.weight.dtype == self.dtype and num_weights > _MAX_COPIED_WEIGHTS
-        self._layers = [_Layer(layer, config, None if is_in_place else self.dtype) for layer in text.layers]
+        layer_class = family_of(model).decoder_layer
+        self._layers = [layer_class(layer, config, None if is_in_place else self.dtype) for layer in text.layers]
         self._norm = text.norm
         heads = config.num_attention_heads, config.num_key_value_heads
         scales = [[text.layers[0].self_attn.scaling]] * heads[0] + [[1.0]] * heads[1]
         self._head_scale = torch.tensor(scales, dtype=at_least_fp32(self.dtype), device=self.device)  # of queries
-        self._head = _FusedLinear([model.lm_head], None if is_in_place else self.dtype)
+        self._head = FusedLinear([model.lm_head], None if is_in_place else self.dtype)
         self._addresses = _addresses(model)
 
     def is_compatible(self, model: QwenVL) -> bool:
@@ -94,83 +93,9 @@ class Decoder:
             cos, sin = (part * self._head_scale for part in cache.begin_step())  # [B, 1, H + K, D]
             rows = self._embedding(tokens).unflatten(0, (len(cos), -1))  # [B, S, hidden size]
             for number, layer in enumerate(self._layers):
-                query, key, value = layer.project(rows, cos, sin)
-                rows = rows + layer.output(cache.attend(number, query, key, value))
-                rows = rows + layer.feed_forward(rows)
+                rows = layer(number, rows, cos, sin, cache)
             cache.end_step()
-            return self._head(_normalise(rows, self._norm).to(self.dtype)).flatten(0, 1)
-
-
-class _Layer:
-    def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3-VL only
-        self._norms = layer.input_layernorm, layer.post_attention_layernorm
-        self._activation = mlp.act_fn
-        self._qkv = _FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.output = _FusedLinear([attention.o_proj], dtype)
-        self._gate_up = _FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
-        self._down = _FusedLinear([mlp.down_proj], dtype)
-
-    def sync_weights(self) -> None:
-        for product in (self._qkv, self.output, self._gate_up, self._down):
-            product.sync_weights()
-
-    def project(self, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, H, D], keys and values [B, S, K, D] from [B, S, hidden size], turned by cosine and sine."""
-        total = self._heads + 2 * self._kv_heads
-        joined = self._qkv(_normalise(rows, self._norms[0])).unflatten(-1, (total, -1))
-        turned, value = joined.split([self._heads + self._kv_heads, self._kv_heads], 2)
-        if self._head_norms[0] is not None:
-            parts = turned.split([self._heads, self._kv_heads], 2)
-            turned = torch.cat([_normalise(part, norm) for part, norm in zip(parts, self._head_norms, strict=True)], 2)
-        half = turned.shape[-1] // 2
-        turned = torch.addcmul(turned * cos, torch.cat([turned[..., half:], turned[..., :half]], -1), sin)
-        query, key = turned.to(value.dtype).split([self._heads, self._kv_heads], 2)
-        return query, key, value
-
-    def feed_forward(self, rows: Tensor) -> Tensor:
-        """[B, S, hidden size] from the same."""
-        gate, up = self._gate_up(_normalise(rows, self._norms[1])).chunk(2, -1)
-        return self._down(self._activation(gate) * up)
-
-
-class _FusedLinear:
-    """Linear layers of the same input as one product.
-
-    Args:
-        layers: nn.Linear, or adapters of peft around them.
-        dtype: Type in which the joined and merged weights are held; None: the layers are called as they are.
-    """
-
-    def __init__(self, layers: Sequence[Any], dtype: torch.dtype | None) -> None:
-        self._layers, self._dtype = layers, dtype
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
-        self.sync_weights()
-
-    @torch.no_grad()
-    def sync_weights(self) -> None:
-        """Copy the weights, in place from the second time on: captured graphs go on reading them."""
-        if self._dtype is None:
-            return
-        weight = _join([_merged_weight(layer) for layer in self._layers], self._dtype)
-        biases = [_base(layer).bias for layer in self._layers if _base(layer).bias is not None]
-        bias = _join(biases, self._dtype) if biases else None
-        if self._weight is None:
-            self._weight, self._bias = weight, bias
-        elif weight.data_ptr() != self._weight.data_ptr():
-            self._weight.copy_(weight)
-        if bias is not None and self._bias is not None and bias.data_ptr() != self._bias.data_ptr():
-            self._bias.copy_(bias)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[..., out] from [..., in]."""
-        if self._weight is not None:
-            return F.linear(rows.to(self._weight.dtype), self._weight, self._bias)
-        outputs = [layer(rows) for layer in self._layers]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            return self._head(normalise(rows, self._norm).to(self.dtype)).flatten(0, 1)
 
 
 def _addresses(model: QwenVL) -> tuple[object, ...]:
@@ -188,30 +113,3 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 def _autocast_device(device: torch.device) -> str:
     """Whose mixed precision holds there; on the meta device, where memory is planned, that of CUDA."""
     return "cuda" if device.type == "meta" else device.type
-
-
-def _normalise(rows: Tensor, norm: Any) -> Tensor:
-    """RMS norm over the last dimension, in the type of its input."""
-    return F.rms_norm(rows, rows.shape[-1:], norm.weight.to(rows.dtype), norm.variance_epsilon)
-
-
-def _base(layer: Any) -> Any:
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-
-
-def _merged_weight(layer: Any) -> Tensor:
-    """The weight of a linear layer with its active adapters; where there may be one it is a copy, on or off."""
-    weight: Tensor = _base(layer).weight
-    if not hasattr(layer, "get_delta_weight"):
-        return weight
-    weight = weight.clone()  # `sync_weights` writes into it
-    if not layer.disable_adapters and not layer.merged:
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                weight = weight + layer.get_delta_weight(name)
-    return weight
-
-
-def _join(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One tensor after another along the first dimension; a single one of the right type is not copied."""
-    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).to(dtype)

@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.policy.attention import NAME as SHARED_PROMPT
+from perception_r1.policy.families import FAMILIES, Family
 from perception_r1.policy.vision import simplify_tower
 
 EMBEDDED = "tiny"
@@ -102,7 +102,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):
             raise UserError(
-                f"{config.name} does not fit {family}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
+                f"{config.name} does not fit {family.name}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
             )
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
@@ -129,8 +129,8 @@ def set_engine(model: PreTrainedModel) -> None:
     simplify_tower(model)
 
 
-def model_family(name: str) -> str:
-    """Model type of a hub id or folder, which must be a key of `CODECS`.
+def model_family(name: str) -> Family:
+    """The family of a hub id or folder.
 
     Raises:
         UserError: Nothing is there, or it is no family that is known here.
@@ -143,11 +143,11 @@ def model_family(name: str) -> str:
     except (OSError, ValueError) as error:
         raise UserError(
             f"No model configuration that is known here could be read from {name}: give a hub id, a folder with a "
-            f"config.json, or tiny; known families: {', '.join(CODECS)}."
+            f"config.json, or tiny; known families: {', '.join(FAMILIES)}."
         ) from error
-    if family not in CODECS:
-        raise UserError(f"{name} is of the family {family}; known families: {', '.join(CODECS)}.")
-    return family
+    if family not in FAMILIES:
+        raise UserError(f"{name} is of the family {family}; known families: {', '.join(FAMILIES)}.")
+    return FAMILIES[family]
 
 
 def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:

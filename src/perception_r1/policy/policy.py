@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from perception_r1.codecs import CODECS, Codec
+from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator
@@ -64,7 +64,7 @@ class Policy(nn.Module):
         family, model = model_family(config.name), load_model(config)
         bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
         processor = Processor.load(model_path(config.name), **bounds)
-        return cls.from_model(model, processor, CODECS[family], config, is_trained=is_trained)
+        return cls.from_model(model, processor, family.codec, config, is_trained=is_trained)
 
     @classmethod
     def without_weights(cls, config: PolicyConfig) -> Self:
@@ -72,7 +72,7 @@ class Policy(nn.Module):
         family, network = model_family(config.name), WithoutWeights(config.name)
         bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
         processor = Processor.load(model_path(config.name), **bounds)
-        return cls(network, processor, CODECS[family], max_prompt_length=config.max_prompt_length)
+        return cls(network, processor, family.codec, max_prompt_length=config.max_prompt_length)
 
     @classmethod
     def from_model(

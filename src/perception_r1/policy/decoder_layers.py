@@ -1,0 +1,166 @@
+"""Layers of language models for one token per row: the arithmetic of transformers, without wrappers.
+
+Linear layers of the same input are one product, and adapters are merged.
+
+Legend: B prompts, S rows of each, H heads, K key-value heads, D head size.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perception_r1.policy.cache import DecodeCache
+
+
+class DecoderLayer:
+    """A layer of the language model for one token per row; that of Qwen2, or of Qwen3 with its norms of heads.
+
+    Args:
+        layer: Of transformers.
+        config: Of the language model.
+        dtype: Type in which joined and merged weights are held; None: layers are called as they are.
+    """
+
+    def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
+        attention = layer.self_attn
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3-VL only
+        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._feed_forward = self.make_feed_forward(layer.mlp, dtype)
+        self._qkv = FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self._output = FusedLinear([attention.o_proj], dtype)
+
+    def make_feed_forward(self, mlp: Any, dtype: torch.dtype | None) -> "FeedForward":
+        """What comes behind attention, from the module of transformers."""
+        return DenseFeedForward(mlp, dtype)
+
+    def sync_weights(self) -> None:
+        """Take over what training has changed."""
+        for part in (self._qkv, self._output, self._feed_forward):
+            part.sync_weights()
+
+    def __call__(self, number: int, rows: Tensor, cos: Tensor, sin: Tensor, cache: DecodeCache) -> Tensor:
+        """The next state of every row.
+
+        Args:
+            number: Of the layer.
+            rows: [B, S, hidden size].
+            cos: [B, 1, H + K, D].
+            sin: [B, 1, H + K, D], its first half negative.
+            cache: What the rows have seen; it takes this token up.
+
+        Returns:
+            [B, S, hidden size].
+        """
+        query, key, value = self._project(normalise(rows, self._norms[0]), cos, sin)
+        rows = rows + self._output(cache.attend(number, query, key, value))
+        return rows + self._feed_forward(normalise(rows, self._norms[1]))
+
+    def _project(self, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, H, D], keys and values [B, S, K, D], turned, from normalised rows [B, S, hidden size]."""
+        total = self._heads + 2 * self._kv_heads
+        joined = self._qkv(rows).unflatten(-1, (total, -1))
+        turned, value = joined.split([self._heads + self._kv_heads, self._kv_heads], 2)
+        if self._head_norms[0] is not None:
+            parts = turned.split([self._heads, self._kv_heads], 2)
+            turned = torch.cat([normalise(part, norm) for part, norm in zip(parts, self._head_norms, strict=True)], 2)
+        half = turned.shape[-1] // 2
+        turned = torch.addcmul(turned * cos, torch.cat([turned[..., half:], turned[..., :half]], -1), sin)
+        query, key = turned.to(value.dtype).split([self._heads, self._kv_heads], 2)
+        return query, key, value
+
+
+class FeedForward(Protocol):
+    """[..., hidden size] from the same, normalised."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The same shape."""
+
+    def sync_weights(self) -> None:
+        """Take over what training has changed."""
+
+
+class DenseFeedForward:
+    """A gated feed-forward layer."""
+
+    def __init__(self, mlp: Any, dtype: torch.dtype | None) -> None:
+        self._activation = mlp.act_fn
+        self._gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self._down = FusedLinear([mlp.down_proj], dtype)
+
+    def sync_weights(self) -> None:
+        """See `FeedForward`."""
+        self._gate_up.sync_weights()
+        self._down.sync_weights()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See `FeedForward`."""
+        gate, up = self._gate_up(rows).chunk(2, -1)
+        return self._down(self._activation(gate) * up)
+
+
+class FusedLinear:
+    """Linear layers of the same input as one product.
+
+    Args:
+        layers: nn.Linear, or adapters of peft around them.
+        dtype: Type in which the joined and merged weights are held; None: the layers are called as they are.
+    """
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype | None) -> None:
+        self._layers, self._dtype = layers, dtype
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        self.sync_weights()
+
+    @torch.no_grad()
+    def sync_weights(self) -> None:
+        """Copy the weights, in place from the second time on: captured graphs go on reading them."""
+        if self._dtype is None:
+            return
+        weight = _join([_merged_weight(layer) for layer in self._layers], self._dtype)
+        biases = [_base(layer).bias for layer in self._layers if _base(layer).bias is not None]
+        bias = _join(biases, self._dtype) if biases else None
+        if self._weight is None:
+            self._weight, self._bias = weight, bias
+        elif weight.data_ptr() != self._weight.data_ptr():
+            self._weight.copy_(weight)
+        if bias is not None and self._bias is not None and bias.data_ptr() != self._bias.data_ptr():
+            self._bias.copy_(bias)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[..., out] from [..., in]."""
+        if self._weight is not None:
+            return F.linear(rows.to(self._weight.dtype), self._weight, self._bias)
+        outputs = [layer(rows) for layer in self._layers]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def normalise(rows: Tensor, norm: Any) -> Tensor:
+    """RMS norm over the last dimension, in the type of its input."""
+    return F.rms_norm(rows, rows.shape[-1:], norm.weight.to(rows.dtype), norm.variance_epsilon)
+
+
+def _base(layer: Any) -> Any:
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """The weight of a linear layer with its active adapters; where there may be one it is a copy, on or off."""
+    weight: Tensor = _base(layer).weight
+    if not hasattr(layer, "get_delta_weight"):
+        return weight
+    weight = weight.clone()  # `sync_weights` writes into it
+    if not layer.disable_adapters and not layer.merged:
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                weight = weight + layer.get_delta_weight(name)
+    return weight
+
+
+def _join(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One tensor after another along the first dimension; a single one of the right type is not copied."""
+    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).to(dtype)

@@ -1,0 +1,33 @@
+"""What the engine has to know of a model family; each is one file in this folder."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from perception_r1.codecs import Codec
+from perception_r1.policy.decoder_layers import DecoderLayer
+
+
+class Family(ABC):
+    """A family that computes as Qwen-VL does, but for what it overrides.
+
+    Attributes:
+        name: `model_type` of its configuration.
+        codec: How it writes boxes.
+        patch_size: Side of a patch of its own image processor, in pixels.
+        decoder_layer: A layer of its language model for one token per row.
+    """
+
+    name: ClassVar[str]
+    codec: ClassVar[Codec]
+    patch_size: ClassVar[int] = 14
+    decoder_layer: ClassVar[type[DecoderLayer]] = DecoderLayer
+
+    @abstractmethod
+    def small_config(self, text: dict[str, Any], vision: dict[str, Any], **common: Any) -> Any:
+        """A configuration of any size, to pretrain or to test with; see `embedded/model.py`.
+
+        Args:
+            text: Settings of the language model that all families share; what this one has besides is added.
+            vision: Those of the vision tower, with `hidden_size` and `out_hidden_size`.
+            **common: Those of the whole model.
+        """

@@ -1,0 +1,46 @@
+"""Qwen3-VL-MoE: Qwen3-VL with feed-forward layers of many experts, of which each token takes a few."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen3VLMoeConfig
+
+from perception_r1.policy.decoder_layers import DecoderLayer, DenseFeedForward, FeedForward
+from perception_r1.policy.families.qwen3_vl import Qwen3VL, qwen3_text, qwen3_vision
+
+
+class SparseFeedForward:
+    """The experts of transformers as they are: copies of all of them would take more memory than they save time."""
+
+    def __init__(self, mlp: Any) -> None:
+        self._mlp = mlp
+
+    def sync_weights(self) -> None:
+        """See `FeedForward`: it reads the weights themselves."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See `FeedForward`."""
+        found: Tensor = self._mlp(rows.to(self._mlp.gate.weight.dtype))
+        return found.to(rows.dtype)
+
+
+class MoeDecoderLayer(DecoderLayer):
+    """A layer with experts, or without, as the configuration says."""
+
+    def make_feed_forward(self, mlp: Any, dtype: torch.dtype | None) -> FeedForward:
+        """See `DecoderLayer`."""
+        return SparseFeedForward(mlp) if hasattr(mlp, "experts") else DenseFeedForward(mlp, dtype)
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """See `Family`."""
+
+    name = "qwen3_vl_moe"
+    decoder_layer = MoeDecoderLayer
+
+    def small_config(self, text: dict[str, Any], vision: dict[str, Any], **common: Any) -> Qwen3VLMoeConfig:
+        """See `Family`; of its layers every second one has experts."""
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": text["intermediate_size"] // 2}
+        experts |= {"decoder_sparse_step": 2}
+        return Qwen3VLMoeConfig(text_config=qwen3_text(text) | experts, vision_config=qwen3_vision(vision), **common)
