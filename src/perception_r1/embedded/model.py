@@ -111,7 +111,7 @@ def build_model_folder(
     with torch.random.fork_rng(devices=[]):  # a run from the cache must find the same random state
         torch.manual_seed(seed)
         model = build_model(family, tokenizer, size)
-    model.save_pretrained(folder)
+    FAMILIES[family].save(model, folder)
     Processor(tokenizer, build_image_processor(family)).save(folder)
 
 

@@ -6,15 +6,14 @@ from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
+from perception_r1.policy.families import family_of
 from perception_r1.policy.policy import Policy
 
 
 def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a policy without adapter, which are whole on this device; a tied weight comes once."""
-    tensors = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
-    yield from revert_weight_conversion(policy.model, tensors).items()
+    """Those of a policy without adapter, which are whole on this device; see `Family.named_weights`."""
+    return family_of(policy.model).named_weights(policy.model)
 
 
 def save_weights(policy: Policy, folder: Path) -> None:

@@ -1,7 +1,12 @@
 """What the engine has to know of a model family; each is one file in this folder."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from perception_r1.codecs import Codec
 from perception_r1.policy.decoder_layers import DecoderLayer
@@ -21,6 +26,15 @@ class Family(ABC):
     codec: ClassVar[Codec]
     patch_size: ClassVar[int] = 14
     decoder_layer: ClassVar[type[DecoderLayer]] = DecoderLayer
+
+    def named_weights(self, model: Any) -> Iterator[tuple[str, Tensor]]:
+        """Weights of a causal model by the names and in the layout of the hub's files; a tied weight comes once."""
+        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        yield from revert_weight_conversion(model, tensors).items()
+
+    def save(self, model: Any, folder: str | Path) -> None:
+        """Write a causal model as the hub has it."""
+        model.save_pretrained(folder)
 
     @abstractmethod
     def small_config(self, text: dict[str, Any], vision: dict[str, Any], **common: Any) -> Any:

@@ -1,5 +1,7 @@
 """Qwen3-VL-MoE: Qwen3-VL with feed-forward layers of many experts, of which each token takes a few."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +41,19 @@ class Qwen3VLMoe(Qwen3VL):
     name = "qwen3_vl_moe"
     decoder_layer = MoeDecoderLayer
 
+    def named_weights(self, model: Any) -> Iterator[tuple[str, Tensor]]:
+        """See `Family`: on the hub the matrices of experts are the other way round, and transformers leaves them so."""
+        for name, parameter in model.named_parameters():
+            is_of_experts = name.rpartition(".")[0].endswith(".experts")
+            yield name, parameter.detach().transpose(1, 2) if is_of_experts else parameter.detach()
+
+    def save(self, model: Any, folder: str | Path) -> None:
+        """See `Family`."""
+        state = {name: tensor.contiguous() for name, tensor in self.named_weights(model)}
+        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+
     def small_config(self, text: dict[str, Any], vision: dict[str, Any], **common: Any) -> Qwen3VLMoeConfig:
         """See `Family`; of its layers every second one has experts."""
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": text["intermediate_size"] // 2}
-        experts |= {"decoder_sparse_step": 2}
+        experts |= {"decoder_sparse_step": 2, "norm_topk_prob": True}  # the last is read by vLLM
         return Qwen3VLMoeConfig(text_config=qwen3_text(text) | experts, vision_config=qwen3_vision(vision), **common)
