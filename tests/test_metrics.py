@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy import stats
 from torch import multiprocessing as mp
 from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
 
-from perception_r1.metrics import BoxAP, MeanScore, make_metrics
+from perception_r1.metrics import BoxAP, MeanScore, make_metrics, margins_of_error
 from perception_r1.records import ImageSize, LabelledBox, Score
 from perception_r1.rows import Row
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
@@ -174,6 +176,31 @@ def test_score_means_agree_with_a_naive_mean():
     assert metric.compute()["reward/format"].isnan()
 
 
+def test_margins_of_means_are_those_of_students_t():
+    table = np.random.default_rng(0).uniform(size=(9, 3))
+    metrics = MetricCollection({"scores": MeanScore(ToyTask())}, prefix="test/")
+    add(metrics["scores"], *table.tolist())
+    low, high = stats.t.interval(0.95, 8, loc=table.mean(axis=0), scale=stats.sem(table, axis=0))
+    found = margins_of_error(metrics)
+    assert list(found) == ["test/reward", "test/reward/format", "test/accuracy"]
+    assert [value.item() for value in found.values()] == pytest.approx((high - low) / 2, abs=1e-12)
+
+
+def test_a_margin_worked_by_hand():
+    metric = MeanScore(ToyTask())
+    for number in range(4):
+        add(metric, (number, 0.1, number % 2))  # variances of 5/3, 0 and 1/3
+    margins = [value.item() for value in metric.margins_of_error().values()]
+    assert margins == pytest.approx([3.182446 * math.sqrt(5 / 12), 0, 3.182446 * math.sqrt(1 / 12)], abs=1e-6)
+
+
+def test_too_few_samples_have_no_margin():
+    metric = MeanScore(ToyTask())
+    assert all(value.isnan() for value in metric.margins_of_error().values())
+    add(metric, (1, 1, 1))
+    assert all(value.isnan() for value in metric.margins_of_error().values())
+
+
 def test_predictions_without_scores_are_scored_by_the_task():
     target = (0.25, 0.25, 0.75, 0.75)
     metric = MeanScore(ToyTask())
@@ -225,6 +252,34 @@ def test_box_ap_is_that_of_pycocotools_whatever_the_batches(seed, decimals, caps
     assert found == exactly(wanted)
     assert 0.02 < found["ap"] < found["ap50"] < 1
     assert all(value.dtype == torch.float64 for value in metric.compute().values())
+
+
+def test_margins_of_box_ap_are_those_of_images_drawn_again_and_again():
+    images = sorted(our_images(*make_coco(1, 12, 2)), key=lambda image: int(image.id))
+    metric = BoxAP([*NAMES, "never seen"])
+    update(metric, images)
+    margins = {name: value.item() for name, value in metric.margins_of_error().items()}
+    assert values_of(metric) == exactly(pycocotools_stats(*make_coco(1, 12, 2)))
+    generator, found = np.random.default_rng(0), []
+    for _ in range(200):
+        drawn = BoxAP(NAMES)
+        chosen = np.sort(generator.integers(12, size=12)).tolist()
+        update(drawn, [replace(images[index], id=str(number)) for number, index in enumerate(chosen)])
+        found.append(values_of(drawn))
+    quantile = 2.200985  # of Student's t at 97.5 %, 11 degrees of freedom
+    for name in ("ap", "ap50", "ap75", "ar"):
+        assert margins[name] == pytest.approx(quantile * np.std([one[name] for one in found], ddof=1), rel=1e-6)
+        assert margins[name] > 0.03
+    assert {name for name, value in margins.items() if math.isnan(value)} == {
+        f"{name}_{size}" for name in ("ap", "ar") for size in ("small", "medium", "large")
+    }
+
+
+def test_without_objects_or_with_one_image_box_ap_has_no_margin():
+    metric = BoxAP(NAMES)
+    assert all(value.isnan() for value in metric.margins_of_error().values())
+    update(metric, our_images(*make_coco(1, 12, 2))[:1])
+    assert all(value.isnan() for value in metric.margins_of_error().values())
 
 
 def test_areas_crowds_and_the_order_of_images_each_count():
@@ -387,6 +442,7 @@ def _merged(rank: int, port: int, queue) -> None:
             add(means, (index / 7, 0, 0))
             update(ap, [images[index]])
         values = {"reward": means.compute()["reward"], **ap.compute()}
+        values |= {"margin": means.margins_of_error()["reward"], "ap50 margin": ap.margins_of_error()["ap50"]}
         queue.put({name: value.item() for name, value in values.items()})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -402,7 +458,14 @@ def test_devices_together_find_what_pycocotools_finds(free_port):
     for process in processes:
         process.join(timeout=300)
         assert process.exitcode == 0
+    means, ap = MeanScore(ToyTask()), BoxAP(NAMES)
+    add(means, *((index / 7, 0, 0) for index in range(12)))
+    update(ap, our_images(*make_coco(0, 12, 0)))
     wanted = {"reward": 5.5 / 7} | pycocotools_stats(*make_coco(0, 12, 0))
+    wanted |= {
+        "margin": means.margins_of_error()["reward"].item(),
+        "ap50 margin": ap.margins_of_error()["ap50"].item(),
+    }
     for _ in range(len(processes) * len(SHARES)):
         assert queue.get() == exactly(wanted)
 

@@ -35,7 +35,7 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, console: Console, monkey
     assert card["hardware"]["cores"] > 0
     assert card["seeds"]["everything"] == 17
     assert card["task"] == {"class_path": "ToyTask"}
-    assert card["data"] == "abc123"
+    assert card["data"] == {"fingerprint": "abc123", "splits": {"train": {"num_samples": 8}}}
     assert card["policy"] == {"num_parameters": 3}
     assert card["trainer"]["strategy"] == "SingleDeviceStrategy"
     assert card["steps"] == 4
@@ -43,6 +43,7 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, console: Console, monkey
     assert card["phase_seconds"] == {"rollout": 1.5}
     assert card["validation_share"] == 0.25
     assert (card["before"]["accuracy"], card["after"]["accuracy"]) == (0.0, 1.0)
+    assert card["margins_of_error"]["after"]["accuracy"] == 0
     start, end = (datetime.fromisoformat(card[key]) for key in ("start", "end"))
     assert start.utcoffset() == timedelta(0)
     assert start <= end

@@ -11,8 +11,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
 
 from perception_r1.data.loading import Batch
+from perception_r1.metrics import MeanScore, update_metrics
 from perception_r1.records import Box, ImageSize, Overlay, Sample, Score
 from perception_r1.scoring import ScoredCompletion
 from perception_r1.task import Task
@@ -93,6 +95,9 @@ class ToyData(LightningDataModule):
     def fingerprint(self) -> str:
         return "abc123"
 
+    def describe(self) -> dict[str, Any]:
+        return {"train": {"num_samples": 8}}
+
 
 class ToyModule(LightningModule):
     """Learns nothing, logs what the real ones log; it is right after the first training step."""
@@ -108,6 +113,7 @@ class ToyModule(LightningModule):
         self.error = error or RuntimeError("The toy broke.\nBadly.")
         self.num_evaluated: list[int] = []
         self.primary_test_metrics = ["test/accuracy"]
+        self.test_metrics = [MetricCollection({"scores": MeanScore(self.task)}, prefix="test/")]
 
     def describe(self) -> dict[str, Any]:
         return {"task": {"class_path": "ToyTask"}, "policy": {"num_parameters": 3}}
@@ -130,6 +136,7 @@ class ToyModule(LightningModule):
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[ScoredCompletion]:
         scored_completions = self.score_greedy(batch)
         self.tested += scored_completions
+        update_metrics(self.test_metrics[0], scored_completions)
         return scored_completions
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[ScoredCompletion]:
@@ -137,6 +144,7 @@ class ToyModule(LightningModule):
 
     def on_test_start(self) -> None:
         self.tested: list[ScoredCompletion] = []
+        self.test_metrics[0].reset()
 
     def test_results(self) -> dict[str, float]:
         self.num_evaluated.append(len(self.tested))

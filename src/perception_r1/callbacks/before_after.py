@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perception_r1.callbacks.files import run_folder
+from perception_r1.metrics import margins_of_error
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule
@@ -31,22 +32,24 @@ class BeforeAfter(Callback):
     Attributes:
         before: Metrics before training, by name; empty until they are known.
         after: Metrics after training, by name; empty until they are known.
+        margins: Half the width of the 95 % confidence interval of each of them, for "before" and "after".
     """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self.margins: dict[str, dict[str, float]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the untrained policy, unless this run goes on from a checkpoint."""
         if self.enabled and not self.before and trainer.ckpt_path is None:
-            self.before = _evaluate(trainer, pl_module, "before training")
+            self.before, self.margins["before"] = _evaluate(trainer, pl_module, "before training")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the trained policy, while it is still on its device."""
         if self.enabled:
-            self.after = _evaluate(trainer, pl_module, "after training")
+            self.after, self.margins["after"] = _evaluate(trainer, pl_module, "after training")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the table and name the run's files."""
@@ -63,11 +66,11 @@ class BeforeAfter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics from before training, for a resumed run."""
-        return {"before": self.before}
+        return {"before": self.before, "margins": self.margins.get("before", {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the metrics from before training up again."""
-        self.before = dict(state_dict["before"])
+        self.before, self.margins["before"] = dict(state_dict["before"]), dict(state_dict["margins"])
 
 
 def before_after_table(
@@ -93,11 +96,14 @@ def _number(value: float) -> str:
     return "-" if isnan(value) else f"{value:.4f}"
 
 
-def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[str, float]:
-    """Metrics of the test split by the steps of `test`, in its precision; nothing when the data has no such split."""
+def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of the test split by the steps of `test`, in its precision, and how sure they are.
+
+    Nothing when the data has no such split.
+    """
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None or not is_overridden("test_dataloader", datamodule):
-        return {}
+        return {}, {}
     module = cast("EvaluationModule", pl_module)
     datamodule.setup("test")  # a fit sets up the other splits only
     loaders = datamodule.test_dataloader()
@@ -105,7 +111,7 @@ def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[s
     limited = [(loader, _limit(trainer, len(loader))) for loader in loaders]
     total = sum(num_batches for _, num_batches in limited)
     if total == 0:
-        return {}
+        return {}, {}
     steps = (
         (datamodule.transfer_batch_to_device(batch, module.device, loader_index), batch_index, loader_index)
         for loader_index, (loader, num_batches) in enumerate(limited)
@@ -116,7 +122,12 @@ def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> dict[s
     with torch.no_grad():
         for step in _shown(steps, console, when, total):
             trainer.strategy.test_step(*step)
-    return {tag.removeprefix("test/"): value for tag, value in module.test_results().items()}
+    margins = {tag: float(value) for found in module.test_metrics for tag, value in margins_of_error(found).items()}
+    return _without_prefix(module.test_results()), _without_prefix(margins)
+
+
+def _without_prefix(values: Mapping[str, float]) -> dict[str, float]:
+    return {tag.removeprefix("test/"): value for tag, value in values.items()}
 
 
 def _limit(trainer: Trainer, num_batches: int) -> int:

@@ -52,7 +52,7 @@ class RunCard(Callback):
         if self._path is None:
             return
         self._card |= {"status": status, "end": _now(), "seconds": round(time.monotonic() - self._started, 3)}
-        self._card |= _results(trainer, pl_module)
+        self._card |= {"data": _data(trainer), **_results(trainer, pl_module)}
         write_json(self._path, self._card)
         self._path = None
 
@@ -75,7 +75,6 @@ def status_of(exception: BaseException) -> str:
 def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """What the run consists of."""
     seed = os.environ.get("PL_GLOBAL_SEED")
-    fingerprint = getattr(getattr(trainer, "datamodule", None), "fingerprint", None)
     return {
         "command": sys.argv,
         "versions": versions(),
@@ -93,7 +92,7 @@ def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
             "module": getattr(pl_module, "seed", None),
             "torch": torch.initial_seed(),
         },
-        "data": fingerprint() if fingerprint is not None else None,
+        "data": _data(trainer),
         **cast("EvaluationModule", pl_module).describe(),
         "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
@@ -110,7 +109,16 @@ def _results(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         "phase_seconds": {name: round(value, 3) for name, value in getattr(pl_module, "phase_seconds", {}).items()},
         "before": dict(metrics.before) if metrics else {},
         "after": dict(metrics.after) if metrics else {},
+        "margins_of_error": dict(metrics.margins) if metrics else {},
     }
+
+
+def _data(trainer: Trainer) -> dict[str, Any] | None:
+    """What determines the samples, and the splits that are set up by now."""
+    data = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "fingerprint"):  # loaders, or a data module of someone else
+        return None
+    return {"fingerprint": data.fingerprint(), "splits": data.describe()}
 
 
 def _now() -> str:

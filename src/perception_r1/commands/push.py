@@ -9,7 +9,7 @@ from pathlib import Path
 
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, OfflineModeIsEnabled, OIDCError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OIDCError
 from huggingface_hub.utils import enable_progress_bars
 
 from perception_r1.commands.options import new_parser, parse, run_command
@@ -63,7 +63,9 @@ def check_exported(folder: Path) -> None:
         "README.md": (folder / "README.md").is_file(),
     }
     if missing := [name for name, is_there in found.items() if not is_there]:
-        raise UserError(f"{folder} has no {', no '.join(missing)}: give a folder that `perception-r1 export` has written")
+        raise UserError(
+            f"{folder} has no {', no '.join(missing)}: give a folder that `perception-r1 export` has written"
+        )
 
 
 def upload_folder(folder: Path, repo_id: str, *, is_private: bool, revision: str, message: str) -> str:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -105,6 +106,10 @@ class BaseDataModule(LightningDataModule, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the samples of all splits; it needs no setup."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Number and sources of the samples of each split that is set up, for JSON."""
 
     def encode_with(self, encode: Encoder) -> None:
         """Let the workers encode prompts so; without workers the module does it itself."""

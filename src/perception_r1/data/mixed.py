@@ -114,6 +114,11 @@ class MixedData(BaseDataModule):
         parts = [f"{name} {self.weights[name]!r} {part.fingerprint()}" for name, part in self.parts.items()]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """Those of each task, as TASK/SPLIT."""
+        described = {name: part.describe() for name, part in self.parts.items()}
+        return {f"{name}/{split}": value for name, splits in described.items() for split, value in splits.items()}
+
 
 def parts_of(data: BaseDataModule) -> Mapping[str, TaskDataModule]:
     """The data modules of single tasks by the name with which their sources begin; it is empty where there is one."""

@@ -185,6 +185,19 @@ class TaskDataModule(BaseDataModule):
             parts = [scene_fingerprint(self.world, split, self.seed, size) for split, size in sizes]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """See `BaseDataModule`; of a source its name in messages, and its id where it is on the hub."""
+        described = {}
+        for split, samples in self._samples.items():
+            sources = self.sources.get(split) or self.sources.get("train", {})
+            described[split] = {
+                "num_samples": len(samples),
+                "is_held_out": bool(self.sources) and split not in self.sources,
+                "sources": {name: {"name": str(source), "hub_id": source.hub_id} for name, source in sources.items()},
+                "world": None if self.sources else type(self.world).__name__,
+            }
+        return described
+
     def _labels(self) -> Iterator[str]:
         """Names of the sources' objects, else of the synthetic ones; sources are read when the first is asked for."""
         sources = [source for group in self.sources.values() for source in group.values()]

@@ -114,6 +114,11 @@ class Source(ABC):
     def __str__(self) -> str:
         """Its name in messages."""
 
+    @property
+    def hub_id(self) -> str | None:
+        """Id of the data set on the hub that it reads; None for files."""
+        return None
+
     def labels(self) -> tuple[str, ...]:
         """Names of all categories of a detection data set, in the order of the prompt; by default those in use."""
         return tuple(sorted(object_labels(row.values for row in self)))

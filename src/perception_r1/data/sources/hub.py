@@ -127,6 +127,12 @@ class Hub(Source):
         names = self._names_of(self.columns.get("objects.label", ""))
         return super().labels() if names is None else tuple(names)
 
+    @property
+    def hub_id(self) -> str | None:
+        """See `Source`."""
+        path = Path(self.path)
+        return None if path.suffix in _TABLES or path.exists() else self.path
+
     def __str__(self) -> str:
         return f"{self.path} ({self.split})"
 
