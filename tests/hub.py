@@ -1,7 +1,7 @@
 """A hub on this machine: the part of the HTTP interface of huggingface.co by which a folder is uploaded.
 
-Written after what huggingface_hub 2.4 sends and reads: `repos/create`, `models/ID`, `validate-yaml`, `branch`, `preupload`,
-the batch interface of git-lfs, and `commit` with one JSON object per line.
+Written after what huggingface_hub 2.4 sends and reads: `repos/create`, `models/ID`, `validate-yaml`, `branch`,
+`preupload`, the batch interface of git-lfs, and `commit` with one JSON object per line.
 """
 
 import base64

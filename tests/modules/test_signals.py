@@ -36,11 +36,8 @@ pytestmark = pytest.mark.slow
 PACKAGE = Path(package).parent
 TRACED = (
     *(str(Path(module.__file__)) for module in (call, logger_connector, signal_connector)),
-    *(
-        str(folder)
-        for folder in (Path(loops.__file__).parent, *(PACKAGE / name for name in ("callbacks", "data", "metrics")))
-    ),
-    *(str(PACKAGE / name) for name in ("modules/base.py", "modules/evaluation.py")),
+    str(Path(loops.__file__).parent),
+    *(str(PACKAGE / name) for name in ("callbacks", "data", "metrics", "modules/base.py", "modules/evaluation.py")),
 )
 """Where a signal may arrive: in the trainer's loops, hooks and logs, and in what the package adds to them."""
 

@@ -116,7 +116,7 @@ def _results(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 def _data(trainer: Trainer) -> dict[str, Any] | None:
     """What determines the samples, and the splits that are set up by now."""
     data = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "fingerprint"):  # loaders, or a data module of someone else
+    if data is None or not hasattr(data, "fingerprint"):  # loaders, or a data module of someone else
         return None
     return {"fingerprint": data.fingerprint(), "splits": data.describe()}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OIDCError
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils.tqdm import enable_progress_bars
 
 from perception_r1.commands.options import new_parser, parse, run_command
 from perception_r1.errors import UserError

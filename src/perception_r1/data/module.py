@@ -187,7 +187,7 @@ class TaskDataModule(BaseDataModule):
 
     def describe(self) -> dict[str, Any]:
         """See `BaseDataModule`; of a source its name in messages, and its id where it is on the hub."""
-        described = {}
+        described: dict[str, Any] = {}
         for split, samples in self._samples.items():
             sources = self.sources.get(split) or self.sources.get("train", {})
             described[split] = {

@@ -179,14 +179,11 @@ def _bootstrapped(evaluation: COCOeval) -> dict[str, float]:
     params = copy(evaluation.params)
     params.areaRng, params.areaRngLbl, params.maxDets = params.areaRng[:1], params.areaRngLbl[:1], params.maxDets[-1:]
     num_images, generator = len(params.imgIds), np.random.default_rng(0)
-    images = np.empty(
-        (len(evaluation.evalImgs) // num_images, num_images), dtype=object
-    )  # [categories * areas, images]
-    images.flat = evaluation.evalImgs
+    every, rows = evaluation.evalImgs, range(0, len(evaluation.evalImgs), num_images)
     found = []
     for _ in range(_NUM_RESAMPLES):
-        drawn = np.sort(generator.integers(num_images, size=num_images))  # in the order of their keys, as ever
-        evaluation.evalImgs = images[:, drawn].ravel().tolist()
+        drawn = np.sort(generator.integers(num_images, size=num_images)).tolist()  # in the order of their keys, as ever
+        evaluation.evalImgs = [every[start + image] for start in rows for image in drawn]  # by category, area and image
         with _silent():
             evaluation.accumulate(params)
         precision, recall = (evaluation.eval[name] for name in ("precision", "recall"))
