@@ -22,7 +22,7 @@ from perception_r1.tasks.ocr import OcrData
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = {"grounding": GroundingData, "counting": CountingData, "detection": DetectionData, "ocr": OcrData}
-LEFT_BEHIND = ("predictions.jsonl", "metrics.json", "report.md", "worst.png", "best.png")
+LEFT_BEHIND = ("predictions.jsonl", "metrics.json", "margins_of_error.json", "report.md", "worst.png", "best.png")
 """What an evaluation leaves behind, but for the configuration and the events of TensorBoard."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import scipy.stats
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -96,6 +97,12 @@ def test_metrics_are_the_means_of_each_source(undisturbed):
             {"reward": row["reward"], **more, **row["metrics"]} for row, more in zip(rows, components, strict=True)
         ]
         expected = {key: pytest.approx(math.fsum(row[key] for row in found) / len(rows)) for key in found[0]}
+        margin = json.loads(undisturbed.left["margins_of_error.json"])[name]["reward"]
+        if len(rows) > 1:
+            error = scipy.stats.sem([row["reward"] for row in rows])
+            assert margin == pytest.approx(error * scipy.stats.t.ppf(0.975, len(rows) - 1))
+        else:
+            assert margin is None
         boxes = [first_box(row["completion"]) for row in rows]
         overlaps = [iou([side / 1000 for side in box], fractions(row)) for box, row in zip(boxes, rows, strict=True)]
         expected |= {

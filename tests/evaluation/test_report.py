@@ -33,11 +33,19 @@ TOY = ToyTask()
 
 
 def report(
-    folder: Path, metrics, *, rewards=(1.0,), scored_completions=None, num_samples=2, comparison=ALIKE, task=TOY
+    folder: Path,
+    metrics,
+    *,
+    margins=None,
+    rewards=(1.0,),
+    scored_completions=None,
+    num_samples=2,
+    comparison=ALIKE,
+    task=TOY,
 ) -> str:
     write_report(
         folder,
-        [TaskResults(task=task, metrics=metrics, comparison=comparison)],
+        [TaskResults(task=task, metrics=metrics, margins=margins or {}, comparison=comparison)],
         split="val",
         scored_completion=lambda index: (task, (scored_completions or scored_with(rewards))[index]),
         rewards=list(rewards),
@@ -50,6 +58,19 @@ def report(
 def row_of(text: str, source: str, metric: str) -> list[str]:
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {source} | {metric} |")]
     return [cell.strip() for cell in row.strip("|").split("|")][2:]
+
+
+def test_what_is_known_of_margins_stands_beside_the_metrics(tmp_path: Path, console: Console):
+    text = report(
+        tmp_path,
+        {"mine": {"reward": 1.5, "accuracy": 0.5, "ap": 0.25}},
+        margins={"mine": {"reward": 0.0625, "accuracy": math.nan}},
+    )
+    assert row_of(text, "mine", "reward")[0] == "1.5000 ± 0.0625"
+    assert row_of(text, "mine", "accuracy")[0] == "0.5000"
+    assert row_of(text, "mine", "ap")[0] == "0.2500"
+    assert "95 % confidence interval" in text
+    assert "1.5000 ± 0.0625" in console.file.getvalue()
 
 
 def test_the_papers_metrics_stand_beside_the_sources_of_their_names(tmp_path: Path, console: Console):

@@ -2,7 +2,8 @@
 
 Each device appends its rows to a part of its own while it works. Whoever starts the same evaluation again, on however
 many devices, finds these parts in its folder: finished samples are scored again from their completions and not answered
-again. At the end the parts become `predictions.jsonl`, in the order of the data, with `metrics.json` and the report.
+again. At the end the parts become `predictions.jsonl`, in the order of the data, with `metrics.json`,
+`margins_of_error.json` and the report.
 
 Only a folder that has the name of its evaluation is known to hold the answers to the same question. In any other, and
 where `trainer.limit_test_batches` leaves samples out, an evaluation begins anew.
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torchmetrics import MetricCollection
 
 from perception_r1.callbacks.files import run_folder, write_json
@@ -20,8 +22,8 @@ from perception_r1.data.base import BaseDataModule
 from perception_r1.evaluation.key import EVALUATION
 from perception_r1.evaluation.paper import compare
 from perception_r1.evaluation.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
-from perception_r1.evaluation.report import TaskResults, write_report
-from perception_r1.metrics import make_metrics, published_values, update_metrics
+from perception_r1.evaluation.report import Metrics, TaskResults, write_report
+from perception_r1.metrics import make_metrics, margins_of_error, published_values, update_metrics
 from perception_r1.scoring import ScoredCompletion, score_as_published
 from perception_r1.task import Task, part_of, task_of, task_of_source, tasks_of
 
@@ -44,6 +46,7 @@ class Evaluation(Callback):
         self._folder: Path | None = None
         self._part: TextIO | None = None
         self._published: list[MetricCollection | None] = []
+        self._margins: list[dict[str, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Collect what an earlier try has answered; the data module is set up, its loaders are not yet made."""
@@ -106,8 +109,9 @@ class Evaluation(Callback):
             self._update_published(module, dataloader_idx, outputs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the published metrics; all devices compute them together."""
+        """Log the published metrics, and find out how sure the others are; all devices compute them together."""
         module = cast("EvaluationModule", pl_module)
+        self._margins = [] if self._folder is None else [margins_of_error(tested) for tested in module.test_metrics]
         sources = _data(trainer).tested_sources if self._published else ()
         for index, source in enumerate(sources):
             tested, published = module.test_metrics[index], self._published[index]
@@ -128,15 +132,17 @@ class Evaluation(Callback):
         rows = list(answered.values())
         indices = [index for index, sample in enumerate(samples) if (sample.source, sample.id) in answered]
         write_rows(self._folder / "predictions.jsonl", rows)
-        metrics = {}
+        metrics, margins = {}, {}
         for index, source in enumerate(datamodule.tested_sources):
             tested = module.test_metrics[index]
-            values = {tag.removeprefix(str(tested.prefix)): value for tag, value in tested.compute().items()}
+            values = _without_prefix(tested, tested.compute())
+            margins[source or "test"] = _rounded(_without_prefix(tested, self._margins[index]))
             published = self._published[index]
             if published is not None:
                 values |= published_values(task_of_source(module.task, source), published)
-            metrics[source or "test"] = {name: float(f"{float(value):.{_DIGITS}g}") for name, value in values.items()}
+            metrics[source or "test"] = _rounded(values)
         write_json(self._folder / "metrics.json", metrics)
+        write_json(self._folder / "margins_of_error.json", margins)
 
         def scored_completion(index: int) -> tuple[Task[Any, Any], ScoredCompletion]:
             task = task_of(module.task, sample := samples[indices[index]])
@@ -144,7 +150,7 @@ class Evaluation(Callback):
 
         write_report(
             self._folder,
-            _task_results(module, metrics, rows),
+            _task_results(module, metrics, margins, rows),
             split=datamodule.eval_split,
             scored_completion=scored_completion,
             rewards=[row["reward"] for row in rows],
@@ -189,8 +195,16 @@ class Evaluation(Callback):
             _data(trainer).leave_out(frozenset())
 
 
+def _without_prefix(metrics: MetricCollection, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {tag.removeprefix(str(metrics.prefix)): value for tag, value in values.items()}
+
+
+def _rounded(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(f"{float(value):.{_DIGITS}g}") for name, value in values.items()}
+
+
 def _task_results(
-    module: "EvaluationModule", metrics: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]
+    module: "EvaluationModule", metrics: Metrics, margins: Metrics, rows: Sequence[Mapping[str, Any]]
 ) -> list[TaskResults]:
     """What was found of each task."""
     results = []
@@ -201,8 +215,11 @@ def _task_results(
             repetition_penalty=module.repetition_penalty,
             rows=[row for row in rows if part_of(module.task, row["source"]) == name],
         )
-        own = {source: values for source, values in metrics.items() if part_of(module.task, source) == name}
-        results.append(TaskResults(task=task, metrics=own, comparison=comparison))
+        own, own_margins = (
+            {source: values for source, values in found.items() if part_of(module.task, source) == name}
+            for found in (metrics, margins)
+        )
+        results.append(TaskResults(task=task, metrics=own, margins=own_margins, comparison=comparison))
     return results
 
 

@@ -30,11 +30,13 @@ class TaskResults:
     Attributes:
         task: The task.
         metrics: Of each of its sources.
+        margins: Half the width of the 95 % confidence interval of each.
         comparison: What of it may stand beside the paper's metrics.
     """
 
     task: Task[Any, Any]
     metrics: Metrics
+    margins: Metrics
     comparison: Comparison
 
 
@@ -63,6 +65,7 @@ def write_report(
     names = ", ".join(part.task.name for part in results)
     lines = [f"# Evaluation of {names}", "", f"Checkpoint: {checkpoint or 'none, the model as it is'}. "]
     lines += [f"{len(rewards)} samples of the {split} split, greedy decoding.", ""]
+    lines += ["What stands after ± is half the width of the 95 % confidence interval over samples.", ""]
     rows = [row for part in results for row in _rows(part)]
     told = dict.fromkeys(sentence for part in results for sentence in sentences(part))
     lines += [f"| {' | '.join(cells)} |" for cells in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)] + [""]
@@ -119,7 +122,8 @@ def _rows(part: TaskResults) -> list[list[str]]:
             published = _shown(values[PUBLISHED + name]) if PUBLISHED + name in values else ""
             paper = part.comparison.paper_metrics(source, name)
             cells = map(_shown, paper) if paper else ("", "")
-            rows.append([source, name, _shown(values[name]), published, *cells])
+            margin = part.margins.get(source, {}).get(name, math.nan)
+            rows.append([source, name, _shown(values[name]) + _margin(margin), published, *cells])
     return rows
 
 
@@ -132,6 +136,10 @@ def _table(rows: Sequence[Sequence[str]], primary: Collection[tuple[str, str]]) 
         style = "bold" if (cells[0], cells[1]) in primary else ""
         table.add_row(*(Text(cells[index]) for index in filled), style=style)
     return table
+
+
+def _margin(value: float) -> str:
+    return "" if math.isnan(value) else f" ± {value:.4f}"
 
 
 def _shown(value: float) -> str:
