@@ -64,6 +64,8 @@ class Codec(ABC):
     """Writes and reads labelled boxes as one model family does."""
 
     name: ClassVar[str]
+    description: ClassVar[str]
+    """How it writes boxes, in a few words."""
     uses_resized_size: ClassVar[bool] = False
     """Coordinates depend on the size of the image after smart-resize, not on that of the original alone."""
 
@@ -100,6 +102,7 @@ class Qwen2VLCodec(Codec):
     """
 
     name = "qwen2_vl"
+    description = "between box tokens, in thousandths of the image"
 
     def format_boxes(self, objects: Sequence[LabelledBox], image_size: ImageSize) -> str:
         """Text for a list of objects, in their order.
@@ -195,6 +198,7 @@ class Qwen25VLCodec(_JsonCodec):
     """
 
     name = "qwen2_5_vl"
+    description = "as JSON, in pixels of the image as the model sees it, after smart-resize"
     uses_resized_size = True
 
     def units(self, image_size: ImageSize) -> tuple[int, int]:
@@ -215,6 +219,7 @@ class Qwen3VLCodec(_JsonCodec):
     """
 
     name = "qwen3_vl"
+    description = "as JSON, in thousandths of the image"
 
     def units(self, image_size: ImageSize) -> tuple[int, int]:
         """Per mille of both sides."""

@@ -21,8 +21,8 @@ from tests.policy import oracle
 
 NUM_TOKENS = 12
 FILES = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
-FILES |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+FILES |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_config.yaml"}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "training_config.yaml"}
 
 
 def run_export(run, folder, *options):
@@ -124,7 +124,9 @@ def test_the_checkpoint_asked_for_is_exported(runs, exported, tmp_path):
     last = run_export(runs["full"], tmp_path / "last", "--ckpt", str(file))
     weights, others = load_file(last / "model.safetensors"), load_file(exported / "model.safetensors")
     assert not torch.equal(weights["model.norm.weight"], others["model.norm.weight"])
-    assert "from `last.ckpt` at step 3" in (last / "README.md").read_text()
+    text = (last / "README.md").read_text()
+    assert "from `last.ckpt` at step 3" in text
+    assert "holds the weights of step" not in text
 
 
 def test_an_adapter_is_merged(runs, merged, folder):
@@ -204,6 +206,18 @@ def test_the_processor_of_the_run_is_written(runs, exported):
     assert encoded.image_sizes == other.image_sizes
 
 
+def test_special_tokens_have_the_name_that_transformers_4_knows(runs, exported):
+    """It takes `extra_special_tokens` for a mapping, and breaks on the list that version 5 writes."""
+    config = json.loads((exported / "tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in config
+    assert "<|box_start|>" in config["additional_special_tokens"]
+    again, before = AutoTokenizer.from_pretrained(exported), trained_policy(runs["full"]).processor.tokenizer
+    assert again.all_special_tokens == before.all_special_tokens
+    assert again.all_special_ids == before.all_special_ids
+    text = "<|box_start|>(1,2),(3,4)<|box_end|><|im_end|>"
+    assert again.decode(again(text)["input_ids"], skip_special_tokens=True) == "(1,2),(3,4)"
+
+
 def test_bounds_on_pixels_are_those_of_the_run(folder, tmp_path):
     policy = Policy.load(PolicyConfig(name=str(folder), min_pixels=1568, max_pixels=3136))
     export.save_merged(policy, tmp_path)
@@ -221,25 +235,9 @@ def test_settings_for_videos_are_kept(runs, tmp_path, copy_folder):
     assert (run_export(run, tmp_path / "written") / "video_preprocessor_config.json").read_text() == '{"fps": 2}'
 
 
-def test_the_model_card_tells_the_run(runs, exported):
-    card = json.loads((runs["full"] / "run.json").read_text())
-    text = (exported / "README.md").read_text()
-    assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n")
-    for words in (
-        "| task | grounding |",
-        "| training | SFT |",
-        "model, from `best.ckpt` at step 2",
-        "`Output the bounding box of the {query} in the image.`",
-        f"| base model | {open_run(runs['full']).policy.name.rpartition('/')[2]} |",
-        card["versions"]["torch"],
-        f"| reward | {card['before']['reward']:.4f} | {card['after']['reward']:.4f} |",
-        "after 3 steps",
-        "holds the weights of step 2",
-        "```bash\nperception-r1 fit --task=grounding --variant=sft ",
-        "--run_name=full-sft",
-        "is that of its base model",
-    ):
-        assert words in text
+def test_every_setting_of_the_run_comes_along(runs, exported):
+    assert (exported / "training_config.yaml").read_bytes() == (runs["full"] / "config.yaml").read_bytes()
+    assert main(["fit", "--config", str(exported / "training_config.yaml"), "--print_config"]) == 0
 
 
 def test_nothing_is_overwritten(runs, tmp_path, capsys):

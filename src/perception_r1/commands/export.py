@@ -3,6 +3,7 @@
 Run -> policy with the checkpoint's weights -> adapter merged -> weights, configuration, processor, model card.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import VIDEO_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from perception_r1.commands.model_card import model_card
+from perception_r1.commands.card_metadata import Export
+from perception_r1.commands.evaluations import evaluations_of
+from perception_r1.commands.model_card import CONFIG, model_card
 from perception_r1.commands.options import check_unused, known, new_parser, parse, run_command
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.errors import UserError
@@ -48,14 +52,24 @@ def _export(argv: Sequence[str]) -> int:
         raise UserError(f"the run {run.folder} trained no adapter: leave out --adapter to export its weights")
     checkpoint = checkpoint_path(run, options.ckpt)
     policy, step = load_checkpoint(run.policy, checkpoint)
+    size = policy.processor.image_processor.size
     with _whole_folder(options.to) as folder:
         if options.adapter:
             save_adapter(policy, folder, dtype=dtype)
         else:
             save_merged(policy, folder, dtype=dtype)
             _copy_video_settings(model_path(run.policy.name), folder)
-        card = model_card(run, checkpoint=checkpoint, step=step, is_adapter=options.adapter)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        export = Export(
+            run=run,
+            checkpoint=checkpoint,
+            step=step,
+            codec=policy.codec,
+            pixels=(size["shortest_edge"], size["longest_edge"]),
+            is_adapter=options.adapter,
+            evaluations=evaluations_of(checkpoint),
+        )
+        (folder / "README.md").write_text(model_card(export), encoding="utf-8")
+        shutil.copyfile(run.folder / "config.yaml", folder / CONFIG)
     sys.stderr.write(f"Wrote step {step} of {run.folder} to {options.to}.\n")
     return 0
 
@@ -70,12 +84,24 @@ def save_merged(policy: Policy, folder: Path, *, dtype: torch.dtype | None = Non
         network = network.float().merge_and_unload()  # in float32, so that the sum is rounded once
     network.to(dtype).save_pretrained(folder)
     policy.processor.save(folder)
+    _name_special_tokens(folder / TOKENIZER_CONFIG_FILE)
 
 
 def save_adapter(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the adapter of a policy in the layout of peft; the policy is used up."""
     network = cast(Any, policy.network)
     (network if dtype is None else network.to(dtype)).save_pretrained(folder)
+
+
+def _name_special_tokens(file: Path) -> None:
+    """Call the list of special tokens as transformers 4 does, which cannot read a tokenizer that has it as 5 does.
+
+    Version 5 reads both; the converter of llama.cpp runs on 4.57.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _copy_video_settings(name: str, folder: Path) -> None:

@@ -1,67 +1,124 @@
-"""The model card of an exported folder: what was trained on what, what came of it, and how to do it again."""
+"""The model card of an exported folder: what was trained on what, what came of it, and how to use it and do it again.
+
+A README.md in the hub's form: metadata (`card_metadata.py`) between two lines of dashes, then Markdown.
+"""
 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from perception_r1.commands.card_metadata import Export, card_metadata, origins, splits_of
+from perception_r1.commands.evaluations import CheckpointEvaluation
 from perception_r1.commands.runs import Run
-from perception_r1.policy.load import model_path
-from perception_r1.task import tasks_of
+from perception_r1.commands.settings import class_defaults, deviations
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.task import THINK_REQUEST, Task, tasks_of
 
-_VERSIONS = ("python", "torch", "transformers", "peft", "perception_r1")
+CONFIG = "training_config.yaml"
+"""Every setting of the run, beside the card."""
+_NO_SETTINGS = ("task", "tasks", "world", "train", "val", "test", "curriculum")
+"""Of the data: what stands elsewhere in the card, and what names files of this machine."""
+_TRANSFORMERS = """\
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder, or its name on the hub
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+processor = AutoProcessor.from_pretrained(folder)
+content = [{{"type": "image", "image": Image.open("picture.jpg")}}, {{"type": "text", "text": {prompt}}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**inputs, do_sample=False, max_new_tokens={max_new_tokens})
+print(processor.decode(answer[0, inputs["input_ids"].shape[1]:]))
+```"""
+_VLLM = """\
+```bash
+vllm serve . --mm-processor-kwargs '{{"min_pixels": {low}, "max_pixels": {high}}}'
+```
+
+With `"skip_special_tokens": false` in a request, the tokens around boxes stay in the answer."""
+_PEFT = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+base = AutoModelForImageTextToText.from_pretrained({base}, dtype="auto")
+model = PeftModel.from_pretrained(base, ".")  # this folder, or its name on the hub
+```"""
+_ABOUT_MARGINS = "What stands after ± is half the width of the 95 % confidence interval over samples."
 
 
-def model_card(run: Run, *, checkpoint: Path, step: int, is_adapter: bool) -> str:
-    """A README.md in the hub's form: metadata between two lines of dashes, then Markdown.
-
-    Args:
-        run: The run.
-        checkpoint: The file that was exported.
-        step: Optimiser step at which it was written.
-        is_adapter: The folder holds an adapter, not a whole model.
-    """
-    is_local = Path(model_path(run.policy.name)).is_dir()
-    base = Path(run.policy.name).name if is_local else run.policy.name  # a path means nothing on another machine
-    library, tags = "peft" if is_adapter else "transformers", ["perception-r1", "visual-perception"]
-    metadata = {"library_name": library, "pipeline_tag": "image-text-to-text"}
-    metadata |= {} if is_local else {"base_model": base}  # the hub knows it by its id only
-    git, tasks = run.card["git"], tasks_of(run.task).values()
-    names = ", ".join(task.name for task in tasks)
-    kind = "LoRA adapter" if is_adapter else "model, LoRA adapter merged" if run.policy.lora else "model"
-    summary = {
-        "base model": base,
-        "training": run.training,
-        "task": names,
-        **{f"options of {task.name}": json.dumps(asdict(task)) for task in tasks},
-        "this folder": f"{kind}, from `{checkpoint.name}` at step {step}",
-        **{f"prompt of {task.name}": f"`{task.prompt('{query}')}`" for task in tasks},
-        "status of the run": run.card["status"],
-        "commit": f"{git['commit']}{' with changes' if git['is_dirty'] else ''}" if git else "unknown",
-        "versions": ", ".join(f"{name} {run.card['versions'].get(name)}" for name in _VERSIONS),
-    }
-    cells = [(name, value.replace("|", "\\|").replace("\n", " ")) for name, value in summary.items()]
+def model_card(export: Export) -> str:
+    """The text of README.md."""
+    run, names = export.run, ", ".join(task.name for task in tasks_of(export.run.task).values())
+    license_name = export.base_card.get("license_name") or export.base_card.get("license") or "not known here"
     sections = [
-        f"---\n{yaml.safe_dump({**metadata, 'tags': tags}, sort_keys=False)}---",
-        f"# {base} on {names}",
-        f"Post-trained on visual perception with perception-r1 ({run.training}).",
-        _table([("fact", "value"), *cells]),
-        *_metrics(run.card, step),
-        "## Again",
-        f"```bash\n{shlex.join(['perception-r1', *run.card['command'][1:]])}\n```",
-        f"## License\n\nThe license of this model is that of its base model, {base}.",
+        f"---\n{card_metadata(export).to_yaml()}\n---",
+        f"# {export.base_name} on {names}",
+        f"Post-trained on visual perception with perception-r1 ({run.training}), after"
+        " [Perception-R1](https://arxiv.org/abs/2504.07954).",
+        _table([("fact", "value"), *_facts(export)]),
+        *_use(export),
+        *_data(run),
+        *_metrics(run.card, export.step),
+        *_evaluations(export.evaluations),
+        *_training(run),
+        f"## License\n\nThe license of this model is that of its base model, {export.base_name}: {license_name}.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its headings first."""
-    head, *lines = (f"| {' | '.join(cells)} |" for cells in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
+def _facts(export: Export) -> list[tuple[str, str]]:
+    run, tasks = export.run, list(tasks_of(export.run.task).values())
+    kind = "LoRA adapter" if export.is_adapter else "model, LoRA adapter merged" if run.policy.lora else "model"
+    git, (low, high) = run.card["git"], export.pixels
+    facts = {
+        "base model": export.base_name,
+        "training": run.training,
+        "task": ", ".join(task.name for task in tasks),
+        **{f"options of {task.name}": json.dumps(asdict(task)) for task in tasks},
+        **{f"prompt of {task.name}": f"`{_prompt(task, '{query}')}`" for task in tasks},
+        "boxes in answers": export.codec.description,
+        "pictures": f"resized to {low:,} to {high:,} pixels",
+        "longest answer": f"{run.max_new_tokens} tokens",
+        "this folder": f"{kind}, from `{export.checkpoint.name}` at step {export.step}",
+        "status of the run": run.card["status"],
+        "commit": f"{git['commit']}{' with changes' if git['is_dirty'] else ''}" if git else "unknown",
+        "versions": ", ".join(f"{name} {version}" for name, version in run.card["versions"].items()),
+    }
+    return list(facts.items())
+
+
+def _use(export: Export) -> list[str]:
+    if export.is_adapter:
+        return ["## Use", _PEFT.format(base=json.dumps(export.base_name))]
+    (low, high), task = export.pixels, next(iter(tasks_of(export.run.task).values()))
+    prompt = json.dumps(_prompt(task, "red cup"), ensure_ascii=False)
+    return [
+        "## Use",
+        "With transformers:",
+        _TRANSFORMERS.format(prompt=prompt, max_new_tokens=export.run.max_new_tokens),
+        "With vLLM, pictures at the sizes of the training:",
+        _VLLM.format(low=low, high=high),
+    ]
+
+
+def _prompt(task: Task[Any, Any], query: str) -> str:
+    return task.prompt(query) + THINK_REQUEST * task.think
+
+
+def _data(run: Run) -> list[str]:
+    """Number and origins of the samples of each split."""
+    rows = [("split", "samples", "from")]
+    for name, split in splits_of(run).items():
+        told = ", ".join(origin.name for origin in origins(split)) + ", held out" * split["is_held_out"]
+        rows.append((name, f"{split['num_samples']:,}", told))
+    return ["## Data", _table(rows), f"Fingerprint: `{run.card['data']['fingerprint']}`"] if len(rows) > 1 else []
 
 
 def _metrics(card: Mapping[str, Any], step: int) -> list[str]:
@@ -69,11 +126,56 @@ def _metrics(card: Mapping[str, Any], step: int) -> list[str]:
     before, after = card.get("before", {}), card.get("after", {})
     if not after:
         return []
-    rows = [(name, _number(before.get(name)), _number(value)) for name, value in after.items()]
+    margins = {when: card["margins_of_error"].get(when, {}) for when in ("before", "after")}
+    rows = [
+        (name, _number(before.get(name), margins["before"].get(name)), _number(value, margins["after"].get(name)))
+        for name, value in after.items()
+    ]
     note = "" if card["steps"] == step else f" This folder holds the weights of step {step}."
-    said = f"Greedy answers on the run's test split, at its start and at its end.{note}"
+    said = f"Greedy answers on the run's test split, at its start and at its end.{note} {_ABOUT_MARGINS}"
     return ["## Metrics", said, _table([("metric", "before", f"after {card['steps']} steps"), *rows])]
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _evaluations(evaluations: Sequence[CheckpointEvaluation]) -> list[str]:
+    """Metrics of exactly these weights."""
+    rows = [
+        (found.split, source, f"{found.num_samples[source]:,}", name, _number(value, found.margins[source].get(name)))
+        for found in evaluations
+        for source, values in found.metrics.items()
+        for name, value in values.items()
+    ]
+    if not rows:
+        return []
+    table = _table([("split", "source", "samples", "metric", "value"), *rows])
+    return ["## Evaluations of these weights", _ABOUT_MARGINS, table]
+
+
+def _training(run: Run) -> list[str]:
+    """Settings that differ from the defaults, and the command."""
+    model, data = run.config["model"], run.config["data"]
+    defaults = class_defaults(model["class_path"]) | {"policy": PolicyConfig(name=run.policy.name)}
+    named = {name: value for name, value in data["init_args"].items() if not name.endswith("_file")}
+    own = {name: value for name, value in named.items() if name not in _NO_SETTINGS}
+    settings = {
+        **dict(deviations(model["init_args"], defaults, "model.")),
+        **dict(deviations(own, class_defaults(data["class_path"]), "data.")),
+        "seed": run.card["seeds"]["everything"],
+        **{f"trainer.{name}": value for name, value in run.card["trainer"].items()},
+    }
+    return [
+        "## Training",
+        f"What differs from the defaults; [{CONFIG}]({CONFIG}) has every setting.",
+        _table([("setting", "value"), *((name, json.dumps(value)) for name, value in settings.items())]),
+        f"```bash\n{shlex.join(['perception-r1', *run.card['command'][1:]])}\n```",
+    ]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its headings first."""
+    plain = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in rows]
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in plain)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
+
+
+def _number(value: float | None, margin: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" + ("" if margin is None else f" ± {margin:.4f}")

@@ -37,6 +37,7 @@ class Run:
         policy: The model that was trained and what of it.
         max_new_tokens: Longest completion, end token included.
         precision: That of its trainer.
+        config: `config.yaml`: every setting.
         card: `run.json`, see `callbacks/run_card.py`.
     """
 
@@ -46,6 +47,7 @@ class Run:
     policy: PolicyConfig
     max_new_tokens: int
     precision: str
+    config: Mapping[str, Any]
     card: Mapping[str, Any]
 
 
@@ -76,7 +78,7 @@ def open_run(folder: Path) -> Run:
     found = _instantiated(values, folder)
     made = found.pop("tasks")
     task = Mixture(tasks=made) if "tasks" in card else made[""]
-    return Run(folder=folder, training=training, precision=precision, card=card, task=task, **found)
+    return Run(folder=folder, training=training, precision=precision, config=config, card=card, task=task, **found)
 
 
 def checkpoint_path(run: Run, name: str) -> Path:

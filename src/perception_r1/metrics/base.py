@@ -11,6 +11,8 @@ from torchmetrics import Metric
 
 CONFIDENCE = 0.95
 """Of the intervals."""
+_ROUNDING = 1e-7
+"""A standard error below this may be one of rounding: it is the root of a difference of sums."""
 
 
 class ExactMetric(Metric, ABC):
@@ -27,12 +29,13 @@ class ExactMetric(Metric, ABC):
     def margins_of_error(self) -> dict[str, Tensor]:
         """Half the width of the 95 % confidence interval of each value of `compute`, by Student's t over the samples.
 
-        Not a number where it is not known. As `compute`, it is to be called on all devices at once.
+        Not a number where it is not known: with less than two samples, and where all have the same value, from which
+        nobody could tell how rare others are. As `compute`, it is to be called on all devices at once.
         """
         with self.sync_context():
             errors, num_samples = self.standard_errors()
         quantile = stats.t.ppf((1 + CONFIDENCE) / 2, num_samples - 1) if num_samples > 1 else nan
-        return {name: error * quantile for name, error in errors.items()}
+        return {name: error.where(error > _ROUNDING, nan) * quantile for name, error in errors.items()}
 
     @abstractmethod
     def standard_errors(self) -> tuple[dict[str, Tensor], int]:
