@@ -13,6 +13,8 @@ SEED ?= 0
 CKPT ?= best
 RUN ?=
 TO ?=
+FROM ?=
+REPO ?=
 IMAGES ?=
 ARGS ?=
 PYTHON ?= python3
@@ -31,11 +33,11 @@ INSTALLED := $(USED)/.installed
 CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %) $(ENGINE:%=--engine %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict serve export pretrain tensorboard test test-slow test-vllm lint format docs clean
+.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict serve export push pretrain tensorboard test test-slow test-vllm lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published ENGINE=vllm|server SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder IMAGES='files or folders' ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published ENGINE=vllm|server SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder FROM=folder REPO=user/name IMAGES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 
@@ -87,6 +89,9 @@ serve: $(INSTALLED) ## Serve RUN on this machine, with a page to try it
 
 export: $(INSTALLED) ## Write RUN as a model folder TO
 	$(BIN)/perception-r1 export $(RUN) --to $(TO) $(ARGS)
+
+push: $(INSTALLED) ## Upload the model folder FROM to the hub as REPO
+	$(BIN)/perception-r1 push $(FROM) $(REPO) $(ARGS)
 
 pretrain: $(INSTALLED) ## Make the embedded model again from nothing, in logs/pretraining, which takes hours
 	$(BIN)/python -m perception_r1.embedded.pretraining $(ARGS)

@@ -17,6 +17,10 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote
 
+import huggingface_hub.constants
+import huggingface_hub.utils._http
+import pytest
+
 TOKEN = "hf_write"
 USER = "me"
 _COMMIT = "c" * 40
@@ -113,6 +117,17 @@ _ROUTES = {
     "blob": r"PUT /blobs/(\w+)",
     "commit": rf"POST /api/models/{_ID}/commit/([^/]+)",
 }
+
+
+@contextmanager
+def reachable() -> Iterator[Hub]:
+    """A hub, found where huggingface_hub looks for it in this process, with a token that may write."""
+    with serve() as hub, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # it tries again and again
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
 
 
 @contextmanager

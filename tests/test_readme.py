@@ -29,6 +29,7 @@ from perception_r1.commands.engine import read_engine
 from perception_r1.data.samples import load
 from perception_r1.data.sources import JsonLines
 from perception_r1.tasks import TASKS
+from tests.hub import reachable
 from tests.public_data import from_the_hub
 from tests.readme import DOCUMENTS, ROOT, commands, names, repeated, table
 from tests.readme_data import example_rows, option, task_of, write_data, write_rows
@@ -173,7 +174,7 @@ def expanded(command: str) -> list[list[str]]:
     if arguments[0] != "make":
         return [arguments]
     outside = ("TASK", "MODEL", "DATA", "SEED", "CKPT", "ARGS", "PYTHON", "TORCH", "MAKE", "MFLAGS")
-    outside += ("RUN", "TO", "IMAGES", "RECIPE", "VARIANT", "PROTOCOL", "ENGINE", "VLLM")
+    outside += ("RUN", "TO", "FROM", "REPO", "IMAGES", "RECIPE", "VARIANT", "PROTOCOL", "ENGINE", "VLLM")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     done = subprocess.run(
         ["make", "-n", *arguments[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -287,7 +288,25 @@ def check_vllm(arguments: list[str]) -> None:
     assert hasattr(import_module(module), name)
 
 
-RUN_RULES: dict[str, Callable[..., None]] = {"predict": check_predict, "export": check_export, "serve": check_serve}
+def check_push(
+    arguments: list[str], place: Path, model_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model with a card arrives on a hub of this machine."""
+    folder, repo_id = place / arguments[1], arguments[2]
+    shutil.copytree(model_folders["qwen2_vl"], folder)
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n")
+    with reachable() as hub:
+        assert main(arguments) == 0
+        branch = option(arguments, "--revision") or "main"
+        assert hub.folder(repo_id, branch) == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+RUN_RULES: dict[str, Callable[..., None]] = {
+    "predict": check_predict,
+    "export": check_export,
+    "push": check_push,
+    "serve": check_serve,
+}
 """Commands that start from a run, and how they are checked."""
 
 

@@ -71,9 +71,8 @@ def assert_same_answers(policy, model, inputs, *, tolerance=1e-4):
     with torch.no_grad():
         logits = Decoder(policy.model).first_logits(policy.prefill(prompts))
         torch.testing.assert_close(model(**inputs).logits[:, -1], logits, atol=tolerance, rtol=tolerance)
-        rollout = policy.generate(
-            policy.prefill(prompts), group_size=1, max_new_tokens=NUM_TOKENS, seeds=[0], is_greedy=True
-        )
+        params = policy.sampling_params(max_new_tokens=NUM_TOKENS, is_greedy=True)
+        rollout = policy.generate(policy.prefill(prompts), group_size=1, params=params, seeds=[0])
         completion = rollout.completions[0]
         assert greedy_tokens(model, inputs, policy.suppress_tokens) == completion.tolist()
         expected = oracle.logprobs(model, prompts, completion, policy.suppress_tokens, 1.0)

@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import huggingface_hub.constants
-import huggingface_hub.utils._http
 import pytest
 
 from perception_r1.cli import main
-from tests.hub import TOKEN, serve
+from tests.hub import TOKEN, reachable
 
 FILES = {
     "README.md": b"---\nlibrary_name: transformers\n---\n\n# A model\n",
@@ -32,13 +31,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A hub, found where huggingface_hub looks for it, with a token that may write."""
-    with serve() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # it tries again and again
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+def hub():
+    """A hub on this machine."""
+    with reachable() as hub:
         yield hub
 
 

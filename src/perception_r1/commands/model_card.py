@@ -62,7 +62,7 @@ def model_card(export: Export) -> str:
         f"# {export.base_name} on {names}",
         f"Post-trained on visual perception with perception-r1 ({run.training}), after"
         " [Perception-R1](https://arxiv.org/abs/2504.07954).",
-        _table([("fact", "value"), *_facts(export)]),
+        _table([("fact", "value"), *_summary(export)]),
         *_use(export),
         *_data(run),
         *_metrics(run.card, export.step),
@@ -73,11 +73,11 @@ def model_card(export: Export) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _facts(export: Export) -> list[tuple[str, str]]:
+def _summary(export: Export) -> list[tuple[str, str]]:
     run, tasks = export.run, list(tasks_of(export.run.task).values())
     kind = "LoRA adapter" if export.is_adapter else "model, LoRA adapter merged" if run.policy.lora else "model"
     git, (low, high) = run.card["git"], export.pixels
-    facts = {
+    summary = {
         "base model": export.base_name,
         "training": run.training,
         "task": ", ".join(task.name for task in tasks),
@@ -91,7 +91,7 @@ def _facts(export: Export) -> list[tuple[str, str]]:
         "commit": f"{git['commit']}{' with changes' if git['is_dirty'] else ''}" if git else "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in run.card["versions"].items()),
     }
-    return list(facts.items())
+    return list(summary.items())
 
 
 def _use(export: Export) -> list[str]:

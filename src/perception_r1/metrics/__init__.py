@@ -6,8 +6,7 @@ own, and `update_metrics` feeds it; `TaskMetrics` holds those of all tasks of a 
 """
 
 from perception_r1.metrics.box_ap import BoxAP, HasAnnotations, HasObjects
-from perception_r1.metrics.mean_score import MeanScore
-from perception_r1.metrics.task_metrics import (
+from perception_r1.metrics.collection import (
     PUBLISHED,
     TaskMetrics,
     make_metrics,
@@ -15,6 +14,7 @@ from perception_r1.metrics.task_metrics import (
     published_values,
     update_metrics,
 )
+from perception_r1.metrics.mean_score import MeanScore
 
 __all__ = [
     "PUBLISHED",
