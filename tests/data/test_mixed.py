@@ -89,6 +89,9 @@ def test_samples_are_those_of_the_tasks_alone_under_their_names():
     assert data.tested_sources == ("grounding", "counting", "ocr")
     assert data.task == Mixture(tasks={name: part.task for name, part in data.parts.items()})
     assert len(data.test_dataloader()) == 3
+    assert {name: split["num_samples"] for name, split in data.describe().items() if name.startswith("counting")} == {
+        "counting/train": 5, "counting/val": 3, "counting/test": 2
+    }  # fmt: skip
     assert data.fingerprint() == mixed(seed=5).fingerprint()
     assert data.fingerprint() not in (mixed().fingerprint(), mixed(seed=5, weights={"ocr": 2.0}).fingerprint())
 

@@ -516,3 +516,20 @@ def test_what_prompts_taught_is_recorded_for_those_that_were_shown(uneven):
     memory.update(0, [False, True, False])
     resting = memory.state_dict()["taught_nothing"]
     assert {module.samples("train")[index].id for index in resting} == {shown[0], shown[2]}
+
+
+def test_a_split_is_described_once_it_is_set_up(task, write_rows):
+    module = data(task, num_train=20, num_val=3, num_test=2)
+    assert module.describe() == {}
+    module.setup("fit")
+    scenes = {"is_held_out": False, "sources": {}, "world": "TextWorld"}
+    assert module.describe() == {"train": {"num_samples": 20, **scenes}, "val": {"num_samples": 3, **scenes}}
+    path = write_rows(rows(3))
+    module = data(task, train_file=path, val={"mine": JsonLines(path, take="first:2")}, train_take="first:1")
+    module.setup("fit")
+    file = {"name": str(path), "hub_id": None}
+    assert module.describe() == {
+        "train": {"num_samples": 1, "is_held_out": False, "sources": {"": file}, "world": None},
+        "val": {"num_samples": 2, "is_held_out": False, "sources": {"mine": file}, "world": None},
+        "test": {"num_samples": 2, "is_held_out": True, "sources": {"": file}, "world": None},
+    }

@@ -362,3 +362,10 @@ def test_fingerprint_knows_content_columns_and_settings_but_not_places(tmp_path)
     assert len({here, *others}) == 8
     digest = hashlib.sha256((tmp_path / "a" / "x.parquet").read_bytes()).hexdigest()
     assert digest == hashlib.sha256((tmp_path / "b" / "y.parquet").read_bytes()).hexdigest()
+
+
+def test_only_what_is_on_the_hub_has_an_id_there(tmp_path):
+    columns = {"image": "image"}
+    assert Hub("allenai/pixmo-count", columns).hub_id == "allenai/pixmo-count"
+    assert Hub(str(tmp_path), columns).hub_id is None
+    assert Hub("data/rows.parquet", columns).hub_id is None
