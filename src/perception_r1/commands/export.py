@@ -23,6 +23,7 @@ from perception_r1.commands.model_card import CONFIG, model_card
 from perception_r1.commands.options import check_unused, known, new_parser, parse, run_command
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.errors import UserError
+from perception_r1.policy.families import family_of
 from perception_r1.policy.load import model_path
 from perception_r1.policy.policy import Policy
 
@@ -82,7 +83,7 @@ def save_merged(policy: Policy, folder: Path, *, dtype: torch.dtype | None = Non
     dtype, network = dtype or policy.model.dtype, cast(Any, policy.network)
     if network is not policy.model:
         network = network.float().merge_and_unload()  # in float32, so that the sum is rounded once
-    network.to(dtype).save_pretrained(folder)
+    family_of(network).save(network.to(dtype), folder)
     policy.processor.save(folder)
     _name_special_tokens(folder / TOKENIZER_CONFIG_FILE)
 
