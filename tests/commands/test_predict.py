@@ -107,11 +107,12 @@ def test_an_adapter_answers_as_its_policy(capsys, runs, pictures):
     image = Image.open(pictures / "b.png").convert("RGB")
     sample = Sample(id="1", image=image, width=84, height=56, query="cup", target=None)
     prompts = encode_prompts(policy, opened.task, [sample])
-    rollout = policy.generate(policy.prefill(prompts), group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
+    options = {"group_size": 1, "params": policy.sampling_params(max_new_tokens=6, is_greedy=True), "seeds": [0]}
+    rollout = policy.generate(policy.prefill(prompts), **options)
     (line,), _ = run(capsys, runs["lora"], pictures / "b.png", "--query", "cup", "--ckpt", "last")
     assert line["completion"] == policy.processor.decode(rollout.completions)[0]
     with policy.without_adapter():
-        base = policy.generate(policy.prefill(prompts), group_size=1, max_new_tokens=6, seeds=[0], is_greedy=True)
+        base = policy.generate(policy.prefill(prompts), **options)
     assert not torch.equal(base.completions[0], rollout.completions[0])
 
 
@@ -181,7 +182,7 @@ def test_a_run_s_own_options_hold_unless_others_are_given(capsys, runs, tmp_path
     card["task"] = {"class_path": "perception_r1.tasks.detection.Detection", "init_args": init_args}
     (run_folder / "run.json").write_text(json.dumps(card))
     seen = []
-    monkeypatch.setattr(predict, "load_checkpoint", lambda config, path: (None, 0))
+    monkeypatch.setattr(predict, "open_policy", lambda *args, **options: None)
     monkeypatch.setattr(predict, "answer_images", lambda module, *_, **options: seen.append(module.task))
     run(capsys, run_folder, pictures)
     run(capsys, run_folder, pictures, "--categories", '["dog"]', "--think=false")
