@@ -99,6 +99,7 @@ def test_everything_can_be_done_with_the_keyboard(page, served, picture, monkeyp
     assert page.evaluate("document.activeElement.value") == "counting"
     page.keyboard.press("Tab")
     page.keyboard.type("cup")
+    page.locator("#send:enabled").wait_for()  # the picture is read
     page.keyboard.press("Enter")
     answered(page)
     assert page.locator("#overlays .box").count() == 2
