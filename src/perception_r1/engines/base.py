@@ -12,6 +12,8 @@ from perception_r1.policy.load import Dtype, PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
+NEVER = -100.0
+"""Added to the logits of tokens that may not be written: the least that the others take, one in 10^43."""
 Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]
 """Measures a part of a step under a name."""
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from perception_r1.engines.base import NEVER
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import Chat
 from perception_r1.policy.policy import Policy
@@ -23,8 +24,6 @@ from perception_r1.policy.rollout import SamplingParams
 
 API_KEY = "PERCEPTION_R1_API_KEY"
 """Environment variable with the key that servers ask for; an option would end up in the files of a run."""
-_NEVER = -100.0
-"""Added to the logits of tokens that may not be written: the least that the interface takes, one in 10^43."""
 _MAX_SEED = 2**31
 _TOLD = 300
 """Characters that are told of a server's own words."""
@@ -171,7 +170,7 @@ def chat_request(
         "seed": None if params.is_greedy else seed % _MAX_SEED,
         "repetition_penalty": params.repetition_penalty,
         "stop_token_ids": params.eos_token_ids.tolist(),
-        "logit_bias": {str(token): _NEVER for token in params.suppress_tokens.tolist()},
+        "logit_bias": {str(token): NEVER for token in params.suppress_tokens.tolist()},
         "logprobs": True,
         "top_logprobs": 0,
         "skip_special_tokens": False,  # boxes are written with them

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from perception_r1.engines.base import EngineContext, GenerationEngine, Phase, unmeasured
+from perception_r1.engines.base import NEVER, EngineContext, GenerationEngine, Phase, unmeasured
 from perception_r1.engines.vllm_worker import WORKER
 from perception_r1.engines.weights import named_weights, save_adapter
 from perception_r1.errors import UserError
@@ -20,9 +20,6 @@ from perception_r1.policy.load import Dtype, model_path
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import Rollout, SamplingParams
-
-_NEVER = -100.0
-"""Added to the logits of tokens that may not be written: the least that vLLM takes, one in 10^43."""
 
 
 class VLLMEngine(GenerationEngine):
@@ -139,7 +136,7 @@ class VLLMEngine(GenerationEngine):
         self._folder = folder  # the one before is removed; vLLM has read it
 
     def _start(self, processor: Processor, context: EngineContext) -> Any:
-        """VLLM's `LLM` with the weights of the model's folder."""
+        """An `LLM` of vLLM, with the weights of the model's folder."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")  # vLLM's is a group of one
@@ -199,7 +196,7 @@ def _sampling_params(params: SamplingParams, group_size: int, seed: int) -> Any:
         repetition_penalty=params.repetition_penalty,
         max_tokens=params.max_new_tokens,
         stop_token_ids=params.eos_token_ids.tolist(),
-        logit_bias={token: _NEVER for token in params.suppress_tokens.tolist()},
+        logit_bias={token: NEVER for token in params.suppress_tokens.tolist()},
         logprobs=0,  # of the token that was written
         detokenize=False,
     )

@@ -305,9 +305,9 @@ class PolicyModule(EvaluationModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics; during a fit also the seconds of this validation, and the share of all of them so far."""
         super().on_validation_epoch_end()
-        self.engine.sleep()
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
+        self.engine.sleep()  # only where weights are handed over again
         seconds = time.perf_counter() - self._validation_started
         self.count_seconds(VALIDATION, seconds)
         values = {"val/seconds": seconds, "val/frac_seconds": self.validation_share}
