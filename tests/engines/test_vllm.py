@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from perception_r1.engines import NativeEngine, ServerEngine, VLLMEngine
 from perception_r1.engines.base import EngineContext
 from perception_r1.errors import UserError
 from perception_r1.policy.families import FAMILIES
-from perception_r1.policy.load import LoraConfig, PolicyConfig
+from perception_r1.policy.load import LoraConfig, PolicyConfig, model_path
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
@@ -29,14 +27,12 @@ SMALL = {
     "engine_args": {"block_size": 32},  # what is cached of a prompt is a whole number of blocks
 }
 NUM_TOKENS = 40
-SAME = [family for family in FAMILIES if family != "qwen3_vl_moe"]
-"""On a CPU vLLM (0.32) computes the experts of small models otherwise, and not what transformers computes."""
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Models of each family with heads of 64, as vLLM on a CPU wants them."""
-    found = {family: tmp_path_factory.mktemp(family) for family in SAME}
+    found = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
     for family, folder in found.items():
         build_model_folder(folder, family=family, seed=0, size=BASE)
     return found
@@ -94,7 +90,7 @@ def gaps(policy, engine):
     return is_same, max(float((row[: len(told)] - told).abs().max()) for row, told in pairs)
 
 
-@pytest.mark.parametrize("family", SAME)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_and_log_probabilities_are_ours_before_and_after_an_update(folders, family, start):
     policy, config = load(folders[family])
     engine = start(policy, config)
@@ -167,16 +163,37 @@ def test_a_model_is_evaluated_without_a_second_copy_of_its_weights(folders, tmp_
 
 
 def test_training_with_vllm_logs_what_training_without_it_logs(folders, tmp_path, monkeypatch, capsys):
-    words = ["fit", "--task=counting", "--trainer.max_steps=3", "--data.batch_size=4", "--model.max_new_tokens=60"]
-    words += ["--data.num_val=8", "--data.num_test=8", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
     engine = [f"--model.engine.{name}={json.dumps(value)}" for name, value in SMALL.items()]
-    run([*words, "--run_name=own"], tmp_path, monkeypatch, capsys)
-    run([*words, "--run_name=vllm", "--engine=vllm", *engine], tmp_path, monkeypatch, capsys)
+    run([*FIT, "--run_name=own"], tmp_path, monkeypatch, capsys)
+    run([*FIT, "--run_name=vllm", "--engine=vllm", *engine], tmp_path, monkeypatch, capsys)
     own, vllm = (last_metrics(tmp_path / "logs" / name) for name in ("own", "vllm"))
     gone = {name for name in own if name not in vllm}
     assert gone == {"train/seconds/prefill"}
     assert float(vllm["train/logprob_mismatch"]) < 1e-5
     assert float(vllm["train/seconds/weights"]) > 0
+
+
+FIT = ["fit", "--task=counting", "--trainer.max_steps=2", "--data.batch_size=4", "--model.max_new_tokens=60"]
+FIT += ["--data.num_val=8", "--data.num_test=8", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+
+
+def test_two_devices_have_a_vllm_each(tmp_path):
+    engine = [f"--model.engine.{name}={json.dumps(value)}" for name, value in SMALL.items()]
+    words = [*FIT, "--run_name=two", "--trainer.devices=2", "--trainer.strategy=ddp", "--engine=vllm", *engine]
+    variables = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "perception_r1", *words],
+        cwd=tmp_path,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = last_metrics(tmp_path / "logs" / "two")
+    assert float(found["train/logprob_mismatch"]) < 1e-5  # the mean of both
+    assert float(found["train/seconds/weights"]) > 0
 
 
 def last_metrics(folder):
@@ -248,6 +265,26 @@ def test_a_server_takes_over_weights_and_adapters_and_survives_a_restart(folders
         assert gap < 1e-4
     served = [name for name in other._servers[0].models() if name.startswith("lora")]
     assert served == ["lora-2"]
-    time.sleep(0)
-    del engine, other
-    assert Path(tmp_path / "weights").is_dir()
+
+
+def test_training_and_evaluation_with_a_server_from_the_command_line(tmp_path, monkeypatch, capsys):
+    server = VLLMServer(model_path("tiny"), tmp_path / "server.log")
+    server.start()
+    try:
+        options = ["--engine=server", f'--model.engine.urls=["{server.url}"]', "--model.engine.restart_timeout=300"]
+        training = [*FIT, *options, "--model.engine.weights_folder=weights", "--run_name=server"]
+        run(training, tmp_path, monkeypatch, capsys)
+        found = last_metrics(tmp_path / "logs" / "server")
+        assert float(found["train/logprob_mismatch"]) < 1e-5
+        assert float(found["train/seconds/weights"]) > 0
+        folder = tmp_path / "exported"
+        words = ["export", "logs/server/version_0", "--ckpt=last", f"--to={folder}"]
+        run(words, tmp_path, monkeypatch, capsys)
+        words = ["test", "--task=counting", "--data.num_test=12", "--model.max_new_tokens=40"]
+        words.append(f"--model.policy.name={folder}")
+        run([*words, "--run_name=own"], tmp_path, monkeypatch, capsys)
+        run([*words, *options, "--run_name=served"], tmp_path, monkeypatch, capsys)
+    finally:
+        server.stop()
+    own, served = (next(tmp_path.glob(f"logs/{name}/eval-*")) for name in ("own", "served"))
+    assert (own / "predictions.jsonl").read_text() == (served / "predictions.jsonl").read_text()

@@ -55,11 +55,17 @@ class Server:
         url: `http://host:port`, with or without the `/v1` of its interface.
         timeout: Longest time for an answer, in seconds.
         max_requests: Most requests at once.
+
+    Attributes:
+        url: The address without `/v1`.
+        is_lost: It is left out until it answers again.
+        failure: Why it did not answer when it failed last.
     """
 
     def __init__(self, url: str, *, timeout: float, max_requests: int) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.is_lost = False
+        self.failure = ""
         key = os.environ.get(API_KEY)
         self._client = httpx2.Client(
             base_url=self.url,
@@ -72,7 +78,8 @@ class Server:
         """Whether it can answer now."""
         try:
             self.models()
-        except (ServerLostError, UserError):
+        except (ServerLostError, UserError) as error:
+            self.failure = str(error)
             return False
         return True
 
@@ -129,10 +136,10 @@ class Server:
             raise ServerLostError(f"{type(error).__name__}: {error}") from error
         except httpx2.InvalidURL as error:
             raise UserError(f"{self.url} is no address of a server: {error}") from error
+        said = " ".join(response.text[:_TOLD].split()) if response.status_code >= 400 else ""
         if response.status_code >= 500:
-            raise ServerLostError(f"{response.status_code} {response.reason_phrase}")
+            raise ServerLostError(f"{response.status_code} for {path}: {said}")
         if response.status_code >= 400:
-            said = " ".join(response.text[:_TOLD].split())
             raise UserError(f"The server {self.url} refuses {path} ({response.status_code}): {said}")
         return response
 

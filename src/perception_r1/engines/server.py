@@ -142,6 +142,7 @@ class ServerEngine(GenerationEngine):
         if not server.is_lost:
             _log.warning("The server %s does not answer (%s).", server.url, error)
         server.is_lost = True
+        server.failure = str(error)
 
     def _complete(self, index: int, request: dict[str, Any]) -> dict[str, Any]:
         """The answer of one of the servers, whichever are left."""
@@ -175,8 +176,8 @@ class ServerEngine(GenerationEngine):
                 if server.is_healthy():
                     self._renew(server)
             if self._all_lost_since is not None and time.monotonic() > self._all_lost_since + self.restart_timeout:
-                urls = ", ".join(server.url for server in self._servers)
-                raise EngineError(f"No server has answered for {self.restart_timeout:.0f} s, of {urls}.")
+                failures = ", ".join(f"{server.url} ({server.failure})" for server in self._servers)
+                raise EngineError(f"No server has answered for {self.restart_timeout:.0f} s: {failures}.")
             time.sleep(_POLL_SECONDS)
         self._all_lost_since = None
 
@@ -194,7 +195,7 @@ class Weights:
 
     def __init__(self, folder: Path, context: EngineContext) -> None:
         self.adapter: str | None = None
-        self._run = folder / context.run_id
+        self._run = folder.resolve() / context.run_id  # servers have another working directory
         self._run_id, self._is_writer = context.run_id, context.rank == 0
         self._has_adapter = context.config.lora is not None
         self._version: str | None = None

@@ -19,7 +19,15 @@ class PolicyWorker:
         worker: Any = self
         worker.reload_weights(**source)
         for module in worker.get_model().modules():
-            # On a CPU vLLM (0.32) multiplies with a packed copy of the weights, and forgets that of a head which is
-            # tied to the embedding.
-            if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
-                module.quant_method.process_weights_after_loading(module)
+            _pack_again(module)
+
+
+def _pack_again(module: Any) -> None:
+    """On a CPU vLLM (0.32) computes with packed weights, and forgets to pack some of them again.
+
+    These are a vocabulary head that is tied to the embedding, and experts.
+    """
+    if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
+        module.quant_method.process_weights_after_loading(module)
+    elif hasattr(module, "w13_weight") and module.w13_weight.is_cpu:
+        module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
