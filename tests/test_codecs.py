@@ -1,5 +1,6 @@
 import json
 import time
+import timeit
 
 import pytest
 from hypothesis import given
@@ -194,9 +195,9 @@ def test_hostile_text_never_raises(codec, text):
 @pytest.mark.parametrize("text", WORST.values(), ids=WORST)
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_worst_cases_take_no_time(codec, text):
-    start = time.process_time()
     assert len(codec.parse_boxes(text, FRAME).items) <= MAX_OBJECTS
-    assert time.process_time() - start < 0.5  # ten times the 50 ms that would still be fine; measured: below 10 ms
+    tries = timeit.repeat(lambda: codec.parse_boxes(text, FRAME), timer=time.process_time, number=1, repeat=3)
+    assert min(tries) < 0.05  # measured: below 10 ms; the garbage collector is off
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
