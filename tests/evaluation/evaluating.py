@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
+from perception_r1.callbacks.predictions import rescore, row_key
 from perception_r1.cli import main
 from perception_r1.data.loading import Batch
 from perception_r1.data.synthetic.scenes import SyntheticScenes
-from perception_r1.evaluation.predictions import rescore, row_key
 from perception_r1.modules.base import PolicyModule
 from perception_r1.records import Sample
 from perception_r1.scoring import parse_completions, score_completions
@@ -79,7 +79,7 @@ def results(place: Path) -> Path:
 
 def left_behind(folder: Path) -> dict[str, bytes]:
     """Files of an evaluation that must not differ; no others may be there."""
-    names = {path.name for path in folder.iterdir()} - {"config.yaml", "hparams.yaml"}
+    names = {path.name for path in folder.iterdir()} - {"config.yaml", "hparams.yaml", "images"}
     assert {name for name in names if not name.startswith("events.")} == set(LEFT_BEHIND)
     return {name: (folder / name).read_bytes() for name in LEFT_BEHIND}
 

@@ -1,8 +1,10 @@
 """What training changed: greedy metrics on the test split before and after, as a table, and where its files are."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from math import isfinite, isnan, nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,8 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from perception_r1.callbacks.files import run_folder
+from perception_r1.callbacks.files import PREDICTIONS, run_folder
+from perception_r1.callbacks.kept_predictions import keep_telling_images, keeping
+from perception_r1.data.base import BaseDataModule
+from perception_r1.errors import UserError
 from perception_r1.metrics import margins_of_error
+from perception_r1.scoring import ScoredCompletion
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule
@@ -26,8 +32,11 @@ class BeforeAfter(Callback):
     A resumed run keeps the metrics from before its very first step. `trainer.limit_test_batches` holds here too. Where
     the test split has several sources, the names of metrics begin with that of the source: "refcoco_val/accuracy_50".
 
+    The answers stay in `predictions/test` in the run's folder, see `kept_predictions.py`.
+
     Args:
         enabled: Evaluate; otherwise only the run's files are named at the end.
+        num_images: Samples whose small picture is kept beside the answers: those that tell most of what changed.
 
     Attributes:
         before: Metrics before training, by name; empty until they are known.
@@ -35,8 +44,11 @@ class BeforeAfter(Callback):
         margins: Half the width of the 95 % confidence interval of each of them, for "before" and "after".
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, num_images: int = 96) -> None:
+        if num_images < 0:
+            raise UserError(f"num_images is {num_images}; use at least 0.")
         self.enabled = enabled
+        self.num_images = num_images
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.margins: dict[str, dict[str, float]] = {}
@@ -44,12 +56,20 @@ class BeforeAfter(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the untrained policy, unless this run goes on from a checkpoint."""
         if self.enabled and not self.before and trainer.ckpt_path is None:
-            self.before, self.margins["before"] = _evaluate(trainer, pl_module, "before training")
+            self.before, self.margins["before"] = _evaluate(trainer, pl_module, "before")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the trained policy, while it is still on its device."""
         if self.enabled:
-            self.after, self.margins["after"] = _evaluate(trainer, pl_module, "after training")
+            self.after, self.margins["after"] = _evaluate(trainer, pl_module, "after")
+            self._keep_images(trainer)
+
+    def _keep_images(self, trainer: Trainer) -> None:
+        """Keep small pictures of the samples that tell most."""
+        folder, datamodule = _kept(trainer), getattr(trainer, "datamodule", None)
+        if folder is not None and isinstance(datamodule, BaseDataModule) and self.after and trainer.is_global_zero:
+            samples = (sample for samples in datamodule.tested_samples().values() for sample in samples)
+            keep_telling_images(folder, samples, self.num_images)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the table and name the run's files."""
@@ -97,7 +117,7 @@ def _number(value: float) -> str:
 
 
 def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics of the test split by the steps of `test`, in its precision, and how sure they are.
+    """Metrics of the test split by the steps of `test`, in its precision, and how sure they are; answers are kept.
 
     Nothing when the data has no such split.
     """
@@ -117,11 +137,11 @@ def _evaluate(trainer: Trainer, pl_module: LightningModule, when: str) -> tuple[
         for loader_index, (loader, num_batches) in enumerate(limited)
         for batch_index, batch in enumerate(islice(loader, num_batches))
     )
-    console = get_console() if trainer.is_global_zero else Console(quiet=True)
+    console, folder = get_console() if trainer.is_global_zero else Console(quiet=True), _kept(trainer)
     module.on_test_start()
-    with torch.no_grad():
-        for step in _shown(steps, console, when, total):
-            trainer.strategy.test_step(*step)
+    with torch.no_grad(), nullcontext(list) if folder is None else keeping(trainer, folder, when, module.task) as keep:
+        for step in _shown(steps, console, f"{when} training", total):
+            keep(cast("list[ScoredCompletion]", trainer.strategy.test_step(*step)))
     margins = {tag: float(value) for found in module.test_metrics for tag, value in margins_of_error(found).items()}
     return _without_prefix(module.test_results()), _without_prefix(margins)
 
@@ -148,6 +168,12 @@ def _shown(batches: Iterable[Any], console: Console, when: str, total: int) -> I
         for index, batch in enumerate(batches):
             status.update(f"{text}: batch {index + 1} of {total}")
             yield batch
+
+
+def _kept(trainer: Trainer) -> Path | None:
+    """Where answers to the test split are kept; asked on all ranks, since they agree on the folder."""
+    folder = run_folder(trainer)
+    return None if folder is None else folder / PREDICTIONS / "test"
 
 
 def _files(trainer: Trainer) -> dict[str, str]:

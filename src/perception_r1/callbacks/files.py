@@ -1,18 +1,39 @@
 """Where a run's files go and how they are written: what the callbacks share."""
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import Trainer
+if TYPE_CHECKING:  # a report reads the same files, and starts at once without it
+    from lightning.pytorch import Trainer
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 """Data that JSON can hold."""
 
+RUN_CARD = "run.json"
+"""The file that makes a folder a run."""
+CONFIG = "config.yaml"
+"""Every setting."""
+PREDICTIONS = "predictions"
+"""Folder of a run with its answers to held-out samples; `predictions.jsonl` of an evaluation."""
+IMAGES = "images"
+"""Folder with small pictures of samples, beside their answers."""
 
-def run_folder(trainer: Trainer) -> Path | None:
+
+def image_name(source: str, sample_id: str) -> str:
+    """Name of the small picture of a sample: ids may hold any characters, and files may not.
+
+    >>> image_name("refcoco", "7")
+    '5123aaf9bb4d11d6.jpg'
+    """
+    return hashlib.sha256(json.dumps([source, sample_id]).encode()).hexdigest()[:16] + ".jpg"
+
+
+def run_folder(trainer: "Trainer") -> Path | None:
     """The folder of this run, with events, checkpoints and samples; None when the run keeps nothing.
 
     To be called on all ranks at once: they agree on the folder of rank zero.

@@ -11,7 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image
 
-from perception_r1.callbacks.files import run_folder
+from perception_r1.callbacks.files import PREDICTIONS, run_folder
+from perception_r1.callbacks.kept_predictions import keep
 from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import contact_sheet, draw_card
 from perception_r1.errors import UserError
@@ -27,7 +28,7 @@ class LogSamples(Callback):
 
     Cards go to TensorBoard as `val/sample_0`, `val/sample_1`, ... and, those from before training and of the last
     validation, as PNG files to `samples/first` and `samples/last` in the run's folder, and side by side to
-    `samples/sheet.png`.
+    `samples/sheet.png`. The answers themselves stay in `predictions/val`, see `kept_predictions.py`.
 
     Args:
         num_samples: Samples to draw; 0 draws nothing.
@@ -57,7 +58,7 @@ class LogSamples(Callback):
             if strategy.broadcast(len(self._scored_completions) >= self.num_samples):
                 break
         if trainer.is_global_zero:
-            self._log(trainer, module, folder)
+            self._log(trainer, module, folder, "before")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the completions of the validation before."""
@@ -74,16 +75,16 @@ class LogSamples(Callback):
         """Draw, log and save the cards."""
         folder = run_folder(trainer)
         if self._scored_completions:
-            self._log(trainer, cast("EvaluationModule", pl_module), folder)
+            self._log(trainer, cast("EvaluationModule", pl_module), folder, "after")
 
-    def _log(self, trainer: Trainer, module: "EvaluationModule", folder: Path | None) -> None:
+    def _log(self, trainer: Trainer, module: "EvaluationModule", folder: Path | None, when: str) -> None:
         cards = [
             sample_card(
                 task_of(module.task, scored.sample), scored, step=trainer.global_step, panel_width=self.panel_width
             )
             for scored in self._scored_completions
         ]
-        self._scored_completions = []
+        answers, self._scored_completions = self._scored_completions, []
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for index, card in enumerate(cards):
@@ -92,6 +93,7 @@ class LogSamples(Callback):
                 logger.save()  # what is not written is lost in a kill, and not made again after the checkpoint
         if folder is not None:
             _save(cards, folder / "samples")
+            keep(folder / PREDICTIONS / "val", when, module.task, answers)
 
 
 def sample_card(

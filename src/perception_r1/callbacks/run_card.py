@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.environment import git_state, hardware, versions
-from perception_r1.callbacks.files import run_folder, write_json
+from perception_r1.callbacks.files import RUN_CARD, run_folder, write_json
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule
@@ -35,7 +35,7 @@ class RunCard(Callback):
         folder = run_folder(trainer)
         if folder is None or not trainer.is_global_zero:
             return
-        self._path = folder / "run.json"
+        self._path = folder / RUN_CARD
         self._started = time.monotonic()
         self._card = {"status": "running", "start": _now(), "end": None, "seconds": None, **_set_up(trainer, pl_module)}
         write_json(self._path, self._card)
@@ -107,6 +107,7 @@ def _results(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         "num_skipped_steps": getattr(pl_module, "num_skipped_steps", None),
         "validation_share": round(getattr(pl_module, "validation_share", 0.0), 4),
         "phase_seconds": {name: round(value, 3) for name, value in getattr(pl_module, "phase_seconds", {}).items()},
+        "primary_metrics": [tag.removeprefix("test/") for tag in getattr(pl_module, "primary_test_metrics", ())],
         "before": dict(metrics.before) if metrics else {},
         "after": dict(metrics.after) if metrics else {},
         "margins_of_error": dict(metrics.margins) if metrics else {},

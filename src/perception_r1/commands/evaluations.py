@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from perception_r1.callbacks.predictions import read_rows
 from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION
-from perception_r1.evaluation.predictions import read_rows
 
 Metrics = Mapping[str, Mapping[str, float | None]]
 """Source -> metric -> value; None is not a number."""

@@ -11,6 +11,7 @@ import jsonargparse
 import yaml
 
 from perception_r1.callbacks.checkpoints import FOLDER
+from perception_r1.callbacks.files import CONFIG, RUN_CARD
 from perception_r1.commands.options import plain
 from perception_r1.engines import GenerationEngine
 from perception_r1.errors import UserError
@@ -20,8 +21,6 @@ from perception_r1.policy.policy import Policy
 from perception_r1.policy.sharded_checkpoint import is_sharded
 from perception_r1.task import AnyTask, Mixture, Task
 
-CARD = "run.json"
-"""The file that makes a folder a run."""
 CHECKPOINTS = ("best", "last")
 """Names of the checkpoints that a run keeps."""
 
@@ -53,7 +52,7 @@ class Run:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run."""
-    return (folder / CARD).is_file()
+    return (folder / RUN_CARD).is_file()
 
 
 def open_run(folder: Path) -> Run:
@@ -63,17 +62,17 @@ def open_run(folder: Path) -> Run:
         UserError: The folder is not that of a run, or its files are damaged.
     """
     if not is_run(folder):
-        raise UserError(f"there is no run in {folder}: give a folder with a {CARD}, such as logs/counting/version_0")
+        raise UserError(f"there is no run in {folder}: give a folder with run.json, such as logs/counting/version_0")
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        card = json.loads((folder / RUN_CARD).read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         training, settings = config["model"]["class_path"].rpartition(".")[2], config["model"]["init_args"]
         precision = config["trainer"]["precision"]
         tasks = card["tasks"] if "tasks" in card else {"": card["task"]}
         values = {"tasks": tasks, "policy": settings["policy"], "max_new_tokens": settings["max_new_tokens"]}
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"{CARD} or config.yaml of {folder} does not tell what was trained ({reason})") from error
+        raise UserError(f"{RUN_CARD} or {CONFIG} of {folder} does not tell what was trained ({reason})") from error
     precision = "32-true" if precision is None else str(precision)
     found = _instantiated(values, folder)
     made = found.pop("tasks")
@@ -119,7 +118,7 @@ def open_policy(run: Run | None, config: PolicyConfig, *, ckpt: str | None, engi
     if run is not None:
         return load_checkpoint(config, checkpoint_path(run, ckpt or "best"))[0]
     if ckpt is not None:
-        raise UserError(f"--ckpt is for a run, and {config.name} is none: it has no {CARD}")
+        raise UserError(f"--ckpt is for a run, and {config.name} is none: it has no {RUN_CARD}")
     return Policy.without_weights(config) if engine.has_own_weights else Policy.load(config, is_trained=False)
 
 

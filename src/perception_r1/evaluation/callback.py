@@ -18,10 +18,13 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from perception_r1.callbacks.files import run_folder, write_json
+from perception_r1.callbacks.kept_predictions import keep_images
+from perception_r1.callbacks.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
+from perception_r1.callbacks.selection import most_telling
 from perception_r1.data.base import BaseDataModule
+from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION
 from perception_r1.evaluation.paper import compare
-from perception_r1.evaluation.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.evaluation.report import Metrics, TaskResults, write_report
 from perception_r1.metrics import make_metrics, margins_of_error, published_values, update_metrics
 from perception_r1.scoring import ScoredCompletion, score_as_published
@@ -39,10 +42,15 @@ class Evaluation(Callback):
 
     Args:
         num_samples: Worst and best samples that are drawn in the report.
+        num_images: Samples whose small picture is kept for `perception-r1 report`: the worst, and others at even
+            distances.
     """
 
-    def __init__(self, num_samples: int = 8) -> None:
+    def __init__(self, num_samples: int = 8, num_images: int = 96) -> None:
+        if num_images < 0:
+            raise UserError(f"num_images is {num_images}; use at least 0.")
         self.num_samples = num_samples
+        self.num_images = num_images
         self._folder: Path | None = None
         self._part: TextIO | None = None
         self._published: list[MetricCollection | None] = []
@@ -157,6 +165,10 @@ class Evaluation(Callback):
             num_samples=self.num_samples,
             checkpoint=str(trainer.ckpt_path) if trainer.ckpt_path else None,
         )
+        told = most_telling(
+            {}, {index: row["reward"] for index, row in zip(indices, rows, strict=True)}, self.num_images
+        )
+        keep_images(self._folder, (samples[index] for index in told))
         for part in [self._answers, *self._parts()]:
             part.unlink(missing_ok=True)
 

@@ -13,6 +13,8 @@ from perception_r1.task import AnyTask, Task, part_of, tasks_of
 
 PUBLISHED = "published/"
 """Before the name of a metric of answers that were read as the public evaluation code reads them."""
+MARGIN = "margin_of_error/"
+"""Before the name of a metric where half the width of its 95 % confidence interval is logged."""
 
 
 def make_metrics(task: Task[Any, Any], *, is_evaluation: bool = True) -> MetricCollection:
@@ -85,6 +87,14 @@ class TaskMetrics(nn.Module):
     def compute(self) -> dict[str, Tensor]:
         """All of them; not a number where no completion was seen."""
         return {tag: value for metrics in self.collections for tag, value in cast(Any, metrics).compute().items()}
+
+    def margins_of_error(self) -> dict[str, Tensor]:
+        """Of all means, PREFIX/margin_of_error/METRIC, where they are known; those of AP would take too long here."""
+        margins = {}
+        for metrics in self.collections:
+            found = cast(Any, metrics)["scores"].margins_of_error()
+            margins |= {f"{metrics.prefix}{MARGIN}{name}": value for name, value in found.items()}
+        return {tag: value for tag, value in margins.items() if not value.isnan()}
 
     def reset(self) -> None:
         """Begin anew."""

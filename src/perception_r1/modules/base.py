@@ -303,10 +303,12 @@ class PolicyModule(EvaluationModule):
         self._validation_started = time.perf_counter()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics; during a fit also the seconds of this validation, and the share of all of them so far."""
-        super().on_validation_epoch_end()
+        """Log the metrics; during a fit also how sure the means are, and how long validations take."""
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
+            super().on_validation_epoch_end()
             return
+        self.log_dict(self.val_metrics.margins_of_error(), batch_size=1)
+        super().on_validation_epoch_end()
         self.engine.sleep()  # only where weights are handed over again
         seconds = time.perf_counter() - self._validation_started
         self.count_seconds(VALIDATION, seconds)

@@ -1,7 +1,7 @@
 """`predictions.jsonl`: a scored completion as a row of JSON, and back by scoring it again.
 
 A row is the data row that was answered, in its own form, with the completion and everything that is known about it. So
-`perception-r1 score` reads it, and an evaluation that was killed goes on from it.
+`perception-r1 score` reads it, an evaluation that was killed goes on from it, and a report draws it.
 """
 
 import json
@@ -13,17 +13,21 @@ from typing import Any
 from perception_r1.callbacks.files import finite
 from perception_r1.codecs import Codec
 from perception_r1.errors import UserError
-from perception_r1.records import ImageSize, Sample
+from perception_r1.records import ImageSize, Overlay, Sample
 from perception_r1.scoring import ScoredCompletion, parse_completions, score_completions
 from perception_r1.task import Task
 
 Key = tuple[str, str]
 """Source and id of a sample."""
+_MAX_DESCRIPTION = 600
+"""Characters of a target or prediction in words; the row has all of it besides."""
+_DIGITS = 5
+"""Decimals of a fraction in an overlay: more than a screen shows."""
 
 
 def prediction_row(task: Task[Any, Any], scored: ScoredCompletion) -> dict[str, Any]:
     """One scored completion, ready for JSON."""
-    sample, image_size = scored.sample, scored.image_size
+    sample, image_size, prediction = scored.sample, scored.image_size, scored.prediction
     return {
         **{key: value for key, value in sample.row.items() if value is not None},
         "id": sample.id,
@@ -31,12 +35,18 @@ def prediction_row(task: Task[Any, Any], scored: ScoredCompletion) -> dict[str, 
         **asdict(image_size),
         "query": sample.query,
         "completion": scored.completion,
-        "prediction": task.serialize_prediction(scored.prediction, image_size),
+        "prediction": task.serialize_prediction(prediction, image_size),
         "reward": scored.score.reward,
         "components": dict(scored.score.components),
         "metrics": dict(scored.score.metrics),
         "num_tokens": scored.num_tokens,
         "is_truncated": scored.is_truncated,
+        "target_in_words": task.describe(sample.target)[:_MAX_DESCRIPTION],
+        "prediction_in_words": None
+        if scored.prediction is None
+        else task.describe(scored.prediction)[:_MAX_DESCRIPTION],
+        "target_overlays": _overlays(task.overlays(sample.target)),
+        "predicted_overlays": [] if prediction is None else _overlays(task.overlays(prediction)),
     }
 
 
@@ -85,3 +95,8 @@ def rescore(task: Task[Any, Any], codec: Codec, sample: Sample[Any], row: Mappin
         truncated=[row["is_truncated"]],
     )
     return score_completions(task, parsed, is_evaluation=True)[0]
+
+
+def _overlays(overlays: Iterable[Overlay]) -> list[dict[str, Any]]:
+    """Boxes and points in fractions of the image, so that they can be drawn at any size."""
+    return [{"shape": [round(value, _DIGITS) for value in each.shape], "caption": each.caption} for each in overlays]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
+from perception_r1.callbacks.predictions import prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
-from perception_r1.evaluation.predictions import prediction_row, read_rows, rescore, row_key, row_line, write_rows
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.rows import Row
 from perception_r1.scoring import parse_completions, score_completions
@@ -64,6 +64,10 @@ def test_a_row_is_the_data_row_with_all_that_is_known_about_its_answer():
         "metrics": {"accuracy": 1.0},
         "num_tokens": 5,
         "is_truncated": False,
+        "target_in_words": "1 box: thing",
+        "prediction_in_words": None,
+        "target_overlays": [{"shape": [0.25, 0.25, 0.75, 0.75], "caption": "thing"}],
+        "predicted_overlays": [],
     }
     row = prediction_row(TASKS["counting"](), scored_completion_of("counting", "qwen2_vl", ""))
     assert {key: row[key] for key in ROWS["counting"]} == ROWS["counting"]
