@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-_COMMANDS = ("data", "export", "plan", "predict", "push", "score", "serve")
+_COMMANDS = ("data", "export", "plan", "predict", "push", "report", "score", "serve")
 """All but the trainer's own verbs, which belong together."""
-_WITHOUT_TRAINER = ("push", "score")
+_WITHOUT_TRAINER = ("push", "report", "score")
 """Those that need none, and start in a fraction of the time."""
 _SPIN_COUNT = "1000"
 """How often a thread of GNU OpenMP looks whether there is work before it sleeps; libgomp's own value for a process with

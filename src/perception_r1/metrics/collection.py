@@ -90,7 +90,7 @@ class TaskMetrics(nn.Module):
 
     def margins_of_error(self) -> dict[str, Tensor]:
         """Of all means, PREFIX/margin_of_error/METRIC, where they are known; those of AP would take too long here."""
-        margins = {}
+        margins: dict[str, Tensor] = {}
         for metrics in self.collections:
             found = cast(Any, metrics)["scores"].margins_of_error()
             margins |= {f"{metrics.prefix}{MARGIN}{name}": value for name, value in found.items()}
