@@ -12,6 +12,7 @@ ENGINE ?=
 SEED ?= 0
 CKPT ?= best
 RUN ?=
+RUNS ?=
 TO ?=
 FROM ?=
 REPO ?=
@@ -33,11 +34,11 @@ INSTALLED := $(USED)/.installed
 CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %) $(ENGINE:%=--engine %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict serve export push pretrain tensorboard test test-slow test-vllm lint format docs clean
+.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict report serve export push pretrain tensorboard test test-slow test-vllm lint format docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published ENGINE=vllm|server SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N TO=folder FROM=folder REPO=user/name IMAGES='files or folders' ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published ENGINE=vllm|server SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N RUNS='several of them' TO=folder FROM=folder REPO=user/name IMAGES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 
@@ -83,6 +84,9 @@ plan: $(INSTALLED) ## Say how much memory the training of TASK needs on a GPU
 
 predict: $(INSTALLED) ## Answer IMAGES with RUN
 	$(BIN)/perception-r1 predict $(RUN) $(IMAGES) $(ENGINE:%=--engine %) $(ARGS)
+
+report: $(INSTALLED) ## Write one HTML page about RUNS
+	$(BIN)/perception-r1 report $(RUNS) $(ARGS)
 
 serve: $(INSTALLED) ## Serve RUN on this machine, with a page to try it
 	$(BIN)/perception-r1 serve $(RUN) $(ENGINE:%=--engine %) $(ARGS)

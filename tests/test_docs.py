@@ -28,7 +28,7 @@ MADE_UP |= {"configs/task/colour.yaml", "src/perception_r1/tasks/colour.py"}
 """Paths of examples."""
 MADE_UP_OPTION = "data.task.strict"
 WRITTEN = re.compile(
-    r"(logs|site|data|checkpoints|samples|train|val|reward)/.*|((training_)?config|hparams)\.yaml|report\.md"
+    r"(logs|site|data|checkpoints|samples|predictions|train|val|reward)/.*|((training_)?config|hparams)\.yaml|report\.md"
 )
 """What runs read, log and leave behind, which resembles a path but is none of the repository."""
 

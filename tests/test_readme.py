@@ -243,7 +243,7 @@ def put_run(arguments: Sequence[str], place: Path, source: Path) -> None:
     """The run that a command names."""
     for argument in arguments:
         if argument.startswith("logs/"):
-            (place / argument).parent.mkdir(parents=True)
+            (place / argument).parent.mkdir(parents=True, exist_ok=True)
             (place / argument).symlink_to(source)
 
 
@@ -273,6 +273,15 @@ def check_export(
     folder = place / str(option(arguments, "--to"))
     assert (folder / "README.md").exists()
     assert len(list(folder.glob("*.safetensors"))) == 1
+
+
+def check_report(
+    arguments: list[str], place: Path, model_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page that tells of all runs; tests/reporting/ looks into it."""
+    assert main(arguments) == 0
+    text = (place / (option(arguments, "--output") or "report.html")).read_text(encoding="utf-8")
+    assert text.count('class="run"') == len([argument for argument in arguments if argument.startswith("logs/")])
 
 
 def check_serve(
@@ -305,6 +314,7 @@ RUN_RULES: dict[str, Callable[..., None]] = {
     "predict": check_predict,
     "export": check_export,
     "push": check_push,
+    "report": check_report,
     "serve": check_serve,
 }
 """Commands that start from a run, and how they are checked."""

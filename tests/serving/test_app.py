@@ -45,7 +45,8 @@ def test_the_page_and_what_it_needs_are_there(client):
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "javascript" in client.get("/page.js").headers["content-type"]
-    assert client.get("/page.css").headers["content-type"].startswith("text/css")
+    for style in ("/base.css", "/page.css"):
+        assert client.get(style).headers["content-type"].startswith("text/css")
     offered = client.get("/tasks").json()
     assert offered["model"] == "tiny"
     assert {task["name"]: task["asks"] for task in offered["tasks"]} == {

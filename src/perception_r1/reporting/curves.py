@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 MAX_POINTS = 500
 """Of a curve; of a longer one, each point is the mean of as many steps."""
 _MARGIN = "margin_of_error/"
+_REWARD = r"(train|val)/(?!seconds/)([^/]+/)?reward"
 _GROUPS = (
     ("Validation", r"val/(?!seconds|frac_seconds)"),
     ("Reward of sampled completions", r"train/(?!seconds/)(.+/)?reward(/.+)?$"),
@@ -58,7 +59,7 @@ def read_curves(folder: Path) -> Mapping[str, Curve]:
 
 def grouped(tags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Tags by what they tell of, in the order in which they are shown; the groups that have any."""
-    left = sorted(tags, key=lambda tag: (not tag.endswith("/reward"), tag.count("/"), tag))
+    left = sorted(tags, key=lambda tag: (not re.fullmatch(_REWARD, tag), tag.count("/"), tag))
     for name, pattern in _GROUPS:
         found = [tag for tag in left if re.match(pattern, tag)]
         left = [tag for tag in left if tag not in found]

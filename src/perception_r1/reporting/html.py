@@ -28,7 +28,7 @@ def element(name: str, /, *children: str, **attributes: str | float | bool | Non
     """
     given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
     written = "".join(
-        f" {key}" if value is True else f' {key}="{html.escape(str(value))}"'
+        f" {key}" if value is True else f' {key}="{_escaped(str(value))}"'
         for key, value in given.items()
         if value is not None and value is not False
     )
@@ -39,7 +39,7 @@ def element(name: str, /, *children: str, **attributes: str | float | bool | Non
 
 def join(children: Iterable[str]) -> Markup:
     """Children one after the other, text among them escaped."""
-    return Markup("".join(child if isinstance(child, Markup) else html.escape(child) for child in children))
+    return Markup("".join(child if isinstance(child, Markup) else _escaped(child) for child in children))
 
 
 def data_element(identifier: str, data: object) -> Markup:
@@ -51,7 +51,7 @@ def data_element(identifier: str, data: object) -> Markup:
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # in ASCII
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(f'<script type="application/json" id="{html.escape(identifier)}">{text}</script>')
+    return Markup(f'<script type="application/json" id="{_escaped(identifier)}">{text}</script>')
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], **attributes: str | None) -> Markup:
@@ -63,3 +63,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], **attributes: str 
 
 def _cell(index: int, content: str) -> Markup:
     return element("td", content) if index else element("th", content, scope="row")
+
+
+def _escaped(text: str) -> str:
+    """Text as HTML has it; half a surrogate pair, which no file can hold, becomes a question mark."""
+    return html.escape(text.encode("utf-8", "replace").decode())

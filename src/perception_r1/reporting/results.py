@@ -8,7 +8,7 @@ from perception_r1.reporting.folder import TIMES, Metric, Record
 from perception_r1.reporting.html import Markup, element, join
 from perception_r1.reporting.parts import MINUS, NOTHING, chip, note, scrolling, section
 
-_PLOT_WIDTH, _PLOT_ROW = 200, 18
+_PLOT_WIDTH, _PLOT_ROW = 200, 32
 """Of the plot of a metric, in its own units."""
 _ABOUT = (
     "Greedy answers to the test split. What stands after ± is half the width of the 95 % confidence interval; that of "
@@ -122,7 +122,7 @@ def _plot(records: Sequence[Record], shown: Sequence[int], metric: Metric) -> Ma
 
     marks = []
     for (index, when), (value, margin) in points.items():
-        y = _PLOT_ROW * (shown.index(index) + (0.3 if when == "before" else 0.7))
+        y = _PLOT_ROW * (shown.index(index) + (0.35 if when == "before" else 0.65))
         marks.append(
             element("line", x1=x(value - margin), x2=x(value + margin), y1=y, y2=y, class_=f"whisker r{index}")
         )

@@ -6,7 +6,7 @@
     GET  /tasks                   what it may ask
     POST /answer                  its questions: a task, what is looked for, and a picture
 
-Nothing is read from the disk but the three files of the page. Requests must be JSON, which pages of other sites cannot
+Nothing is read from the disk but the four files of the page. Requests must be JSON, which pages of other sites cannot
 send, and must name this machine as they know it, so that no other site's name can lead here.
 """
 
@@ -30,7 +30,13 @@ from perception_r1.serving.generation import BusyError, Completion, CompletionPa
 from perception_r1.task import Task
 
 _PAGE = Path(__file__).parent / "page"
-_FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+_STYLES = Path(__file__).parents[1] / "styles"
+_FILES = {
+    "/": _PAGE / "index.html",
+    "/page.js": _PAGE / "page.js",
+    "/page.css": _PAGE / "page.css",
+    "/base.css": _STYLES / "base.css",
+}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -127,7 +133,7 @@ class Served:
         return response
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
-        return web.FileResponse(_PAGE / _FILES[request.path])
+        return web.FileResponse(_FILES[request.path])
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"status": "ok" if self.generator.is_alive() else "dead"})
