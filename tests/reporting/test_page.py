@@ -222,8 +222,8 @@ def test_boxes_lie_on_the_picture_where_they_belong(open_page, one):
     width, height = picture.bounding_box()["width"], picture.bounding_box()["height"]
     assert width / height == pytest.approx(2.0, rel=0.01)
     left, top = picture.bounding_box()["x"], picture.bounding_box()["y"]
-    places = {"targets": (0.5, 0.25, 0.5, 0.5), "predictions": (0.0, 0.25, 0.5, 0.5)}
-    for kind, (x, y, w, h) in places.items():
+    corners = {"targets": (0.5, 0.25, 0.5, 0.5), "predictions": (0.0, 0.25, 0.5, 0.5)}
+    for kind, (x, y, w, h) in corners.items():
         box = picture.locator(f".{kind} .box").bounding_box()
         assert box["x"] == pytest.approx(left + x * width, abs=4)
         assert box["y"] == pytest.approx(top + y * height, abs=4)

@@ -1,4 +1,4 @@
-"""What a run answered to held-out samples, kept for those who look at it later: rows, and small pictures of some.
+"""What a run answered to held-out samples, kept for those who see it later: rows, and small pictures of some.
 
 predictions/SPLIT/before.jsonl, after.jsonl   rows as in `predictions.jsonl` of an evaluation
 predictions/SPLIT/images/                     pictures of the samples that tell most

@@ -16,7 +16,7 @@ def runs_section(records: Sequence[Record], names: Sequence[str]) -> Markup:
 
 def _run_card(index: int, record: Record, name: str) -> Markup:
     card = record.card
-    facts = [
+    lines = [
         f"{record.training} · {', '.join(dict.fromkeys(record.task_names.values())) or 'unknown task'}",
         f"model {record.model}",
     ]
@@ -27,11 +27,9 @@ def _run_card(index: int, record: Record, name: str) -> Markup:
         done.append(duration(card["seconds"]))
     if isinstance(card.get("start"), str):
         done.append(card["start"].replace("T", " ").removesuffix("+00:00")[:16] + " UTC")
-    facts += [" · ".join(done)] if done else []
+    lines += [" · ".join(done)] if done else []
     status = record.status
     kind = "good" if status == "finished" else "bad" if status.startswith("failed") else "open"
     told = "running, or killed: it has not told its end" if status == "running" else status
-    lines = [element("p", fact) for fact in facts]
-    return element(
-        "article", element("h2", chip(index, name)), *lines, element("p", told, class_=f"status {kind}"), class_="run"
-    )
+    told_lines = [*(element("p", line) for line in lines), element("p", told, class_=f"status {kind}")]
+    return element("article", element("h2", chip(index, name)), *told_lines, class_="run")

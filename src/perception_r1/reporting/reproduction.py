@@ -24,9 +24,9 @@ def _again(index: int, record: Record, name: str) -> Markup:
     if isinstance(words, list) and words:
         told = shlex.join(["perception-r1", *map(str, words[1:])])
         parts.append(_copied(element("pre", told, id=command), command, "Copy the command"))
-    facts = list(_facts(record))
-    if facts:
-        rows = [join([element("dt", label), element("dd", value)]) for label, value in facts]
+    entries = list(_entries(record))
+    if entries:
+        rows = [join([element("dt", label), element("dd", value)]) for label, value in entries]
         parts.append(element("dl", *rows))
     if card:
         everything = f"card-{index}"
@@ -40,7 +40,7 @@ def _copied(content: Markup, identifier: str, label: str) -> Markup:
     return element("div", content, element("button", label, type="button", data_copies=identifier), class_="copied")
 
 
-def _facts(record: Record) -> Iterator[tuple[str, str]]:
+def _entries(record: Record) -> Iterator[tuple[str, str]]:
     """What decides the numbers of a run, by name."""
     card = record.card
     git = mapping(card.get("git"))
