@@ -16,6 +16,7 @@ import scipy.stats
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from perception_r1.callbacks.files import image_name
 from perception_r1.cli import main
 from perception_r1.commands import score
 from perception_r1.data.sources import JsonLines
@@ -23,6 +24,8 @@ from perception_r1.evaluation.callback import Evaluation
 from perception_r1.geometry import iou
 from perception_r1.modules.base import PolicyModule
 from perception_r1.published import first_box
+from perception_r1.reporting.document import make_document
+from perception_r1.reporting.folder import read_record
 from perception_r1.tasks.grounding import GroundingData
 from tests.callbacks.toy import ToyData, ToyModule, toy_trainer
 from tests.evaluation.evaluating import (
@@ -80,6 +83,19 @@ def test_an_evaluation_answers_every_sample_once_in_the_order_of_the_data(undist
     assert [(row["source"], row["id"]) for row in rows] == expected
     assert len({row["completion"] for row in rows}) > 5
     assert 0 < sum(row["reward"] > 1 for row in rows) < NUM_SAMPLES  # there is something to get wrong
+
+
+def test_an_evaluation_keeps_small_pictures_and_has_a_page(undisturbed):
+    found = results(undisturbed.folder / "whole")
+    rows = [json.loads(line) for line in lines(undisturbed)]
+    names = {image_name(row["source"], row["id"]) for row in rows}
+    assert {path.name for path in (found / "images").iterdir()} == names
+    record = read_record(found)
+    metrics = json.loads(undisturbed.left["metrics.json"])
+    assert record.metrics("after")["grounding", "two/reward"] == metrics["two"]["reward"]
+    page = make_document([record], num_cards=NUM_SAMPLES)
+    assert f"{NUM_SAMPLES} of {NUM_SAMPLES} answered samples of the test split." in page
+    assert page.count("data:image/jpeg;base64") == NUM_SAMPLES
 
 
 def fractions(row) -> tuple[float, ...]:

@@ -117,7 +117,12 @@ def test_a_run_that_has_not_come_to_its_end_has_a_page(tmp_path, status, kind, t
 def test_a_run_that_has_nothing_yet_has_a_page(tmp_path):
     (tmp_path / "run.json").write_text('{"status": "running"}')
     words = words_of(page_of(tmp_path))
-    for told in ("Nothing has been evaluated", "No curves", "No answers were kept", "Nothing is known of the phases"):
+    for told in (
+        "No metrics on the test split yet",
+        "No curves",
+        "No answers were kept",
+        "Nothing is known of the phases",
+    ):
         assert told in words
 
 

@@ -18,13 +18,14 @@ def most_telling(before: Mapping[KeyT, float], after: Mapping[KeyT, float], coun
     ['a', 'b', 'c']
     """
     keys = list(after)
+    count = min(count, len(keys))
     gains = {key: after[key] - before[key] for key in keys if key in before}
     changed = sorted((key for key in gains if gains[key] != 0), key=gains.__getitem__)
     rankings: list[Sequence[KeyT]] = [
         [key for key in reversed(changed) if gains[key] > 0],
         [key for key in changed if gains[key] < 0],
         sorted(keys, key=after.__getitem__),
-        [keys[index * len(keys) // count] for index in range(count)] if keys else [],
+        [keys[index * len(keys) // count] for index in range(count)],
     ]
     in_turn = [ranking[place] for place in range(len(keys)) for ranking in rankings if place < len(ranking)]
     return list(dict.fromkeys(in_turn))[:count]

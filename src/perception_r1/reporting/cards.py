@@ -81,7 +81,8 @@ def _chosen(columns: Sequence[Column], candidates: Container[SampleKey], count: 
     for before, after in _comparisons(columns):
         first, second = (_rewards(answers, candidates) for answers in (before, after))
         chosen.append(most_telling(first, second, count))
-    in_turn = [ranking[place] for place in range(count) for ranking in chosen if place < len(ranking)]
+    longest = max(map(len, chosen), default=0)
+    in_turn = [ranking[place] for place in range(longest) for ranking in chosen if place < len(ranking)]
     return list(dict.fromkeys(in_turn))[:count]
 
 

@@ -21,7 +21,7 @@ def results_section(records: Sequence[Record], names: Sequence[str]) -> Markup:
     """Metrics before and after with their intervals, and their differences."""
     metrics = _metrics(records)
     if not metrics:
-        return section("results", "Before and after", note("Nothing has been evaluated on the test split yet."))
+        return section("results", "Before and after", note("No metrics on the test split yet: a run ends with them."))
     head = ["metric", "run", "", "before", "after", "change", f"beside {names[0]}"]
     kept = _kept_columns(records)
     changes = [compare_metrics((record, "before"), (record, "after")) for record in records]
