@@ -1,6 +1,6 @@
 """Where the time of each run went: stacked bars, and the same in numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from perception_r1.reporting.curves import Curve
 from perception_r1.reporting.folder import Record
@@ -27,8 +27,7 @@ def time_section(records: Sequence[Record], names: Sequence[str], curves: Sequen
             told = ", ".join(f"{phase} {value / sum(each.values()):.0%}" for phase, value in each.items())
             label = element("span", chip(index, name), " ", duration(sum(each.values())), class_="bar-label")
             bars += [label, _bar(each, longest, f"{name}: {told}")]
-    phases = [phase for phase in (*_PHASES, _REST) if any(phase in each for each in seconds)]
-    phases += sorted({phase for each in seconds for phase in each} - set(phases))
+    phases = _in_order({phase for each in seconds for phase in each})
     shown = [index for index, each in enumerate(seconds) if each]
     rows = [
         [join([element("span", "", class_=f"swatch {_phase_class(phase)}"), phase.replace("_", " ")])]
@@ -51,10 +50,13 @@ def _phase_seconds(record: Record, curves: Mapping[str, Curve]) -> dict[str, flo
     elif is_number(record.card.get("seconds")) and record.card.get("resumed_from") is None:
         rest = record.card["seconds"] - sum(found.values())
         found |= {_REST: rest} if rest > 0 else {}
-    order = (*_PHASES, *sorted(found), _REST)
-    return {name: found[name] for name in dict.fromkeys(order) if name in found and name != _REST} | (
-        {_REST: found[_REST]} if _REST in found else {}
-    )
+    return {name: found[name] for name in _in_order(found)}
+
+
+def _in_order(phases: Collection[str]) -> list[str]:
+    """Phases as a step has them, those that are not known here behind them, and the rest at the end."""
+    order = dict.fromkeys((*_PHASES, *sorted(set(phases) - {_REST}), _REST))
+    return [phase for phase in order if phase in phases]
 
 
 def _total(curve: Curve) -> float:
