@@ -16,9 +16,10 @@ from torch import multiprocessing as mp
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-from perception_r1.metrics import BoxAP, MeanScore, make_metrics, margins_of_error
+from perception_r1.metrics import BoxAP, MeanScore, TaskMetrics, make_metrics, margins_of_error
 from perception_r1.records import ImageSize, LabelledBox, Score
 from perception_r1.rows import Row
+from perception_r1.task import Mixture
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget
 from tests.callbacks.toy import ToyTask
 
@@ -184,6 +185,16 @@ def test_margins_of_means_are_those_of_students_t():
     found = margins_of_error(metrics)
     assert list(found) == ["test/reward", "test/reward/format", "test/accuracy"]
     assert [value.item() for value in found.values()] == pytest.approx((high - low) / 2, abs=1e-12)
+
+
+def test_margins_of_several_tasks_have_their_names_and_only_those_that_are_known():
+    tasks = TaskMetrics(Mixture(tasks={"a": ToyTask(), "b": ToyTask()}), "val")
+    table = np.array([[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    add(tasks.collections[0]["scores"], *table.tolist())
+    found = tasks.margins_of_error()
+    assert list(found) == ["val/a/margin_of_error/reward", "val/a/margin_of_error/accuracy"]
+    expected = stats.t.ppf(0.975, 2) * stats.sem(table[:, 0])
+    assert found["val/a/margin_of_error/reward"].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_margin_worked_by_hand():

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -388,6 +389,21 @@ def test_a_validation_says_how_long_it_took_and_its_share_of_the_run(folder, tmp
     trainer = make_trainer(tmp_path, limit_val_batches=1.0)
     trainer.validate(module, make_data(), verbose=False)
     assert "val/frac_seconds" not in trainer.callback_metrics
+
+
+def test_a_validation_of_a_fit_says_how_sure_its_means_are(folder, tmp_path):
+    module = make_module(folder)
+    options = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    _, trainer = fit(folder, tmp_path, module, max_steps=1, **options)
+    data = make_data()
+    data.setup("validate")
+    rewards = [module.score_greedy(Batch([sample]))[0].score.reward for sample in data.samples("val")]
+    assert len(set(rewards)) > 1
+    margin = float(trainer.callback_metrics["val/margin_of_error/reward"])
+    assert margin == pytest.approx(scipy.stats.sem(rewards) * scipy.stats.t.ppf(0.975, len(rewards) - 1))
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    trainer.validate(module, make_data(), verbose=False)
+    assert "val/margin_of_error/reward" not in trainer.callback_metrics
 
 
 class Towers(Callback):
