@@ -25,6 +25,14 @@ def test_a_run_tells_what_it_was_and_what_came_of_it(tmp_path):
     assert record.image(answer).is_file()
 
 
+def test_a_prompt_names_the_categories_that_the_task_has(tmp_path):
+    options = {"prompt_template": "Find {labels}.", "categories": ["cup", "plate"]}
+    task = {"class_path": "perception_r1.tasks.detection.Detection", "init_args": options}
+    record = read_record(make_run(tmp_path / "run", task=task))
+    assert record.prompt("detection", "") == "Find cup, plate."
+    assert record.prompt("another", "spoon") == "spoon"
+
+
 def test_an_evaluation_has_metrics_and_answers_after_alone(tmp_path):
     record = read_record(make_evaluation(tmp_path / "eval-1"))
     assert (record.is_evaluation, record.training, record.model) == (True, "Evaluation", "tiny")

@@ -79,7 +79,10 @@ class Record:
     def prompt(self, task: str, query: str) -> str:
         """The text beside the image."""
         found = [self.tasks[part] for part, name in self.task_names.items() if name == task]
-        return str((init_args(found[0]) if found else {}).get("prompt_template", "{query}")).replace("{query}", query)
+        options = init_args(found[0]) if found else {}
+        names = options.get("categories")
+        labels = ", ".join(map(str, names)) if isinstance(names, list) else "{labels}"
+        return str(options.get("prompt_template", "{query}")).replace("{labels}", labels).replace("{query}", query)
 
     @property
     def model(self) -> str:

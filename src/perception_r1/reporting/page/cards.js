@@ -149,8 +149,7 @@ class Cards {
     panel.append(make("p", { class: "words" }, (answer.words ?? "No answer could be read.") + cut));
     const scores = Object.entries(answer.scores).map(([name, value]) => make("span", {}, `${name.replace("reward/", "")} ${shown(value)}`));
     panel.append(make("p", { class: "scores" }, ...scores));
-    const isText = !answer.overlays.length && !card.overlays.length;
-    panel.append(make("details", { open: isText }, make("summary", {}, "What the model wrote"), make("pre", { tabindex: "0" }, answer.completion)));
+    panel.append(make("details", {}, make("summary", {}, "What the model wrote"), make("pre", { tabindex: "0" }, answer.completion)));
     return panel;
   }
 
