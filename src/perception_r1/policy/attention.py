@@ -57,7 +57,6 @@ def shared_prompt_attention(
     query, key, value = _autocast(query, key, value)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     options = {"scale": scaling, "dropout_p": dropout}
-    layer = cast(int, module.layer_idx)
     states: list[LayerStates] = []
     prompts, completions = [], []
     for bucket in packing.buckets:
@@ -66,11 +65,11 @@ def shared_prompt_attention(
             attended = _attend(prompt_query, prompt_key, prompt_value, is_causal=True, **options)
             prompts.append(attended.transpose(1, 2).flatten(0, 1))  # [n*P, H, D]
         else:
-            prompt_key, prompt_value = packing.known[layer]
+            prompt_key, prompt_value = packing.known[cast(int, module.layer_idx)]
         states.append(KeysAndValues(prompt_key, prompt_value))
         if len(bucket.rows):
             completions.append(_attend_completions(query, key, value, prompt_key, prompt_value, bucket, options))
-    packing.record(layer, states)
+    packing.record(module, states)
     return torch.cat(prompts + completions)[None], None
 
 

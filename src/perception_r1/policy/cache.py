@@ -85,7 +85,7 @@ class _EagerCache(DecodeCache):
         self._step += 1
 
     def _keep(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Let go of what is not of keys and values; the prompts [B'] and, among the rows of theirs, the rows [B', S']."""
+        """Let go of all but keys and values; returns which prompts [B'] stay, and which of their rows [B', S']."""
         prompts, slots = rows[:, 0] // self._num_rows, rows % self._num_rows
         self._num_rows = rows.shape[1]
         self.states.select(prompts, slots)

@@ -10,6 +10,7 @@ Legend: B prompts, G completions per prompt, N = B*G completions, C longest comp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +56,10 @@ class Packing:
     recorded: dict[int, list[LayerStates]] | None = None
     known: Mapping[int, LayerStates] | None = None
 
-    def record(self, layer: int, states: list[LayerStates]) -> None:
+    def record(self, module: Any, states: list[LayerStates]) -> None:
         """Note what a layer leaves of the prompts; what checkpointing computes a second time is not passed on."""
         if self.recorded is not None:
-            self.recorded.setdefault(layer, states)
+            self.recorded.setdefault(module.layer_idx, states)
 
 
 def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.device) -> Packing:

@@ -36,7 +36,6 @@ class PromptCache:
     hidden: Tensor
     next_positions: tuple[int, ...]
 
-
     def tensors(self) -> list[Tensor]:
         """What the layers hold."""
         layers = (*self.keys_and_values.values(), *self.linear_states.values())

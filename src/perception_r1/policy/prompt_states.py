@@ -53,7 +53,7 @@ class PromptStates:
 
     def copy(self) -> "PromptStates":
         """The same values, to collect gradients."""
-        layers = {number: states._make(map(_leaf, states)) for number, states in self.layers.items()}
+        layers = {number: type(states)(*map(_leaf, states)) for number, states in self.layers.items()}
         return PromptStates(layers=layers, hidden=_leaf(self.hidden))
 
     def tensors(self) -> list[Tensor]:
