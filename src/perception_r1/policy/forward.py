@@ -138,6 +138,11 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.float32, dtype)
 
 
+def autocast_device(device: torch.device) -> str:
+    """Whose mixed precision holds there; on the meta device, where memory is planned, that of CUDA."""
+    return "cuda" if device.type == "meta" else device.type
+
+
 def argsort_by_length(lengths: Sequence[int]) -> list[int]:
     """Prompts in order of length: equal ones come together, and the attention then takes them together."""
     return sorted(range(len(lengths)), key=lengths.__getitem__)
