@@ -107,7 +107,7 @@ class Attention:
         query, key = self._turn(turned, cos, sin)
         return self._output(cache.attend(number, query, key, value))
 
-    def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+    def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, S, H, D] and keys [B, S, K, D], normalised and turned, from [B, S, H + K, D]."""
         turned, counts = heads, [self._heads, self._kv_heads]
         if self._head_norms[0] is not None:
@@ -117,8 +117,9 @@ class Attention:
         swapped = [turned[..., half:end], turned[..., :half]]
         if end < self._size:
             swapped.append(turned[..., end:])
-        turned = torch.addcmul(turned * cos, torch.cat(swapped, -1), sin)
-        return turned.to(heads.dtype).split(counts, 2)
+        turned = torch.addcmul(turned * cos, torch.cat(swapped, -1), sin).to(heads.dtype)
+        query, key = turned.split(counts, 2)
+        return query, key
 
 
 class FeedForward(Protocol):

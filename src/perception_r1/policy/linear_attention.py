@@ -116,7 +116,7 @@ def next_token_linear_attention(
     recurrent.mul_(decay.to(recurrent.dtype).exp()[..., None, None])
     missing = value[..., None, :] - key @ recurrent  # [B, S, V, 1, D_v]
     recurrent.add_(key.mT * (missing * rate[..., None, None]))
-    read = query @ recurrent * query.shape[-1] ** -0.5
+    read: Tensor = query @ recurrent * query.shape[-1] ** -0.5
     return read[..., 0, :].to(mixed.dtype)
 
 
@@ -153,7 +153,8 @@ def _read(
 
 def _of_prompts(tensor: Tensor, bucket: LengthBucket) -> Tensor:
     """[n, P, ...] from [T, ...]."""
-    return tensor[bucket.start : bucket.start + bucket.num_prompts * bucket.length].unflatten(0, (-1, bucket.length))
+    span = tensor[bucket.start : bucket.start + bucket.num_prompts * bucket.length]
+    return span.view(bucket.num_prompts, bucket.length, *span.shape[1:])
 
 
 def _read_completions(
@@ -165,7 +166,7 @@ def _read_completions(
     own = (tensor.index_select(0, bucket.rows).unflatten(0, (size, -1)) for tensor in row)
     shared = (tensor[:, None].expand(-1, bucket.group_size, *tensor.shape[1:]).flatten(0, 1) for tensor in states)
     read, _ = _read(module, LinearStates(*shared), *own)
-    rows = read.flatten(0, 1)  # [n*G*L, V, D_v]
+    rows: Tensor = read.flatten(0, 1)  # [n*G*L, V, D_v]
     return rows if bucket.inputs is None else rows.index_select(0, bucket.inputs)
 
 
