@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE: Qwen3.5 with feed-forward layers of many experts, of which each token takes a few and one that is shared."""
+"""Qwen3.5-MoE: Qwen3.5 with feed-forward layers of many experts: each token takes a few, and one that all take."""
 
 from typing import Any
 
