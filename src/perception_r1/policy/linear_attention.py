@@ -10,7 +10,8 @@ in a bucket of `policy/packing.py`: n prompts of P tokens, G completions each, L
 B prompts, S rows of each.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -135,10 +136,11 @@ def _read(
     num_before, inputs = module.conv_kernel_size - 1, mixed.transpose(1, 2)  # [n, C, L]
     inputs = F.pad(inputs, (num_before, 0)) if states is None else torch.cat([states.inputs, inputs], -1)
     convolution = module.conv1d
-    convolved = causal_conv1d_fn(inputs, convolution.weight[:, 0], convolution.bias, activation=module.activation)
+    convolve, rule = _kernel(causal_conv1d_fn, mixed), _kernel(torch_chunk_gated_delta_rule, mixed)
+    convolved = convolve(inputs, convolution.weight[:, 0], convolution.bias, activation=module.activation)
     query, key, value = split_heads(module, convolved[..., num_before:].transpose(1, 2))
     with torch.autocast(autocast_device(mixed.device), enabled=False):  # a state is the sum of all tokens
-        read, recurrent = torch_chunk_gated_delta_rule(
+        read, recurrent = rule(
             query,
             key,
             value,
@@ -149,6 +151,11 @@ def _read(
             use_qk_l2norm_in_kernel=True,
         )
     return read, LinearStates(recurrent, inputs[..., -num_before:].clone())
+
+
+def _kernel(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
+    """On CUDA the kernel that transformers has found for a function (flash-linear-attention, causal-conv1d), if any."""
+    return function if tensor.is_cuda else inspect.unwrap(function)
 
 
 def _of_prompts(tensor: Tensor, bucket: LengthBucket) -> Tensor:
