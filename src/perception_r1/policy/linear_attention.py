@@ -13,11 +13,11 @@ B prompts, S rows of each.
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn, torch_chunk_gated_delta_rule
 
@@ -26,12 +26,12 @@ from perception_r1.policy.packing import LengthBucket, Packing
 from perception_r1.policy.prompt_states import LayerStates, LinearStates
 
 
-def share_states(network: nn.Module) -> None:
+def share_states(network: Any) -> None:
     """Let the layers of linear attention of a language model share the states of prompts, where a packing comes in.
 
     Without one they compute as in transformers.
     """
-    for layer in getattr(network, "layers", ()):
+    for layer in network.layers:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.forward = partial(shared_prompt_linear_attention, layer.linear_attn)
 
@@ -64,7 +64,7 @@ def shared_prompt_linear_attention(
             read, bucket_states = _read(module, None, *of_prompts)
             prompts.append(read.flatten(0, 1))  # [n*P, V, D_v]
         else:
-            bucket_states = LinearStates(*packing.known[module.layer_idx])
+            bucket_states = cast(LinearStates, packing.known[module.layer_idx])
         states.append(bucket_states)
         if len(bucket.rows):
             completions.append(_read_completions(module, bucket_states, (mixed, decay, rate), bucket))
