@@ -250,7 +250,7 @@ def assert_trained_as_sampled(policy, prompts, rollout, temperature):
 @pytest.mark.parametrize("indices", [(0, 1, 2, 3), (3, 0, 4, 4, 3, 0)], ids=["ragged", "equal"])
 @pytest.mark.parametrize("kind", ["policy", "adapted"])
 def test_the_sampler_s_log_probabilities_are_those_of_the_training_pass(
-    request, exact_layers, monkeypatch, kind, indices, group_size
+    request, family, exact_layers, monkeypatch, kind, indices, group_size
 ):
     policy, counts = request.getfixturevalue(kind), spy_on_rows(monkeypatch)
     prompts, rollout = ragged(policy, indices, group_size=group_size)
