@@ -66,6 +66,12 @@ FAMILIES = {
     "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
+    "Qwen/Qwen3.5-0.8B": "qwen3_5",
+    "Qwen/Qwen3.5-2B": "qwen3_5",
+    "Qwen/Qwen3.5-4B": "qwen3_5",
+    "Qwen/Qwen3.5-9B": "qwen3_5",
+    "Qwen/Qwen3.5-27B": "qwen3_5",
+    "Qwen/Qwen3.5-35B-A3B": "qwen3_5_moe",
 }
 """Hub ids of the documentation; a tiny model of the same family stands for each."""
 EXPORTED = "supervised"

@@ -12,7 +12,7 @@ from torch import Tensor
 from perception_r1.engines import NativeEngine, ServerEngine
 from perception_r1.engines import server as module
 from perception_r1.engines.base import EngineContext
-from perception_r1.engines.client import Server, read_completions
+from perception_r1.engines.client import Server, chat_request, read_completions
 from perception_r1.errors import UserError
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -54,6 +54,15 @@ def assert_same(one, other):
     assert one.is_truncated == other.is_truncated
     torch.testing.assert_close(torch.cat(one.logprobs), torch.cat(other.logprobs), rtol=0, atol=1e-4)
     assert torch.cat(one.entropies).isnan().all()
+
+
+def test_a_server_is_told_how_the_chat_is_rendered_where_its_template_asks(policy):
+    options = {"group_size": 1, "params": policy.sampling_params(max_new_tokens=1), "seed": 0}
+    one, other = (
+        chat_request([], [], template_options=template, **options) for template in ({"enable_thinking": False}, {})
+    )
+    assert one["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "chat_template_kwargs" not in other
 
 
 @torch.no_grad()

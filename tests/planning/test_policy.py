@@ -24,12 +24,32 @@ PUBLISHED = {
 }
 """Numbers of weights on the hub."""
 
+WITH_PREDICTION = {
+    "Qwen/Qwen3.5-0.8B": 873_438_784,
+    "Qwen/Qwen3.5-2B": 2_274_069_824,
+    "Qwen/Qwen3.5-4B": 4_659_865_088,
+    "Qwen/Qwen3.5-9B": 9_653_104_368,
+    "Qwen/Qwen3.5-27B": 27_781_427_952,
+    "Qwen/Qwen3.5-35B-A3B": 35_951_822_704,
+}
+"""The same of models that have another layer, which predicts a second token and which transformers does not load."""
+
 
 @pytest.mark.parametrize(("name", "number"), PUBLISHED.items())
 def test_a_model_has_as_many_weights_as_on_the_hub(name, number):
     weights = {id(weight): weight for weight in empty_model(PolicyConfig(name=name)).parameters()}
     assert sum(weight.numel() for weight in weights.values()) == number
     assert {weight.device.type for weight in weights.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("name", "number"), WITH_PREDICTION.items())
+def test_a_model_has_as_many_weights_as_on_the_hub_without_those_that_predict_a_second_token(name, number):
+    model = empty_model(PolicyConfig(name=name))
+    attends = next(layer for layer in model.model.language_model.layers if layer.block_type == "full_attention")
+    size = model.config.text_config.hidden_size
+    of_layer = sum(weight.numel() for weight in attends.parameters())  # behind it norms of its two inputs and output
+    weights = {id(weight): weight.numel() for weight in model.parameters()}
+    assert sum(weights.values()) + of_layer + 2 * size * size + 3 * size == number
 
 
 def test_a_model_with_experts_has_as_many_weights_as_its_published_sizes_make():
@@ -45,7 +65,7 @@ def test_a_model_with_experts_has_as_many_weights_as_its_published_sizes_make():
 def test_every_configured_model_can_be_planned_offline(monkeypatch):
     monkeypatch.setattr(module, "model_family", lambda name: pytest.fail(f"{name} is looked for on the hub"))
     files = [path for path in (ROOT / "configs" / "model").glob("*.yaml") if path.stem != "tiny"]
-    assert len(files) == len(PUBLISHED) + 1
+    assert len(files) == len(PUBLISHED) + 1 + len(WITH_PREDICTION)
     for path in files:
         name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]["name"]
         assert read_config(name).model_type.startswith("qwen")

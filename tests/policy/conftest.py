@@ -1,6 +1,5 @@
 """Fixtures of the engine's tests: policies in float64, so that comparisons can be strict."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +44,17 @@ def adapted_plain(plain: Any, adapted: Policy) -> Any:
 
 
 @pytest.fixture
-def exact_layers(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """Layers that transformers computes in float32 whatever the weights' type, here in the type of the weights."""
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+def exact_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers computes in float32 whatever the weights' type, here in the type of the weights."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
 
-    def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-        variance = hidden.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+    def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        is_rounded = self.dtype == torch.float64 and args[:1] == (torch.float32,)
+        return to(self, *((torch.float64, *args[1:]) if is_rounded else args), **kwargs)
 
-    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
-        return q * cos + module.rotate_half(q) * sin, k * cos + module.rotate_half(k) * sin
+    def exact_softmax(scores: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> torch.Tensor:
+        return softmax(scores, *args, dtype=None if scores.dtype == torch.float64 else dtype, **kwargs)
 
-    def route(self: Any, hidden: torch.Tensor) -> Any:
-        logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
-        weights, experts = logits.softmax(-1).topk(self.top_k)
-        return logits, weights / weights.sum(-1, keepdim=True), experts
-
-    for name, value in vars(module).items():
-        if isinstance(value, type) and name.endswith("RMSNorm"):
-            monkeypatch.setattr(value, "forward", norm)
-        if isinstance(value, type) and name.endswith("TopKRouter"):
-            monkeypatch.setattr(value, "forward", route)
-    monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate)
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: keep(self, torch.float32))
+    monkeypatch.setattr(torch.nn.functional, "softmax", exact_softmax)

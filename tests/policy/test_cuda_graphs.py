@@ -20,6 +20,8 @@ MANY_ENDS = torch.arange(0, 270, 6)
 
 
 ONE_FAMILY = pytest.mark.parametrize("family", ["qwen2_vl"], indirect=True)
+BOTH_KINDS = pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_5"], indirect=True)
+"""Without linear attention and with it: its states change with every step."""
 
 
 class Captures:
@@ -105,7 +107,7 @@ def test_a_repetition_penalty_begins_anew_with_every_rollout(policy, captures):
     assert captures.num_steps == 2
 
 
-@ONE_FAMILY
+@BOTH_KINDS
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3])
 def test_the_warm_up_stays_within_the_buffers_of_short_completions(policy, captures, max_new_tokens):
     generator = GraphGenerator(Decoder(policy.model), captures.new)
@@ -133,7 +135,7 @@ def test_a_recording_would_notice_a_step_that_counts_outside_its_buffers(policy,
     assert torch.equal(again, (recorded + torch.tensor([0, 1])) % 270)
 
 
-@ONE_FAMILY
+@BOTH_KINDS
 def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, captures):
     generator = GraphGenerator(Decoder(policy.model), captures.new)
     assert_same(*rollouts(policy, generator, (1, 2, 0)))
@@ -143,7 +145,7 @@ def test_other_prompts_reuse_the_step_and_find_no_trace_of_the_first(policy, cap
     assert captures.num_steps == 1
 
 
-@ONE_FAMILY
+@BOTH_KINDS
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_weights_that_were_changed_in_place_are_used_from_the_next_rollout_on(policy, adapted, captures, is_adapted):
     policy = adapted if is_adapted else policy
@@ -316,7 +318,7 @@ def small_buckets(monkeypatch):
         monkeypatch.setattr(f"perception_r1.policy.cuda_graphs.{name}", value)
 
 
-@ONE_FAMILY
+@BOTH_KINDS
 @pytest.mark.parametrize("options", [{}, {"is_greedy": True, "group_size": 1, "repetition_penalty": 1.6}], ids=str)
 def test_attention_reads_more_and_more_of_what_is_written(policy, captures, small_buckets, options):
     generator, no_end = GraphGenerator(Decoder(policy.model), captures.new), torch.tensor([287])
@@ -328,7 +330,7 @@ def test_attention_reads_more_and_more_of_what_is_written(policy, captures, smal
     assert sorted(step._replays) == [4, 8, 16, 32, 37]
 
 
-@ONE_FAMILY
+@BOTH_KINDS
 @pytest.mark.parametrize(
     "options",
     [{}, {"group_size": 1, "indices": (0, 1, 2, 3, 4)}, {"group_size": 5, "repetition_penalty": 1.6}],

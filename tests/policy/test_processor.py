@@ -110,6 +110,24 @@ def test_a_tokenizer_without_chat_template_is_refused(folder):
         Processor(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder))
 
 
+THINKING = (
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}"
+)
+"""What a model that thinks, as Qwen3.5, is given to go on from."""
+
+
+def test_a_model_that_can_think_is_asked_for_its_answer_alone(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += THINKING
+    processor = Processor(tokenizer, Processor.load(folder).image_processor)
+    prompt = encode(processor, [0])
+    text = tokenizer.decode(prompt.input_ids[0])
+    assert text == tokenizer.decode(encode(Processor.load(folder), [0]).input_ids[0]) + "<think>\n\n</think>\n\n"
+    assert processor.num_prompt_tokens(prompt.chats[0], prompt.image_sizes[0]) == prompt.lengths[0]
+    assert (processor.template_options, Processor.load(folder).template_options) == ({"enable_thinking": False}, {})
+
+
 def test_special_tokens_survive_encoding_and_decoding(folder):
     processor = Processor.load(folder)
     text = "<|object_ref_start|>a cup , ok<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"

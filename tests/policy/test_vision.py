@@ -28,8 +28,8 @@ def test_features_are_those_of_a_tower_that_computes_its_geometry_itself(policy,
         torch.testing.assert_close(image, expected_image, rtol=1e-12, atol=1e-12)
 
 
-def test_only_what_qwen3_adds_to_layers_makes_features_deeper(policy, family, prompts):
-    num_layers = len(policy.model.config.vision_config.deepstack_visual_indexes) if "qwen3" in family else 0
+def test_only_what_qwen3_vl_adds_to_layers_makes_features_deeper(policy, family, prompts):
+    num_layers = len(policy.model.config.vision_config.deepstack_visual_indexes) if "qwen3_vl" in family else 0
     assert {len(image) for image in encode_images(policy.model, prompts)} == {1 + num_layers}
 
 

@@ -30,6 +30,7 @@ class Export:
         step: Optimiser step at which it was written.
         codec: How the model writes boxes.
         pixels: Fewest and most pixels to which pictures are resized.
+        template_options: What is said to the chat template; see `Processor.template_options`.
         is_adapter: The folder holds an adapter, not a whole model.
         evaluations: Those of the checkpoint.
     """
@@ -39,6 +40,7 @@ class Export:
     step: int
     codec: Codec
     pixels: tuple[int, int]
+    template_options: Mapping[str, bool]
     is_adapter: bool
     evaluations: Sequence[CheckpointEvaluation]
 

@@ -66,6 +66,7 @@ def _export(argv: Sequence[str]) -> int:
             step=step,
             codec=policy.codec,
             pixels=(size["shortest_edge"], size["longest_edge"]),
+            template_options=policy.processor.template_options,
             is_adapter=options.adapter,
             evaluations=evaluations_of(checkpoint),
         )

@@ -31,14 +31,14 @@ processor = AutoProcessor.from_pretrained(folder)
 content = [{{"type": "image", "image": Image.open("picture.jpg")}}, {{"type": "text", "text": {prompt}}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",{options}
 )
 answer = model.generate(**inputs, do_sample=False, max_new_tokens={max_new_tokens})
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:]))
 ```"""
 _VLLM = """\
 ```bash
-vllm serve . --mm-processor-kwargs '{{"min_pixels": {low}, "max_pixels": {high}}}'
+vllm serve . --mm-processor-kwargs '{{"min_pixels": {low}, "max_pixels": {high}}}'{options}
 ```
 
 With `"skip_special_tokens": false` in a request, the tokens around boxes stay in the answer."""
@@ -99,12 +99,15 @@ def _use(export: Export) -> list[str]:
         return ["## Use", _PEFT.format(base=json.dumps(export.base_name))]
     (low, high), task = export.pixels, next(iter(tasks_of(export.run.task).values()))
     prompt = json.dumps(_prompt(task, "red cup"), ensure_ascii=False)
+    template = export.template_options
+    in_code = "".join(f" {name}={value}," for name, value in template.items())
+    of_server = f" \\\n    --default-chat-template-kwargs '{json.dumps(dict(template))}'" if template else ""
     return [
         "## Use",
         "With transformers:",
-        _TRANSFORMERS.format(prompt=prompt, max_new_tokens=export.run.max_new_tokens),
+        _TRANSFORMERS.format(prompt=prompt, max_new_tokens=export.run.max_new_tokens, options=in_code),
         "With vLLM, pictures at the sizes of the training:",
-        _VLLM.format(low=low, high=high),
+        _VLLM.format(low=low, high=high, options=of_server),
     ]
 
 

@@ -151,6 +151,7 @@ def chat_request(
     group_size: int,
     params: SamplingParams,
     seed: int,
+    template_options: Mapping[str, bool],
 ) -> dict[str, Any]:
     """The request for G completions of a chat but for the model, with vLLM's own fields for tokens.
 
@@ -160,6 +161,7 @@ def chat_request(
         group_size: G.
         params: How completions are written.
         seed: On which they depend, unless greedy.
+        template_options: See `Processor.template_options`.
     """
     left = iter(pictures)
     messages = [
@@ -182,6 +184,7 @@ def chat_request(
         "top_logprobs": 0,
         "skip_special_tokens": False,  # boxes are written with them
         "return_token_ids": True,
+        **({"chat_template_kwargs": dict(template_options)} if template_options else {}),
     }
 
 

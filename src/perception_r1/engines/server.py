@@ -98,7 +98,12 @@ class ServerEngine(GenerationEngine):
 
         def answer(index: int) -> list[Completion]:
             request = chat_request(
-                prompts.chats[index], pictures[index], group_size=group_size, params=params, seed=seeds[index]
+                prompts.chats[index],
+                pictures[index],
+                group_size=group_size,
+                params=params,
+                seed=seeds[index],
+                template_options=policy.processor.template_options,
             )
             return read_completions(self._complete(index, request), prompts.input_ids[index], group_size, policy)
 

@@ -78,7 +78,7 @@ class ShapePolicy(Policy):
     def prefill(self, prompts: PromptBatch) -> PromptCache:
         """As on any device."""
         cache = super().prefill(prompts)
-        self.meter.claim([*cache.keys, *cache.values], "caches")
+        self.meter.claim(cache.tensors(), "caches")
         return cache
 
     def generate(

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from perception_r1.policy.packing import LengthBucket, Packing
+from perception_r1.policy.prompt_states import KeysAndValues, LayerStates
 
 NAME = "shared_prompt"
 
@@ -56,6 +57,7 @@ def shared_prompt_attention(
     query, key, value = _autocast(query, key, value)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     options = {"scale": scaling, "dropout_p": dropout}
+    states: list[LayerStates] = []
     prompts, completions = [], []
     for bucket in packing.buckets:
         if packing.known is None:
@@ -63,16 +65,12 @@ def shared_prompt_attention(
             attended = _attend(prompt_query, prompt_key, prompt_value, is_causal=True, **options)
             prompts.append(attended.transpose(1, 2).flatten(0, 1))  # [n*P, H, D]
         else:
-            prompt_key, prompt_value = packing.known[_layer(module)]
-        if packing.recorded is not None:  # the first time: what checkpointing computes again is not passed on
-            packing.recorded.setdefault(_layer(module), (prompt_key, prompt_value))
+            prompt_key, prompt_value = packing.known[cast(int, module.layer_idx)]
+        states.append(KeysAndValues(prompt_key, prompt_value))
         if len(bucket.rows):
             completions.append(_attend_completions(query, key, value, prompt_key, prompt_value, bucket, options))
+    packing.record(module, states)
     return torch.cat(prompts + completions)[None], None
-
-
-def _layer(module: nn.Module) -> int:
-    return cast(int, module.layer_idx)
 
 
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:

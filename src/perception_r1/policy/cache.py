@@ -1,5 +1,7 @@
 """Keys and values of the rows of a rollout: of their prompts, once per group, and of the tokens that they have written.
 
+Beside them stand the states of linear attention (`row_states.py`), in models that have it.
+
 `SharedPromptCache` and `ContiguousCache` (a single row per prompt, nothing to share) compute with exactly what has been
 written, and finished rows leave them. `StaticCache` has fixed shapes and changes only in place, as a captured CUDA
 graph wants, until rows leave it.
@@ -9,6 +11,7 @@ D head size. Rows are numbered prompt by prompt.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -19,14 +22,21 @@ from perception_r1.policy.attention import next_token_attention
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.prompt_states import KeysAndValues
+from perception_r1.policy.row_states import RowStates
 
-KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
 PositionEmbeddings: TypeAlias = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary embedding, [B, T, D] each: the rows of a prompt stand at the same positions."""
 
 
 class DecodeCache(ABC):
-    """Keys and values of all layers, and the step at which the next token is written."""
+    """What all layers keep of the rows, and the step at which the next token is written.
+
+    Attributes:
+        states: Of the layers of linear attention.
+    """
+
+    states: RowStates
 
     @abstractmethod
     def begin_step(self) -> PositionEmbeddings:
@@ -54,10 +64,14 @@ class DecodeCache(ABC):
 class _EagerCache(DecodeCache):
     """What the two caches of the eager path have in common; the position embeddings are of all T tokens."""
 
-    def __init__(self, prompts: PromptCache, position_embeddings: PositionEmbeddings, dtype: torch.dtype) -> None:
+    def __init__(
+        self, prompts: PromptCache, position_embeddings: PositionEmbeddings, *, num_rows: int, dtype: torch.dtype
+    ) -> None:
+        self.states = RowStates(prompts, num_rows=num_rows, dtype=dtype)
+        self._num_rows = num_rows
         self._position_embeddings = position_embeddings
         self._room = position_embeddings[0].shape[1]
-        self._longest = prompts.keys[0].shape[2]
+        self._longest = max(prompts.lengths)
         self._bias = _bias(prompts, self._room, dtype)  # [B, 1, 1, 1, P + T]
         self._step = 0
 
@@ -70,9 +84,14 @@ class _EagerCache(DecodeCache):
         """See `DecodeCache`."""
         self._step += 1
 
-    def _keep_prompts(self, prompts: Tensor) -> None:
+    def _keep(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Let go of all but keys and values; returns which prompts [B'] stay, and which of their rows [B', S']."""
+        prompts, slots = rows[:, 0] // self._num_rows, rows % self._num_rows
+        self._num_rows = rows.shape[1]
+        self.states.select(prompts, slots)
         self._position_embeddings = self._position_embeddings[0][prompts], self._position_embeddings[1][prompts]
         self._bias = None if self._bias is None else self._bias[prompts]
+        return prompts, slots
 
 
 class SharedPromptCache(_EagerCache):
@@ -81,11 +100,9 @@ class SharedPromptCache(_EagerCache):
     def __init__(
         self, prompts: PromptCache, position_embeddings: PositionEmbeddings, *, num_rows: int, dtype: torch.dtype
     ) -> None:
-        super().__init__(prompts, position_embeddings, dtype)
+        super().__init__(prompts, position_embeddings, num_rows=num_rows, dtype=dtype)
         self._prompts = _cast(prompts, dtype)
-        batch, heads, _, size = prompts.keys[0].shape
-        shape = (batch, heads, num_rows, self._room, size)
-        self._own = [(keys.new_empty(shape), keys.new_empty(shape)) for keys, _ in self._prompts]
+        self._own = {number: self._make_room(pair.keys) for number, pair in self._prompts.items()}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `DecodeCache`."""
@@ -99,26 +116,29 @@ class SharedPromptCache(_EagerCache):
 
     def select_rows(self, rows: Tensor) -> None:
         """Let go of all rows but these, given as [B', S'] numbers; those of one line share a prompt."""
-        num_rows = self._own[0][0].shape[2]
-        prompts, slots = rows[:, 0] // num_rows, rows % num_rows
-        self._keep_prompts(prompts)
-        self._prompts = [(keys[prompts], values[prompts]) for keys, values in self._prompts]
+        prompts, slots = self._keep(rows)
+        self._prompts = {number: _map(pair, lambda own: own[prompts]) for number, pair in self._prompts.items()}
 
         def select(own: Tensor) -> Tensor:
             kept = own.new_empty(len(rows), own.shape[1], rows.shape[1], *own.shape[3:])
             kept[:, :, :, : self._step] = _select_slots(own[:, :, :, : self._step], prompts, slots)
             return kept
 
-        self._own = [(select(keys), select(values)) for keys, values in self._own]
+        self._own = {number: _map(pair, select) for number, pair in self._own.items()}
+
+    def _make_room(self, keys: Tensor) -> KeysAndValues:
+        """Of own tokens, from a layer's keys [B, K, P, D] of prompts."""
+        shape = (*keys.shape[:2], self._num_rows, self._room, keys.shape[3])
+        return KeysAndValues(keys.new_empty(shape), keys.new_empty(shape))
 
 
 class ContiguousCache(_EagerCache):
     """One row per prompt, written behind it into the same buffer."""
 
     def __init__(self, prompts: PromptCache, position_embeddings: PositionEmbeddings, *, dtype: torch.dtype) -> None:
-        super().__init__(prompts, position_embeddings, dtype)
-        filling = (0, 0, 0, self._room)
-        self._kept = [(F.pad(keys, filling), F.pad(values, filling)) for keys, values in _cast(prompts, dtype)]
+        super().__init__(prompts, position_embeddings, num_rows=1, dtype=dtype)
+        pairs = _cast(prompts, dtype).items()
+        self._kept = {number: _map(pair, lambda own: F.pad(own, (0, 0, 0, self._room))) for number, pair in pairs}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `DecodeCache`."""
@@ -138,9 +158,8 @@ class ContiguousCache(_EagerCache):
 
     def select_rows(self, rows: Tensor) -> None:
         """As for `SharedPromptCache`, with S' = 1."""
-        prompts = rows[:, 0]
-        self._keep_prompts(prompts)
-        self._kept = [(keys[prompts], values[prompts]) for keys, values in self._kept]
+        prompts, _ = self._keep(rows)
+        self._kept = {number: _map(pair, lambda own: own[prompts]) for number, pair in self._kept.items()}
 
 
 class StaticCache(DecodeCache):
@@ -157,14 +176,19 @@ class StaticCache(DecodeCache):
     def __init__(
         self, like: PromptCache, *, prompt_room: int, num_rows: int, num_tokens: int, dtype: torch.dtype
     ) -> None:
-        (num_prompts, heads, _, size), hidden = like.keys[0].shape, like.hidden
-        shape = (num_prompts, heads, prompt_room, size)
-        self._prompts = [(keys.new_zeros(shape, dtype=dtype), keys.new_zeros(shape, dtype=dtype)) for keys in like.keys]
-        own_shape = (num_prompts, heads, num_rows, num_tokens, size)  # zeros: what is hidden must still be finite
-        self._own = [(keys.new_zeros(own_shape), keys.new_zeros(own_shape)) for keys, _ in self._prompts]
+        self.states = RowStates(like, num_rows=num_rows, dtype=dtype)
+        self._prompts, self._own = {}, {}  # zeros: what is hidden must still be finite
+        for number, (keys, _) in like.keys_and_values.items():
+            num_prompts, heads, _, size = keys.shape
+            shape, own_shape = (num_prompts, heads, prompt_room, size), (num_prompts, heads, num_rows, num_tokens, size)
+            self._prompts[number] = _zeros(shape, keys, dtype)
+            self._own[number] = _zeros(own_shape, keys, dtype)
+        hidden = like.hidden
         turns = hidden.new_zeros(2, num_prompts, num_tokens, size, dtype=at_least_fp32(dtype))
         self._position_embeddings = turns[0], turns[1]
-        self._prompt_room = prompt_room
+        self._prompt_room, self._num_tokens = prompt_room, num_tokens
+        self.num_rows = num_rows
+        """S."""
         self.bias = hidden.new_zeros(num_prompts, 1, 1, 1, prompt_room + num_tokens, dtype=dtype)
         """[B, 1, 1, 1, P + T] minus infinity for what has not been written."""
         self.width = num_tokens
@@ -173,22 +197,22 @@ class StaticCache(DecodeCache):
         """[1] tokens written so far."""
 
     @property
-    def num_rows(self) -> int:
-        """S."""
-        return self._own[0][0].shape[2]
-
-    @property
     def num_bytes(self) -> int:
-        """Of all keys and values."""
-        pairs = (*self._prompts, *self._own)
-        return sum(tensor.nbytes for pair in pairs for tensor in pair)
+        """Of all that the layers keep."""
+        pairs = (*self._prompts.values(), *self._own.values())
+        return sum(tensor.nbytes for tensors in (*pairs, self.states.tensors()) for tensor in tensors)
+
+    def changing(self) -> list[Tensor]:
+        """What depends on how many steps have been made, but for keys and values, which a step merely adds to."""
+        return [self.step, self.bias, *self.states.tensors()]
 
     def load(self, prompts: PromptCache, position_embeddings: PositionEmbeddings) -> None:
         """Begin anew with other prompts of the same number, none longer than the room for them."""
-        longest = prompts.keys[0].shape[2]
-        for (keys, values), more_keys, more_values in zip(self._prompts, prompts.keys, prompts.values, strict=True):
-            keys[:, :, :longest] = more_keys
-            values[:, :, :longest] = more_values
+        longest = max(prompts.lengths)
+        for number, pair in self._prompts.items():
+            for kept, more in zip(pair, prompts.keys_and_values[number], strict=True):
+                kept[:, :, :longest] = more
+        self.states.load(prompts)
         for buffer, values in zip(self._position_embeddings, position_embeddings, strict=True):
             buffer.copy_(values)
         self.bias.fill_(float("-inf"))
@@ -211,21 +235,18 @@ class StaticCache(DecodeCache):
 
     def end_step(self) -> None:
         """See `DecodeCache`; behind the last token it begins anew, for a capture makes more steps than may fit."""
-        self.step.add_(1).remainder_(self._own[0][0].shape[3])
+        self.step.add_(1).remainder_(self._num_tokens)
 
     def select_rows(self, rows: Tensor) -> None:
         """As for `SharedPromptCache`; the buffers are then others, so that nothing captured can be replayed."""
         prompts, slots = rows[:, 0] // self.num_rows, rows % self.num_rows
+        self.num_rows = rows.shape[1]
         self._position_embeddings = self._position_embeddings[0][prompts], self._position_embeddings[1][prompts]
         self.bias = self.bias[prompts]
-        for layer in range(len(self._own)):  # one after another, so that no more than a layer is held twice
-            keys, values = self._prompts[layer]
-            self._prompts[layer] = keys[prompts], values[prompts]
-            keys, values = self._own[layer]
-            self._own[layer] = (
-                _select_slots(keys, prompts, slots).contiguous(),
-                _select_slots(values, prompts, slots).contiguous(),
-            )
+        self.states.select(prompts, slots)
+        for number in self._own:  # one after another, so that no more than a layer is held twice
+            self._prompts[number] = _map(self._prompts[number], lambda kept: kept[prompts])
+            self._own[number] = _map(self._own[number], lambda own: _select_slots(own, prompts, slots).contiguous())
 
 
 def _select_slots(own: Tensor, prompts: Tensor, slots: Tensor) -> Tensor:
@@ -233,8 +254,16 @@ def _select_slots(own: Tensor, prompts: Tensor, slots: Tensor) -> Tensor:
     return own[prompts[:, None], :, slots].transpose(1, 2)
 
 
-def _cast(prompts: PromptCache, dtype: torch.dtype) -> list[KeysAndValues]:
-    return [(keys.to(dtype), values.to(dtype)) for keys, values in zip(prompts.keys, prompts.values, strict=True)]
+def _cast(prompts: PromptCache, dtype: torch.dtype) -> dict[int, KeysAndValues]:
+    return {number: _map(pair, lambda own: own.to(dtype)) for number, pair in prompts.keys_and_values.items()}
+
+
+def _map(pair: KeysAndValues, change: Callable[[Tensor], Tensor]) -> KeysAndValues:
+    return KeysAndValues(change(pair.keys), change(pair.values))
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> KeysAndValues:
+    return KeysAndValues(like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype))
 
 
 def _bias(prompts: PromptCache, num_tokens: int, dtype: torch.dtype) -> Tensor | None:

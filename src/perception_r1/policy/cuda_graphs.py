@@ -122,9 +122,8 @@ class GraphGenerator:
     ) -> "CapturedStep":
         """The step that writes the next token of each row, made or found again, at its beginning."""
         self.decoder.sync_weights()
-        num_prompts, _, longest, _ = prompts.keys[0].shape
-        room = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
-        shape = (num_prompts, group_size, room, params.max_new_tokens)
+        room = -(-max(prompts.lengths) // _PROMPT_BUCKET) * _PROMPT_BUCKET
+        shape = (len(prompts.lengths), group_size, room, params.max_new_tokens)
         ids = id(params.eos_token_ids), id(params.suppress_tokens)  # a captured step reads, and holds, these tensors
         sampling = params.temperature, params.top_p, params.is_greedy, params.repetition_penalty
         key = (shape, ids, sampling, self.decoder.adapters)
@@ -167,7 +166,7 @@ class CapturedStep:
             prompts, prompt_room=room, num_rows=group_size, num_tokens=num_tokens, dtype=decoder.dtype
         )
         self.num_bytes = self._cache.num_bytes
-        """Of the buffers of keys and values, by far the largest, before rows leave them."""
+        """Of the buffers of the layers, by far the largest, before rows leave them."""
         self._uniforms = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=decoder.device)
         self._logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)  # [N, V]
         self._buffer = GenerationBuffer.empty(num_rows, params, self._logits)
@@ -188,7 +187,7 @@ class CapturedStep:
         width = _width(step, self._params.max_new_tokens)
         if width not in self._replays:
             self._cache.width = width
-            state = [self._cache.step, self._cache.bias, self._logits, self.ended]
+            state = [*self._cache.changing(), self._logits, self.ended]
             state += [] if self._buffer.is_repeated is None else [self._buffer.is_repeated]
             before = [tensor.clone() for tensor in state]
             self._replays[width] = self._capture(self._step)

@@ -7,13 +7,14 @@ Legend: B prompts, S rows of each, R = B*S rows, H heads, K key-value heads, D h
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.cache import DecodeCache, PositionEmbeddings
-from perception_r1.policy.decoder_layers import FusedLinear, normalise
+from perception_r1.policy.decoder_layers import FusedLinear
 from perception_r1.policy.families import family_of
-from perception_r1.policy.forward import at_least_fp32
+from perception_r1.policy.forward import at_least_fp32, autocast_device
 from perception_r1.policy.prefill import PromptCache
 from perception_r1.policy.vision import QwenVL
 
@@ -38,10 +39,12 @@ class Decoder:
         num_weights = sum(parameter.numel() for parameter in text.parameters())
         is_in_place = self._embedding.weight.dtype == self.dtype and num_weights > _MAX_COPIED_WEIGHTS
         layer_class = family_of(model).decoder_layer
+        attention = next(layer.self_attn for layer in text.layers if hasattr(layer, "self_attn"))
         self._layers = [layer_class(layer, config, None if is_in_place else self.dtype) for layer in text.layers]
-        self._norm = text.norm
+        self._norm, self._normalise = text.norm, layer_class.normalise
+        self._head_size = attention.head_dim
         heads = config.num_attention_heads, config.num_key_value_heads
-        scales = [[text.layers[0].self_attn.scaling]] * heads[0] + [[1.0]] * heads[1]
+        scales = [[attention.scaling]] * heads[0] + [[1.0]] * heads[1]
         self._head_scale = torch.tensor(scales, dtype=at_least_fp32(self.dtype), device=self.device)  # of queries
         self._head = FusedLinear([model.lm_head], None if is_in_place else self.dtype)
         self._addresses = _addresses(model)
@@ -68,15 +71,17 @@ class Decoder:
         self._head.sync_weights()
 
     def position_embeddings(self, prompts: PromptCache, num_tokens: int) -> PositionEmbeddings:
-        """Rotary embedding of the `num_tokens` tokens behind each prompt."""
+        """Rotary embedding of the `num_tokens` tokens behind each prompt, of whole heads."""
         positions = torch.tensor(prompts.next_positions)[:, None] + torch.arange(num_tokens)  # [B, T]
         cos, sin = self._rotary(self._embedding.weight, to_device(positions, self.device).expand(3, -1, -1))
         half = sin.shape[-1] // 2
-        return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)  # the signs of `rotate_half` are in the sine
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # the signs of `rotate_half`
+        rest = (0, self._head_size - cos.shape[-1])  # what is not turned
+        return F.pad(cos, rest, value=1.0), F.pad(sin, rest)
 
     def first_logits(self, prompts: PromptCache) -> Tensor:
         """[B, V] logits of the first completion token."""
-        with torch.autocast(_autocast_device(self.device), enabled=False):
+        with torch.autocast(autocast_device(self.device), enabled=False):
             return self._head(prompts.hidden.to(self.dtype))
 
     def __call__(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
@@ -89,13 +94,13 @@ class Decoder:
         Returns:
             [R, V] logits.
         """
-        with torch.autocast(_autocast_device(self.device), enabled=False):
+        with torch.autocast(autocast_device(self.device), enabled=False):
             cos, sin = (part * self._head_scale for part in cache.begin_step())  # [B, 1, H + K, D]
             rows = self._embedding(tokens).unflatten(0, (len(cos), -1))  # [B, S, hidden size]
             for number, layer in enumerate(self._layers):
                 rows = layer(number, rows, cos, sin, cache)
             cache.end_step()
-            return self._head(normalise(rows, self._norm).to(self.dtype)).flatten(0, 1)
+            return self._head(self._normalise(rows, self._norm).to(self.dtype)).flatten(0, 1)
 
 
 def _addresses(model: QwenVL) -> tuple[object, ...]:
@@ -106,10 +111,5 @@ def _addresses(model: QwenVL) -> tuple[object, ...]:
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
-    kind = _autocast_device(weight.device)
+    kind = autocast_device(weight.device)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-def _autocast_device(device: torch.device) -> str:
-    """Whose mixed precision holds there; on the meta device, where memory is planned, that of CUDA."""
-    return "cuda" if device.type == "meta" else device.type

@@ -5,7 +5,7 @@ Linear layers of the same input are one product, and adapters are merged.
 Legend: B prompts, S rows of each, H heads, K key-value heads, D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,13 +25,18 @@ class DecoderLayer:
     """
 
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
-        attention = layer.self_attn
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3-VL only
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._mixer = self.make_mixer(layer, config, dtype)
         self._feed_forward = self.make_feed_forward(layer.mlp, dtype)
-        self._qkv = FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self._output = FusedLinear([attention.o_proj], dtype)
+
+    @staticmethod
+    def normalise(rows: Tensor, norm: Any) -> Tensor:
+        """RMS norm over the last dimension, in the type of its input."""
+        return F.rms_norm(rows, rows.shape[-1:], norm.weight.to(rows.dtype), norm.variance_epsilon)
+
+    def make_mixer(self, layer: Any, config: Any, dtype: torch.dtype | None) -> "Mixer":
+        """What lets a token know of those before it, from the layer of transformers."""
+        return Attention(layer.self_attn, config, dtype, self.normalise)
 
     def make_feed_forward(self, mlp: Any, dtype: torch.dtype | None) -> "FeedForward":
         """What comes behind attention, from the module of transformers."""
@@ -39,7 +44,7 @@ class DecoderLayer:
 
     def sync_weights(self) -> None:
         """Take over what training has changed."""
-        for part in (self._qkv, self._output, self._feed_forward):
+        for part in (self._mixer, self._feed_forward):
             part.sync_weights()
 
     def __call__(self, number: int, rows: Tensor, cos: Tensor, sin: Tensor, cache: DecodeCache) -> Tensor:
@@ -55,22 +60,66 @@ class DecoderLayer:
         Returns:
             [B, S, hidden size].
         """
-        query, key, value = self._project(normalise(rows, self._norms[0]), cos, sin)
-        rows = rows + self._output(cache.attend(number, query, key, value))
-        return rows + self._feed_forward(normalise(rows, self._norms[1]))
+        rows = rows + self._mixer(number, self.normalise(rows, self._norms[0]), cos, sin, cache)
+        return rows + self._feed_forward(self.normalise(rows, self._norms[1]))
 
-    def _project(self, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, H, D], keys and values [B, S, K, D], turned, from normalised rows [B, S, hidden size]."""
-        total = self._heads + 2 * self._kv_heads
-        joined = self._qkv(rows).unflatten(-1, (total, -1))
+
+class Mixer(Protocol):
+    """[B, S, hidden size] from the same, normalised; see `DecoderLayer`."""
+
+    def __call__(self, number: int, rows: Tensor, cos: Tensor, sin: Tensor, cache: DecodeCache) -> Tensor:
+        """The same shape."""
+
+    def sync_weights(self) -> None:
+        """Take over what training has changed."""
+
+
+class Attention:
+    """Full attention; where only a part of each head is turned (`partial_rotary_factor`), it is the first.
+
+    Args:
+        attention: Of transformers.
+        config: Of the language model.
+        dtype: As for `DecoderLayer`.
+        normalise: That of the layer, for norms of heads where there are any.
+    """
+
+    def __init__(
+        self, attention: Any, config: Any, dtype: torch.dtype | None, normalise: Callable[[Tensor, Any], Tensor]
+    ) -> None:
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._size = attention.head_dim
+        self._turned_size = int(self._size * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        self._head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # not in Qwen2
+        self._normalise = normalise
+        self._qkv = FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self._output = FusedLinear([attention.o_proj], dtype)
+
+    def sync_weights(self) -> None:
+        """See `Mixer`."""
+        self._qkv.sync_weights()
+        self._output.sync_weights()
+
+    def __call__(self, number: int, rows: Tensor, cos: Tensor, sin: Tensor, cache: DecodeCache) -> Tensor:
+        """See `Mixer`."""
+        joined = self._qkv(rows).unflatten(-1, (-1, self._size))
         turned, value = joined.split([self._heads + self._kv_heads, self._kv_heads], 2)
+        query, key = self._turn(turned, cos, sin)
+        return self._output(cache.attend(number, query, key, value))
+
+    def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, S, H, D] and keys [B, S, K, D], normalised and turned, from [B, S, H + K, D]."""
+        turned, counts = heads, [self._heads, self._kv_heads]
         if self._head_norms[0] is not None:
-            parts = turned.split([self._heads, self._kv_heads], 2)
-            turned = torch.cat([normalise(part, norm) for part, norm in zip(parts, self._head_norms, strict=True)], 2)
-        half = turned.shape[-1] // 2
-        turned = torch.addcmul(turned * cos, torch.cat([turned[..., half:], turned[..., :half]], -1), sin)
-        query, key = turned.to(value.dtype).split([self._heads, self._kv_heads], 2)
-        return query, key, value
+            pairs = zip(heads.split(counts, 2), self._head_norms, strict=True)
+            turned = torch.cat([self._normalise(part, norm) for part, norm in pairs], 2)
+        half, end = self._turned_size // 2, self._turned_size
+        swapped = [turned[..., half:end], turned[..., :half]]
+        if end < self._size:
+            swapped.append(turned[..., end:])
+        turned = torch.addcmul(turned * cos, torch.cat(swapped, -1), sin).to(heads.dtype)
+        query, key = turned.split(counts, 2)
+        return query, key
 
 
 class FeedForward(Protocol):
@@ -137,11 +186,6 @@ class FusedLinear:
             return F.linear(rows.to(self._weight.dtype), self._weight, self._bias)
         outputs = [layer(rows) for layer in self._layers]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-
-
-def normalise(rows: Tensor, norm: Any) -> Tensor:
-    """RMS norm over the last dimension, in the type of its input."""
-    return F.rms_norm(rows, rows.shape[-1:], norm.weight.to(rows.dtype), norm.variance_epsilon)
 
 
 def _base(layer: Any) -> Any:

@@ -18,9 +18,7 @@ _SORTED_ROWS = 256
 """Rows of logits that are sorted at once: a sorted copy takes three times as much memory."""
 
 
-def packed_forward(
-    model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing, *, cache: Any = None
-) -> Tensor:
+def packed_forward(model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing) -> Tensor:
     """The language model over a row; the vision tower runs only where the batch has no features yet.
 
     Args:
@@ -28,7 +26,6 @@ def packed_forward(
         prompts: B prompts.
         completions: N token id tensors on the CPU, the G completions of a prompt after one another; or none at all.
         packing: Who sees whom.
-        cache: A transformers cache that is to take the keys and values up.
 
     Returns:
         [T, H] last hidden states.
@@ -45,7 +42,7 @@ def packed_forward(
         # row, zeros elsewhere, and the mask's role is played by the number of the only row of the batch.
         spread = embeds.new_zeros(len(features) - 1, *embeds.shape).index_copy(1, image_indices, features[1:])
         deepstack = {"visual_pos_masks": tokens.new_zeros(1), "deepstack_visual_embeds": list(spread)}
-    return _language_model(model, embeds, position_ids, packing, cache=cache, **deepstack)
+    return _language_model(model, embeds, position_ids, packing, **deepstack)
 
 
 def forward_behind(model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing) -> Tensor:
@@ -62,13 +59,11 @@ def forward_behind(model: QwenVL, prompts: PromptBatch, completions: Sequence[Te
 
 def _language_model(model: QwenVL, embeds: Tensor, position_ids: Tensor, packing: Packing, **more: Any) -> Tensor:
     """[T, H] last hidden states of a row from its embeddings [T, H] and rotary positions [3, T]."""
-    cache = more.pop("cache", None)
     output = model.model.language_model(
         inputs_embeds=embeds[None],
         position_ids=position_ids[:, None],
         attention_mask=None,
-        past_key_values=cache,
-        use_cache=cache is not None,
+        use_cache=False,
         packing=packing,
         **more,
     )
@@ -141,6 +136,11 @@ def nucleus_thresholds(logits: Tensor, top_p: float) -> Tensor:
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """The type in which values are kept that half precision would spoil: fp32, or fp64 where the model has it."""
     return torch.promote_types(torch.float32, dtype)
+
+
+def autocast_device(device: torch.device) -> str:
+    """Whose mixed precision holds there; on the meta device, where memory is planned, that of CUDA."""
+    return "cuda" if device.type == "meta" else device.type
 
 
 def argsort_by_length(lengths: Sequence[int]) -> list[int]:

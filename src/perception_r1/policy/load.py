@@ -18,6 +18,7 @@ from transformers import (
 from perception_r1.errors import UserError
 from perception_r1.policy.attention import NAME as SHARED_PROMPT
 from perception_r1.policy.families import FAMILIES, Family
+from perception_r1.policy.linear_attention import share_states
 from perception_r1.policy.vision import simplify_tower
 
 EMBEDDED = "tiny"
@@ -26,8 +27,8 @@ _EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / EMBEDDED
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 """Types of weights."""
-TEXT_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""Every linear layer of the language model, by the names of transformers."""
+TEXT_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
+"""Every linear layer of the language model but gates of experts, by the names of transformers."""
 
 
 @dataclass(kw_only=True)
@@ -85,7 +86,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
 
     Raises:
         UserError: The folder does not exist, its family is not one of ours, weights are missing or unexpected, or some
-            layers attend through a sliding window.
+            layers are of a kind that is not known for its family, as attention through a sliding window.
     """
     family = model_family(config.name)
     try:
@@ -105,8 +106,11 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
                 f"{config.name} does not fit {family.name}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
             )
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise UserError(f"{config.name} attends through {', '.join(sorted(kinds))}; only full attention is known here.")
+    if not kinds <= family.layer_types:
+        raise UserError(
+            f"{config.name} has layers of {', '.join(sorted(kinds))}; known of {family.name}: "
+            f"{', '.join(sorted(family.layer_types))}."
+        )
     set_engine(model)
     return cast(PreTrainedModel, model)
 
@@ -126,6 +130,7 @@ class WithoutWeights(nn.Module):
 def set_engine(model: PreTrainedModel) -> None:
     """Let a model compute as this engine does: prompts that completions share, and a simpler vision tower."""
     model.set_attn_implementation({"text_config": SHARED_PROMPT})
+    share_states(model.model.language_model)
     simplify_tower(model)
 
 

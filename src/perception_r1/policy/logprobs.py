@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.forward import argsort_by_length, forward_behind, packed_forward, process_logits
-from perception_r1.policy.packing import KeysAndValues, pack, pack_behind
-from perception_r1.policy.prompt_states import PromptStates
+from perception_r1.policy.packing import pack, pack_behind
+from perception_r1.policy.prompt_states import LayerStates, PromptStates
 from perception_r1.policy.vision import QwenVL
 
 _HEAD_ROWS = 2048
@@ -73,10 +73,10 @@ def completion_logprobs(
 
 def prompt_states(model: QwenVL, prompts: PromptBatch) -> PromptStates:
     """What completions need to know of a single prompt, with gradient where that is on."""
-    recorded: dict[int, KeysAndValues] = {}
+    recorded: dict[int, list[LayerStates]] = {}
     packing = replace(pack(prompts.lengths, [], model.model.get_input_embeddings().weight.device), recorded=recorded)
     hidden = packed_forward(model, prompts, [], packing)
-    return PromptStates(layers=recorded, hidden=hidden[-1:])
+    return PromptStates(layers={number: states for number, (states,) in recorded.items()}, hidden=hidden[-1:])
 
 
 def _target_logprobs(

@@ -10,14 +10,13 @@ Legend: B prompts, G completions per prompt, N = B*G completions, C longest comp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from perception_r1.policy.batch import move_together
-
-KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
+from perception_r1.policy.prompt_states import LayerStates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +47,19 @@ class Packing:
     Attributes:
         buckets: Of prompts.
         predictor_indices: [targets] where each token of the completions, one after another, is predicted in the row.
-        recorded: Takes up keys and values [n, K, P, D] of the only bucket's prompts, by layer; None: nothing does.
-        known: Keys and values that were recorded before; the row then holds completions alone. None: it holds all.
+        recorded: Takes up what each layer leaves of the prompts, bucket by bucket; None: nothing does.
+        known: What was recorded before, of the only prompt; the row then holds completions alone. None: it holds all.
     """
 
     buckets: tuple[LengthBucket, ...]
     predictor_indices: Tensor
-    recorded: dict[int, KeysAndValues] | None = None
-    known: Mapping[int, KeysAndValues] | None = None
+    recorded: dict[int, list[LayerStates]] | None = None
+    known: Mapping[int, LayerStates] | None = None
+
+    def record(self, module: Any, states: list[LayerStates]) -> None:
+        """Note what a layer leaves of the prompts; what checkpointing computes a second time is not passed on."""
+        if self.recorded is not None:
+            self.recorded.setdefault(module.layer_idx, states)
 
 
 def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.device) -> Packing:
@@ -90,7 +94,7 @@ def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.devic
 
 
 def pack_behind(
-    prompt: int, completions: Sequence[int], known: Mapping[int, KeysAndValues], device: torch.device
+    prompt: int, completions: Sequence[int], known: Mapping[int, LayerStates], device: torch.device
 ) -> Packing:
     """The row of some completions alone, whose only prompt is known.
 
@@ -99,7 +103,7 @@ def pack_behind(
     Args:
         prompt: Its number of tokens.
         completions: G numbers of tokens, none 0.
-        known: Keys and values of the prompt, by layer.
+        known: What each layer has left of the prompt.
         device: Where the tensors are to be.
     """
     starts = list(accumulate((length - 1 for length in completions[:-1]), initial=0))  # of each in the row

@@ -1,18 +1,18 @@
-"""Prefill: the keys and values of prompts, computed once each, from which any number of completions can be written.
+"""Prefill: what prompts leave in the layers, computed once each, from which any number of completions can be written.
 
 Legend: B prompts, P prompt tokens (longest), K key-value heads, D head size, H hidden size.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from perception_r1.policy.batch import PromptBatch, move_together
 from perception_r1.policy.forward import argsort_by_length, packed_forward
 from perception_r1.policy.packing import pack
+from perception_r1.policy.prompt_states import KeysAndValues, LayerStates, LinearStates
 from perception_r1.policy.vision import QwenVL
 
 
@@ -21,51 +21,68 @@ class PromptCache:
     """What the language model has computed of prompts, in the order in which they were given.
 
     Attributes:
-        keys: Of each layer [B, K, P, D], filled on the right.
-        values: Of each layer [B, K, P, D], filled on the right.
+        keys_and_values: Of each layer of full attention, by its number: [B, K, P, D], filled on the right.
+        linear_states: Of each layer of linear attention, by its number.
         lengths: Tokens of each prompt, B entries.
         input_ids: Ids of each prompt, on the CPU, B entries.
         hidden: [B, H] last hidden state of the last token, which predicts the first completion token.
         next_positions: Position of the first completion token of each prompt, B entries.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    keys_and_values: Mapping[int, KeysAndValues]
+    linear_states: Mapping[int, LinearStates]
     lengths: tuple[int, ...]
     input_ids: tuple[Tensor, ...]
     hidden: Tensor
     next_positions: tuple[int, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """What the layers hold."""
+        layers = (*self.keys_and_values.values(), *self.linear_states.values())
+        return [tensor for states in layers for tensor in states]
 
 
 @torch.no_grad()
 def prefill(model: QwenVL, prompts: PromptBatch) -> PromptCache:
     """Run the prompts through the language model, in one row without padding; the model is in evaluation mode."""
     device = model.model.get_input_embeddings().weight.device
-    order = argsort_by_length(prompts.lengths)
-    in_order = prompts.select(order)
-    cache: Any = DynamicCache(config=model.config.get_text_config())
-    hidden = packed_forward(model, in_order, [], pack(in_order.lengths, [], device), cache=cache)
+    ordered = argsort_by_length(prompts.lengths)
+    in_order = prompts.select(ordered)
+    recorded: dict[int, list[LayerStates]] = {}
+    packing = replace(pack(in_order.lengths, [], device), recorded=recorded)
+    hidden = packed_forward(model, in_order, [], packing)
 
-    lengths = torch.tensor(prompts.lengths)
-    ends = torch.empty_like(lengths)  # of each prompt in the row
-    ends[order] = lengths[order].cumsum(0)
-    step = torch.arange(max(prompts.lengths))
-    indices = torch.where(step < lengths[:, None], (ends - lengths)[:, None] + step, 0)  # [B, P] in the row
-    flat_indices, last_indices = move_together([indices.flatten(), ends - 1], device)
-
-    def unpack(row: Tensor) -> Tensor:  # [1, K, tokens, D] to [B, K, P, D]
-        return row[0].index_select(1, flat_indices).view(len(row[0]), *indices.shape, -1).transpose(0, 1).contiguous()
-
-    keys, values = [], []
-    for layer in cache.layers:
-        keys.append(unpack(layer.keys))
-        values.append(unpack(layer.values))
-        layer.reset()  # frees the row
+    ends = torch.tensor(in_order.lengths).cumsum(0)  # of each in the row
+    order, last_indices = move_together([torch.tensor(ordered), ends - 1], device)
+    keys_and_values: dict[int, KeysAndValues] = {}
+    linear_states: dict[int, LinearStates] = {}
+    for number in sorted(recorded):
+        states = recorded.pop(number)  # the row is freed layer by layer
+        if isinstance(states[0], KeysAndValues):
+            keys, values = (_fill(parts, order) for parts in zip(*states, strict=True))
+            keys_and_values[number] = KeysAndValues(keys, values)
+        else:
+            recurrent, inputs = (_put_back(torch.cat(parts), order) for parts in zip(*states, strict=True))
+            linear_states[number] = LinearStates(recurrent, inputs)
     return PromptCache(
-        keys=keys,
-        values=values,
+        keys_and_values=keys_and_values,
+        linear_states=linear_states,
         lengths=tuple(prompts.lengths),
         input_ids=prompts.input_ids,
-        hidden=hidden.index_select(0, last_indices),
+        hidden=_put_back(hidden.index_select(0, last_indices), order),
         next_positions=prompts.next_positions,
     )
+
+
+def _put_back(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows [B, ...] of prompts that stand in an order, as these were given."""
+    return torch.empty_like(rows).index_copy_(0, order, rows)
+
+
+def _fill(parts: Sequence[Tensor], order: Tensor) -> Tensor:
+    """[B, K, P, D] from buckets [n, K, tokens, D] whose prompts, one bucket after another, stand in an order."""
+    longest = parts[-1]
+    whole = longest.new_zeros(len(order), *longest.shape[1:])
+    for part, numbers in zip(parts, order.split([len(part) for part in parts]), strict=True):
+        whole[:, :, : part.shape[2]].index_copy_(0, numbers, part)
+    return whole

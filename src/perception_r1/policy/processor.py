@@ -39,6 +39,9 @@ class Processor:
         self.image_processor = image_processor
         self._levels = _levels(image_processor)
         self._texts: dict[int, str] = {}
+        can_think = "enable_thinking" in str(tokenizer.chat_template)
+        self.template_options: dict[str, bool] = {"enable_thinking": False} if can_think else {}
+        """For a chat template that knows thinking: tasks read an answer as a whole, so there is none before it."""
         self.image_token_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
     @classmethod
@@ -101,7 +104,8 @@ class Processor:
         size = self.image_processor.merge_size
         merged = iter([(times, rows // size, columns // size) for times, rows, columns in grids])  # in tokens
         merged_of = [[next(merged) for _ in group] for group in images]
-        texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True)
+        options: dict[str, Any] = {"add_generation_prompt": True, **self.template_options}
+        texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, **options)
         expanded = [_expand(text, list(map(prod, own))) for text, own in zip(texts, merged_of, strict=True)]
         rows: list[list[int]] = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
         if max_tokens is not None:
@@ -170,7 +174,8 @@ class Processor:
 
     def num_prompt_tokens(self, chat: list[dict[str, Any]], image_size: ImageSize) -> int:
         """Tokens of a prompt with one picture, without the picture itself."""
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        options: dict[str, Any] = {"add_generation_prompt": True, **self.template_options}
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
         patches = image_size.resized_width * image_size.resized_height // self.image_processor.patch_size**2
         expanded = _expand(cast(str, text), [patches // self.image_processor.merge_size**2])
         return len(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])

@@ -20,12 +20,14 @@ class Family(ABC):
         codec: How it writes boxes.
         patch_size: Side of a patch of its own image processor, in pixels.
         decoder_layer: A layer of its language model for one token per row.
+        layer_types: Kinds of layers by which a token may know of those before it, as its configuration names them.
     """
 
     name: ClassVar[str]
     codec: ClassVar[Codec]
     patch_size: ClassVar[int] = 14
     decoder_layer: ClassVar[type[DecoderLayer]] = DecoderLayer
+    layer_types: ClassVar[frozenset[str]] = frozenset({"full_attention"})
 
     def named_weights(self, model: Any) -> Iterator[tuple[str, Tensor]]:
         """Weights of a causal model by the names and in the layout of the hub's files; a tied weight comes once."""
