@@ -15,8 +15,8 @@ from perception_r1.engines.vllm_worker import WORKER
 from perception_r1.engines.weights import named_weights, save_adapter
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch, to_device
-from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.load import Dtype, model_path
+from perception_r1.policy.logits import at_least_fp32
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import Rollout, SamplingParams

@@ -15,11 +15,11 @@ from perception_r1.planning.meter import MemoryMeter
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator, Step, warm_up
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.families import family_of
-from perception_r1.policy.load import EMBEDDED, PolicyConfig, model_family, model_path, set_engine
+from perception_r1.policy.families import FAMILIES, family_of
+from perception_r1.policy.load import EMBEDDED, PolicyConfig, load_processor, model_family, model_path
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.prefill import PromptCache
 from perception_r1.policy.processor import Processor
+from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
 _SHAPES = Path(__file__).parent / "shapes"
@@ -46,15 +46,19 @@ def empty_model(config: PolicyConfig) -> Any:
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
         )
-    set_engine(model)
+    family_of(model).prepare(model)
     return model
 
 
 def read_processor(config: PolicyConfig) -> Processor:
-    """That of the model where it lies in a folder, else that of the embedded model, which writes more tokens."""
-    is_here = Path(model_path(config.name)).is_dir()
+    """That of the model where it lies in a folder, else with the embedded model's tokenizer, which has more tokens."""
     bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    return Processor.load(model_path(config.name if is_here else EMBEDDED), **(bounds if is_here else {}))
+    if Path(model_path(config.name)).is_dir():
+        return load_processor(config.name, **bounds)
+    shapes = read_config(config.name)
+    processor = FAMILIES[shapes.model_type].processor.from_config(load_processor(EMBEDDED).tokenizer, shapes)
+    processor.set_bounds(**bounds)
+    return processor
 
 
 class ShapePolicy(Policy):

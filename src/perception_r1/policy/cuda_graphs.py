@@ -18,7 +18,7 @@ from torch import Tensor
 from perception_r1.policy import rollout
 from perception_r1.policy.cache import StaticCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.rollout import GenerationBuffer, Rollout, SamplingParams, sample_token
 
 _PROMPT_BUCKET = 256

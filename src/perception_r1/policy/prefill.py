@@ -3,7 +3,6 @@
 Legend: B prompts, P prompt tokens (longest), K key-value heads, D head size, H hidden size.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,34 +10,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from perception_r1.policy.batch import PromptBatch, move_together
+from perception_r1.policy.families import VisionLanguageModel
 from perception_r1.policy.forward import argsort_by_length, packed_forward
 from perception_r1.policy.packing import pack
-from perception_r1.policy.vision import QwenVL
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptCache:
-    """What the language model has computed of prompts, in the order in which they were given.
-
-    Attributes:
-        keys: Of each layer [B, K, P, D], filled on the right.
-        values: Of each layer [B, K, P, D], filled on the right.
-        lengths: Tokens of each prompt, B entries.
-        input_ids: Ids of each prompt, on the CPU, B entries.
-        hidden: [B, H] last hidden state of the last token, which predicts the first completion token.
-        next_positions: Position of the first completion token of each prompt, B entries.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    lengths: tuple[int, ...]
-    input_ids: tuple[Tensor, ...]
-    hidden: Tensor
-    next_positions: tuple[int, ...]
+from perception_r1.policy.prompt_cache import PromptCache
 
 
 @torch.no_grad()
-def prefill(model: QwenVL, prompts: PromptBatch) -> PromptCache:
+def prefill(model: VisionLanguageModel, prompts: PromptBatch) -> PromptCache:
     """Run the prompts through the language model, in one row without padding; the model is in evaluation mode."""
     device = model.model.get_input_embeddings().weight.device
     order = argsort_by_length(prompts.lengths)

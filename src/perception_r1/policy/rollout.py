@@ -20,8 +20,8 @@ from torch import Tensor
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.forward import at_least_fp32, process_logits
-from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.logits import at_least_fp32, process_logits
+from perception_r1.policy.prompt_cache import PromptCache
 
 _COMPACTION_THRESHOLD = 0.75
 """Finished rows leave once the rest is at most this share: moving the others costs a copy of their keys and values."""
