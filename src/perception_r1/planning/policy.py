@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from perception_r1.engines.base import NativeEngine
@@ -20,6 +21,7 @@ from perception_r1.policy.load import EMBEDDED, PolicyConfig, load_processor, mo
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.prompt_cache import PromptCache
+from perception_r1.policy.repeated import PaddedPrompts, RepeatedCache, next_logits
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
 _SHAPES = Path(__file__).parent / "shapes"
@@ -79,16 +81,27 @@ class ShapePolicy(Policy):
         """Buffers and copied weights of the last rollout are still held."""
         return self._graphs is not None
 
-    def prefill(self, prompts: PromptBatch) -> PromptCache:
+    def prefill(self, prompts: PromptBatch) -> PromptCache | PaddedPrompts:
         """As on any device."""
         cache = super().prefill(prompts)
-        self.meter.claim([*cache.keys, *cache.values], "caches")
+        if isinstance(cache, PromptCache):  # the meter sees those of transformers anyway
+            self.meter.claim([*cache.keys, *cache.values], "caches")
         return cache
 
     def generate(
-        self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+        self, prompts: PromptCache | PaddedPrompts, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> Rollout:
-        """As on CUDA, up to the first token: the buffers of its step are those of every other."""
+        """As on CUDA, up to the first token: the buffers of its step are those of every other.
+
+        Where prompts are not shared, keys and values grow, and it is the last token.
+        """
+        if isinstance(prompts, PaddedPrompts):
+            with self.meter.kind("caches"):
+                cache = RepeatedCache(prompts, group_size)
+                _fill(cache, params.max_new_tokens - 1)
+            tokens = torch.empty(len(cache.positions), dtype=torch.long, device=self.device)
+            next_logits(self.model, tokens, cache)
+            return longest_rollout(len(seeds) * group_size, params.max_new_tokens)
         if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
             with self.meter.kind("generation copy"):
                 decoder = Decoder(self.model)
@@ -107,6 +120,16 @@ class ShapePolicy(Policy):
             pool.zero_()
 
         return replay
+
+
+def _fill(cache: RepeatedCache, num_tokens: int) -> None:
+    """Let rows of equally long prompts have written tokens."""
+    for layer in cache.cache.layers:
+        room = layer.sliding_window - 1 - layer.keys.shape[2] if layer.is_sliding else num_tokens
+        filling = (0, 0, 0, max(0, min(num_tokens, room)))
+        layer.keys, layer.values = F.pad(layer.keys, filling), F.pad(layer.values, filling)
+        if layer.is_sliding:
+            layer.cumulative_length += num_tokens
 
 
 class WrittenElsewhere(NativeEngine):

@@ -67,7 +67,7 @@ def completion_logprobs(
         hidden = torch.cat([states.hidden, forward_behind(model, prompts, completions, packing)])
     targets = to_device(torch.cat(completions), hidden.device)
     predictors = hidden.index_select(0, packing.predictor_indices)
-    picked = _target_logprobs(model, predictors, targets, suppress_tokens, temperature, top_p)
+    picked = target_logprobs(model, predictors, targets, suppress_tokens, temperature, top_p)
     found = dict(zip(rows, picked.split(lengths), strict=True))
     return pad_sequence([found[row] for row in range(len(rows))], batch_first=True)
 
@@ -80,7 +80,7 @@ def prompt_states(model: VisionLanguageModel, prompts: PromptBatch) -> PromptSta
     return PromptStates(layers=recorded, hidden=hidden[-1:])
 
 
-def _target_logprobs(
+def target_logprobs(
     model: VisionLanguageModel,
     hidden: Tensor,
     targets: Tensor,

@@ -30,6 +30,7 @@ from perception_r1.policy.prefill import prefill
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.prompt_states import PromptStates
+from perception_r1.policy.repeated import PaddedPrompts, generate_repeated, prefill_padded, repeated_logprobs
 from perception_r1.policy.rollout import Rollout, SamplingParams, generate
 
 _VISION_TOKENS = (
@@ -146,14 +147,16 @@ class Policy(nn.Module):
         """The prompts with the features of their images, so that no later pass runs the vision tower again."""
         return replace(prompts, image_features=self.family.encode_images(self.model, prompts))
 
-    def prefill(self, prompts: PromptBatch) -> PromptCache:
-        """Compute prompts once for any number of completions; see `policy/prefill.py`."""
-        return prefill(self.model, prompts)
+    def prefill(self, prompts: PromptBatch) -> PromptCache | PaddedPrompts:
+        """Compute prompts once for any number of completions; see `policy/prefill.py`, `policy/repeated.py`."""
+        return prefill(self.model, prompts) if self.family.shares_prompts else prefill_padded(self.model, prompts)
 
     def generate(
-        self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+        self, prompts: PromptCache | PaddedPrompts, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> Rollout:
         """`group_size` completions of each prompt; see `policy/rollout.py`, and on CUDA `policy/cuda_graphs.py`."""
+        if isinstance(prompts, PaddedPrompts):
+            return generate_repeated(self.model, prompts, group_size=group_size, params=params, seeds=seeds)
         if self.device.type != "cuda":
             return generate(Decoder(self.model), prompts, group_size=group_size, params=params, seeds=seeds)
         if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
@@ -194,16 +197,11 @@ class Policy(nn.Module):
         top_p: float = 1.0,
         states: PromptStates | None = None,
     ) -> Tensor:
-        """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`."""
-        return completion_logprobs(
-            self.model,
-            prompts,
-            completions,
-            suppress_tokens=self.suppress_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            states=states,
-        )
+        """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`, `policy/repeated.py`."""
+        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "suppress_tokens": self.suppress_tokens}
+        if not self.family.shares_prompts:
+            return repeated_logprobs(self.model, prompts, completions, **options)
+        return completion_logprobs(self.model, prompts, completions, states=states, **options)
 
     @contextmanager
     def without_adapter(self) -> Iterator["Policy"]:

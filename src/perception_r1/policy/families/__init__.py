@@ -1,13 +1,17 @@
 """The model families: one file each, found here by the `model_type` of a configuration."""
 
 from perception_r1.policy.families.base import Family, VisionLanguageModel
+from perception_r1.policy.families.gemma3 import Gemma3
+from perception_r1.policy.families.internvl import InternVL
 from perception_r1.policy.families.qwen2_5_vl import Qwen25VL
 from perception_r1.policy.families.qwen2_vl import Qwen2VL
 from perception_r1.policy.families.qwen3_vl import Qwen3VL
 from perception_r1.policy.families.qwen3_vl_moe import Qwen3VLMoe
 from perception_r1.policy.families.qwen_vl import QwenVL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe())}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe(), InternVL(), Gemma3())
+}
 """Every family by name."""
 QWEN_FAMILIES: dict[str, QwenVL] = {name: family for name, family in FAMILIES.items() if isinstance(family, QwenVL)}
 """Those of Qwen-VL."""

@@ -26,6 +26,8 @@ class Family(ABC):
         name: `model_type` of its configuration.
         codec: How it writes boxes.
         processor: How it reads chats and pictures.
+        shares_prompts: Whether the engine lets completions share their prompt, else `policy/repeated.py` computes it
+            once for each of them; image features then have nothing for further layers.
         vision_tokens: Tokens around pictures that its configuration does not name; none of them is ever written.
         decoder_layer: A layer of its language model for one token per row.
         no_mask: Argument that tells its language model to mask nothing by itself.
@@ -34,6 +36,7 @@ class Family(ABC):
     name: ClassVar[str]
     codec: ClassVar[Codec]
     processor: ClassVar[type[Processor]]
+    shares_prompts: ClassVar[bool] = True
     vision_tokens: ClassVar[tuple[str, ...]] = ()
     decoder_layer: ClassVar[type[DecoderLayer]] = DecoderLayer
     no_mask: ClassVar[Any] = None
@@ -41,12 +44,13 @@ class Family(ABC):
     def check(self, name: str, config: Any) -> None:
         """Refuse, with a `UserError`, a model of the family that computes in a way that is not known here."""
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
+        if self.shares_prompts and kinds != {"full_attention"}:
             raise UserError(f"{name} attends through {', '.join(sorted(kinds))}; only full attention is known here.")
 
     def prepare(self, model: VisionLanguageModel) -> None:
         """Let a model compute as this engine does."""
-        model.set_attn_implementation({"text_config": SHARED_PROMPT})
+        if self.shares_prompts:
+            model.set_attn_implementation({"text_config": SHARED_PROMPT})
 
     @abstractmethod
     def encode_images(self, model: VisionLanguageModel, prompts: PromptBatch) -> tuple[Tensor, ...]:
@@ -61,8 +65,12 @@ class Family(ABC):
         """The layers of the vision tower."""
 
     def position_ids(self, positions: Tensor) -> Tensor:
-        """Rotary positions [3, rows, tokens] as the language model takes them."""
-        return positions
+        """Rotary positions [3, rows, tokens] as the language model takes them: one for each token, or three."""
+        return positions[0]
+
+    def mask_inputs(self, is_image: Tensor) -> dict[str, Tensor]:
+        """What a model whose prompts are not shared wants to know of its tokens: [rows, tokens] which are features."""
+        return {}
 
     def named_weights(self, model: VisionLanguageModel) -> Iterator[tuple[str, Tensor]]:
         """Weights of a causal model by the names and in the layout of the hub's files; a tied weight comes once."""

@@ -148,6 +148,10 @@ class QwenVL(Family):
         """See `Family`."""
         return list(model.model.visual.blocks)
 
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """See `Family`."""
+        return positions
+
     @abstractmethod
     def small_config(self, text: dict[str, Any], vision: dict[str, Any], **common: Any) -> Any:
         """A configuration of any size, to pretrain or to test with; see `embedded/model.py`.
