@@ -15,7 +15,7 @@ from perception_r1.embedded.model import BASE, build_model_folder
 from perception_r1.engines import NativeEngine, ServerEngine, VLLMEngine
 from perception_r1.engines.base import EngineContext
 from perception_r1.errors import UserError
-from perception_r1.policy.families import FAMILIES
+from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig, model_path
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
@@ -32,7 +32,7 @@ NUM_TOKENS = 40
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Models of each family with heads of 64, as vLLM on a CPU wants them."""
-    found = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    found = {family: tmp_path_factory.mktemp(family) for family in QWEN_FAMILIES}
     for family, folder in found.items():
         build_model_folder(folder, family=family, seed=0, size=BASE)
     return found
@@ -90,7 +90,7 @@ def gaps(policy, engine):
     return is_same, max(float((row[: len(told)] - told).abs().max()) for row, told in pairs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 def test_tokens_and_log_probabilities_are_ours_before_and_after_an_update(folders, family, start):
     policy, config = load(folders[family])
     engine = start(policy, config)

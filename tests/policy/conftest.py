@@ -12,9 +12,13 @@ from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
+_MODULES = {name: [name] for name in FAMILIES} | {"internvl": ["internvl", "qwen2"]}
+"""Of transformers, in which a family's layers are."""
 
-@pytest.fixture(params=FAMILIES)
+
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.shares_prompts])
 def family(request: pytest.FixtureRequest) -> str:
+    """A family whose prompts are shared."""
     return request.param
 
 
@@ -47,7 +51,7 @@ def adapted_plain(plain: Any, adapted: Policy) -> Any:
 @pytest.fixture
 def exact_layers(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Layers that transformers computes in float32 whatever the weights' type, here in the type of the weights."""
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in _MODULES[family]]
 
     def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         variance = hidden.pow(2).mean(-1, keepdim=True)
@@ -55,16 +59,18 @@ def exact_layers(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
 
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
         cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
-        return q * cos + module.rotate_half(q) * sin, k * cos + module.rotate_half(k) * sin
+        half = modules[0].rotate_half
+        return q * cos + half(q) * sin, k * cos + half(k) * sin
 
     def route(self: Any, hidden: torch.Tensor) -> Any:
         logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
         weights, experts = logits.softmax(-1).topk(self.top_k)
         return logits, weights / weights.sum(-1, keepdim=True), experts
 
-    for name, value in vars(module).items():
+    for name, value in [pair for module in modules for pair in vars(module).items()]:
         if isinstance(value, type) and name.endswith("RMSNorm"):
             monkeypatch.setattr(value, "forward", norm)
         if isinstance(value, type) and name.endswith("TopKRouter"):
             monkeypatch.setattr(value, "forward", route)
-    monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate)
+    if hasattr(modules[0], "apply_rotary_pos_emb_vision"):
+        monkeypatch.setattr(modules[0], "apply_rotary_pos_emb_vision", rotate)

@@ -36,9 +36,7 @@ class Gemma3Processor(TileProcessor):
         """See `Processor`."""
         if min_pixels is not None or max_pixels is not None:
             side = self.tile_size
-            raise UserError(
-                f"Gemma 3 sees every picture at {side} x {side} pixels; leave out min_pixels and max_pixels."
-            )
+            raise UserError(f"Gemma 3 sees pictures at {side} x {side} pixels; leave out min_pixels and max_pixels.")
 
     @property
     def pixel_bounds(self) -> tuple[int, int]:
