@@ -66,6 +66,10 @@ FAMILIES = {
     "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
+    "OpenGVLab/InternVL3-2B-hf": "internvl",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "google/gemma-3-4b-it": "gemma3",
+    "google/gemma-3-12b-it": "gemma3",
 }
 """Hub ids of the documentation; a tiny model of the same family stands for each."""
 EXPORTED = "supervised"

@@ -101,7 +101,8 @@ def internvl_config(tokenizer: PreTrainedTokenizerBase, **text: Any) -> InternVL
     """A tiny InternVL; `text` changes its language model, `model_type` with it."""
     kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[text.pop("model_type", "qwen2")]
     head = {"head_dim": 12} if kind is Qwen3Config else {}
-    settings = _TEXT | {"vocab_size": len(tokenizer)} | head | text
+    rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}  # as on the hub
+    settings = _TEXT | {"vocab_size": len(tokenizer)} | head | rope | text
     return InternVLConfig(
         text_config=kind(**settings),
         vision_config=InternVLVisionConfig(**_VISION),

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
+from perception_r1.errors import UserError
 from perception_r1.policy import families
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.policy import Policy
@@ -19,6 +21,7 @@ from tests.policy.test_logprobs import (
     weighted_sum,
     without_padding,
 )
+from tests.tiny_models import build_internvl, internvl_config, internvl_tokenizer
 
 
 def completions_of(policy, lengths=LENGTHS):
@@ -133,6 +136,29 @@ def test_an_adapter_and_a_frozen_tower_train_what_they_should(grouped_folders):
     }
 
 
+def test_internvl_with_a_language_model_of_qwen3_computes_what_transformers_does(tmp_path):
+    build_internvl(tmp_path, model_type="qwen3")
+    policy, plain = Policy.load(PolicyConfig(name=str(tmp_path))).eval(), oracle.plain_model(tmp_path, torch.float32)
+    prompts, completions = oracle.encode(policy.processor), completions_of(policy)
+    with torch.no_grad():
+        rows = without_padding(policy(prompts, completions), completions)
+        assert_same_rows(rows, naive_logprobs(plain, policy, completions, 1.0), tolerance=1e-4)
+        params = policy.sampling_params(max_new_tokens=8)
+        rollout = policy.generate(policy.prefill(prompts), group_size=2, params=params, seeds=[1, 2, 3])
+        again = without_padding(policy(prompts, rollout.completions), rollout.completions)
+        assert_same_rows(again, rollout.logprobs, tolerance=1e-4)
+
+
+def test_another_language_model_is_refused(tmp_path):
+    tokenizer = internvl_tokenizer()
+    config = internvl_config(tokenizer)
+    config.text_config = LlamaConfig(**{name: getattr(config.text_config, name) for name in ("vocab_size", *SIZES)})
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has a language model of the family llama; known are qwen2, qwen3"):
+        Policy.load(PolicyConfig(name=str(tmp_path)))
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHARED = ["qwen2_vl", "qwen2_5_vl", "internvl"]
 
 

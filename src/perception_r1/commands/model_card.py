@@ -13,6 +13,7 @@ from perception_r1.commands.card_metadata import Export, card_metadata, origins,
 from perception_r1.commands.evaluations import CheckpointEvaluation
 from perception_r1.commands.runs import Run
 from perception_r1.commands.settings import class_defaults, deviations
+from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.task import THINK_REQUEST, Task, tasks_of
 
@@ -99,13 +100,11 @@ def _use(export: Export) -> list[str]:
         return ["## Use", _PEFT.format(base=json.dumps(export.base_name))]
     (low, high), task = export.pixels, next(iter(tasks_of(export.run.task).values()))
     prompt = json.dumps(_prompt(task, "red cup"), ensure_ascii=False)
-    return [
-        "## Use",
-        "With transformers:",
-        _TRANSFORMERS.format(prompt=prompt, max_new_tokens=export.run.max_new_tokens),
-        "With vLLM, pictures at the sizes of the training:",
-        _VLLM.format(low=low, high=high),
-    ]
+    sections = ["## Use", "With transformers:"]
+    sections.append(_TRANSFORMERS.format(prompt=prompt, max_new_tokens=export.run.max_new_tokens))
+    if export.codec.name in QWEN_FAMILIES:  # vLLM has not been tried with others
+        sections += ["With vLLM, pictures at the sizes of the training:", _VLLM.format(low=low, high=high)]
+    return sections
 
 
 def _prompt(task: Task[Any, Any], query: str) -> str:

@@ -34,7 +34,7 @@ def read_config(name: str) -> Any:
         UserError: There is none, or its family is not one of ours.
     """
     path = _SHAPES / f"{name.rpartition('/')[2]}.json"
-    if name.startswith("Qwen/") and path.is_file():
+    if name.count("/") == 1 and path.is_file() and not Path(name).is_dir():
         return AutoConfig.from_pretrained(path)
     model_family(name)
     return AutoConfig.from_pretrained(model_path(name))

@@ -99,6 +99,15 @@ class InternVL(Family):
         if kind not in _TEXT_MODELS:
             raise UserError(f"{name} has a language model of the family {kind}; known are {', '.join(_TEXT_MODELS)}.")
 
+    def prepare(self, model: VisionLanguageModel) -> None:
+        """See `Family`. Frequencies that change beyond the longest sequence only are left alone.
+
+        To ask for the longest position, as transformers does in every pass, would mean to wait for the device.
+        """
+        super().prepare(model)
+        rotary = model.model.language_model.rotary_emb
+        rotary.rope_type = "default" if rotary.rope_type == "dynamic" else rotary.rope_type
+
     def encode_images(self, model: VisionLanguageModel, prompts: PromptBatch) -> tuple[Tensor, ...]:
         """See `Family`."""
         counts = [len(tiles) for tiles in prompts.pixel_values]
