@@ -14,7 +14,7 @@ from perception_r1.cli import main
 from perception_r1.commands import export
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.families import FAMILIES
+from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig, load_processor
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
@@ -176,7 +176,7 @@ def test_an_adapter_over_half_precision_is_rounded_once(model_folders, tmp_path,
     assert torch.equal(written["model.layers.0.mlp.down_proj.weight"], expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_every_family_is_written_as_the_plain_classes_read_it(grouped_folders, tmp_path, family, is_tied):
     source = tmp_path / "source"

@@ -95,7 +95,7 @@ class RepeatedCache:
         self.positions = prompts.next_positions.repeat_interleave(group_size, 0)
 
     def select_rows(self, rows: Tensor) -> None:
-        """See `RowCache`."""
+        """See `SelectsRows`."""
         kept = rows.flatten()
         self.cache.batch_select_indices(kept)
         self.positions = self.positions[kept]

@@ -135,14 +135,14 @@ def generate(
     return decode(decoder, cache, logits, prompts.input_ids, group_size=group_size, params=params, seeds=seeds)
 
 
-class RowCache(Protocol):
+class SelectsRows(Protocol):
     """What has been computed of rows."""
 
     def select_rows(self, rows: Tensor) -> None:
         """Let go of all rows but these, given as [B', S'] numbers; those of one line share a prompt."""
 
 
-C = TypeVar("C", bound=RowCache)
+C = TypeVar("C", bound=SelectsRows)
 
 
 def decode(
