@@ -28,9 +28,8 @@ from perception_r1.planning.prompts import LongestPrompt
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
 from perception_r1.policy.families import FAMILIES
-from perception_r1.policy.load import LoraConfig, PolicyConfig, set_engine
+from perception_r1.policy.load import LoraConfig, PolicyConfig, load_processor
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import generate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -59,8 +58,8 @@ class RandomPolicy(Policy):
         with torch.device(DEVICE):
             network = AutoConfig.from_pretrained(config.name)
             model = AutoModelForImageTextToText.from_config(network, dtype=getattr(torch, config.dtype))
-        set_engine(model)
-        codec, processor = FAMILIES[network.model_type].codec, Processor.load(config.name)
+        FAMILIES[network.model_type].prepare(model)
+        codec, processor = FAMILIES[network.model_type].codec, load_processor(config.name)
         return cls.from_model(model, processor, codec, config, is_trained=is_trained).to(DEVICE)
 
 

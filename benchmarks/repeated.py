@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from perception_r1.modules import GRPO
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.forward import process_logits
+from perception_r1.policy.logits import process_logits
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout, SamplingParams
 

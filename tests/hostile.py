@@ -11,6 +11,8 @@ PIECES = [
     ",", " ", "\n", ".", "-", "1", "1000", "9" * 400, "1.5",
     "1e999", "NaN", "-Infinity", "[", "]", "{", "}", ":", '"', "\\", '"label"', '"bbox_2d"', '"label": "dog"',
     '{"bbox_2d": [1, 2, 300, 400], "label": "dog"}', '{"bbox_2d": [1, 2, NaN, 1e999], "label": "\\ud800"}', "true",
+    "<ref>", "</ref>", "<box>[", "]</box>", "<ref>dog</ref>", "<box>[[1, 2, 300, 400]]</box>", "[1, 2, 300, 400]",
+    '{"box_2d": [2, 1, 400, 300], "label": "dog"}',
     "null", "[[[[", "\u0661\u0662", "\x00", "\u200b", "\u2028", "\ud800", "\U0001f600", "__import__('os')",
 ]  # fmt: skip
 BOX = "<|box_start|>(1,2),(300,400)<|box_end|>"
@@ -45,5 +47,11 @@ WORST = {
     "end tokens": filled("<|im_end|>", "x"),
     "end of thought": "<think>" + filled("</think><answer>", "x")[7:],
     "line breaks": filled("\n"),
+    "open references": filled("<ref>a"),
+    "open reference and brackets": "<ref>" + filled("<")[5:],
+    "lists of boxes": filled("<box>[[1,2,3,4]]</box>"),
+    "a list of boxes without an end": "<box>[" + filled("[1,2,3,4], ")[6:],
+    "open lists": filled("<box>[[1,"),
+    "spaces in lists": filled("<box>[" + " " * 1000),
 }
 """Texts that make naive patterns take quadratic or exponential time, deep recursion or long lists, by name."""

@@ -25,8 +25,12 @@ def qwen3(text: str) -> ParsedBoxes:
     return CODECS["qwen3_vl"].parse_boxes(text, FRAME)
 
 
+def internvl(text: str) -> ParsedBoxes:
+    return CODECS["internvl"].parse_boxes(text, FRAME)
+
+
 def test_codecs_go_by_their_names():
-    assert list(CODECS) == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+    assert list(CODECS) == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"]
     assert all(codec.name == name for name, codec in CODECS.items())
 
 
@@ -41,6 +45,15 @@ def test_each_family_writes_its_own_units():
         {"bbox_2d": [100, 200, 300, 400], "label": "cat"},
         {"bbox_2d": [500, 0, 1000, 1000], "label": "cat"},
     ]
+    assert json.loads(CODECS["gemma3"].format_boxes(objects, FRAME)) == [
+        {"box_2d": [200, 100, 400, 300], "label": "cat"},
+        {"box_2d": [0, 500, 1000, 1000], "label": "cat"},
+    ]
+    internvl = CODECS["internvl"].format_boxes([*objects, LabelledBox(label="dog", box=(0.0, 0.0, 1.0, 1.0))], FRAME)
+    assert internvl == (
+        "<ref>cat</ref><box>[[100, 200, 300, 400], [500, 0, 1000, 1000]]</box>"
+        "<ref>dog</ref><box>[[0, 0, 1000, 1000]]</box>"
+    )
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
@@ -95,6 +108,52 @@ def test_odd_labels_survive(codec, label):
 )
 def test_qwen2_finds_complete_boxes_and_knows_exact_text(text, is_exact):
     assert qwen2(text) == ParsedBoxes(items=(ITEM,), is_exact=is_exact)
+
+
+TAG, LIST = "<ref>cat</ref>", "<box>[[100, 200, 300, 400]]</box>"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_exact"),
+    [
+        (TAG + LIST, True),
+        (f"  {TAG}{LIST}\n", True),
+        (TAG + "<box>[ [100.0,200 , 300,400.000] ]</box>", True),
+        (f"I see {TAG}{LIST}", False),
+        (f"{TAG}{LIST}.", False),
+        (f"{TAG} {LIST}", False),
+        (f"{TAG}{LIST}{TAG}", False),
+        (f"{TAG}{TAG}{LIST}", False),
+        (f"{TAG}{LIST}<box>[[1, 2, 3, 4]", False),
+        (f"{TAG}<box>[[1, 2]]</box>{LIST}", False),
+    ],
+)
+def test_internvl_finds_complete_lists_and_knows_exact_text(text, is_exact):
+    assert internvl(text) == ParsedBoxes(items=(ITEM,), is_exact=is_exact)
+
+
+def test_internvl_s_lists_take_the_label_before_them():
+    two = "<box>[[100, 200, 300, 400], [100, 200, 300, 400]]</box>"
+    assert [item.label for item in internvl(LIST + TAG + two + "<ref>dog</ref>" + LIST).items] == [
+        *(None, "cat", "cat", "dog")
+    ]
+    assert internvl(TAG + two + "<ref>dog</ref>" + LIST + TAG + LIST).is_exact
+    assert not internvl(LIST).is_exact
+    assert not internvl(TAG + LIST + LIST).is_exact, "a label has one list"
+    assert not internvl(TAG + LIST + TAG + LIST).is_exact, "and stands once before it"
+
+
+@pytest.mark.parametrize("label", ["", "a<box>", "</ref>", "<ref>b</ref>"])
+def test_internvl_refuses_labels_that_would_break_its_form(label):
+    with pytest.raises(ValueError, match="label"):
+        CODECS["internvl"].format_boxes([LabelledBox(label=label, box=(0.0, 0.0, 1.0, 1.0))], FRAME)
+
+
+def test_gemma3_writes_rows_before_columns_and_reads_no_other_key():
+    found = CODECS["gemma3"].parse_boxes('[{"box_2d": [200, 100, 400, 300], "label": "cat"}]', FRAME)
+    assert found == ParsedBoxes(items=(ITEM,), is_exact=True)
+    other = CODECS["gemma3"].parse_boxes(f"[{GOOD}]", FRAME)
+    assert other == ParsedBoxes(items=(ParsedBox(label="cat", box=None),), is_exact=True)
 
 
 def test_qwen2_boxes_take_the_label_before_them():
@@ -181,6 +240,9 @@ def test_more_objects_than_anyone_needs_are_no_answer():
     assert len(qwen2(REF + BOX * MAX_OBJECTS).items) == len(qwen3(f"[{','.join([GOOD] * MAX_OBJECTS)}]").items) == 512
     assert qwen2(REF + BOX * (MAX_OBJECTS + 1)) == NOTHING
     assert qwen3(f"[{','.join([GOOD] * (MAX_OBJECTS + 1))}]") == NOTHING
+    boxes = ["[1, 2, 3, 4]"] * (MAX_OBJECTS + 1)
+    assert len(internvl(f"{TAG}<box>[{','.join(boxes[1:])}]</box>").items) == MAX_OBJECTS
+    assert internvl(f"{TAG}<box>[{','.join(boxes)}]</box>") == NOTHING
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
@@ -189,7 +251,7 @@ def test_hostile_text_never_raises(codec, text):
     parsed = codec.parse_boxes(text, FRAME)
     for item in parsed.items:
         assert item.box is None or (0 <= item.box[0] < item.box[2] <= 1 and 0 <= item.box[1] < item.box[3] <= 1)
-        assert item.label is None or item.label in text or codec.name != "qwen2_vl"
+        assert item.label is None or item.label in text or codec.name not in ("qwen2_vl", "internvl")
 
 
 @pytest.mark.parametrize("text", WORST.values(), ids=WORST)
@@ -217,13 +279,24 @@ def test_an_answer_that_is_cut_behind_a_box_says_what_stands_before(codec, wrap)
     ends, items = codec.box_ends(text), codec.parse_boxes(text, FRAME).items
     assert len(ends) == len(items) == 3
     for count, end in enumerate(ends, 1):
-        head = text[:end] if codec.name == "qwen2_vl" else text[:end].removeprefix("```json") + "]"
+        rest = {"qwen2_vl": "", "internvl": "]</box>"}.get(codec.name, "]")  # whatever has to close the form
+        head = text[:end] if codec.name == "qwen2_vl" else text[:end].removeprefix("```json") + rest
         assert codec.parse_boxes(head, FRAME).items == items[:count]
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 @pytest.mark.parametrize(
-    "text", ["", "[]", "nothing", "[1, {}, [2]]", "[" * 40_000, "<|box_start|>(9,9),(1,1)<|box_end|>", "9" * 5000]
+    "text",
+    [
+        "",
+        "[]",
+        "nothing",
+        "[1, {}, [2]]",
+        "[" * 40_000,
+        "<|box_start|>(9,9),(1,1)<|box_end|>",
+        "<box>[[9, 9, 1, 1]]</box>",
+        "9" * 5000,
+    ],
 )
 def test_there_are_as_many_ends_as_boxes(codec, text):
     ends = codec.box_ends(text)

@@ -72,6 +72,10 @@ FAMILIES = {
     "Qwen/Qwen3.5-9B": "qwen3_5",
     "Qwen/Qwen3.5-27B": "qwen3_5",
     "Qwen/Qwen3.5-35B-A3B": "qwen3_5_moe",
+    "OpenGVLab/InternVL3-2B-hf": "internvl",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "google/gemma-3-4b-it": "gemma3",
+    "google/gemma-3-12b-it": "gemma3",
 }
 """Hub ids of the documentation; a tiny model of the same family stands for each."""
 EXPORTED = "supervised"

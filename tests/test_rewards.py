@@ -78,9 +78,9 @@ def test_trl_gets_the_rewards_of_score(task, codec, is_chat, tmp_path, capsys):
 
 
 def test_trl_strips_special_tokens_and_a_tokenizer_brings_them_back(folder):
-    from perception_r1.policy.processor import Processor
+    from perception_r1.policy.load import load_processor
 
-    tokenizer = Processor.load(folder).tokenizer
+    tokenizer = load_processor(folder).tokenizer
     text = answers("grounding", "qwen2_vl")[0]
     ids = tokenizer(text)["input_ids"]
     stripped = tokenizer.decode(ids, skip_special_tokens=True)

@@ -29,6 +29,13 @@ _QWEN2_TOKEN = re.compile(
     rf"\s*+\(\s*+(?P<x2>{_NUMBER})\s*+,\s*+(?P<y2>{_NUMBER})\s*+\)"
     r"<\|box_end\|>"
 )
+_INTERNVL_TAG = re.compile(r"</?(?:ref|box)>")
+_INTERNVL_BOX = re.compile(r"\[" + r"\s*+,".join([rf"\s*+({_NUMBER})"] * 4) + r"\s*+\]")
+_ANY_BOX = _INTERNVL_BOX.pattern.replace(f"({_NUMBER})", _NUMBER)
+_INTERNVL_TOKEN = re.compile(
+    r"<ref>(?P<label>[^<]*+(?:<(?!/?(?:ref|box)>)[^<]*+)*+)</ref>"
+    rf"|<box>\[(?P<boxes>\s*+{_ANY_BOX}(?:\s*+,\s*+{_ANY_BOX})*+\s*+)\]</box>"
+)
 _FENCE_START, _FENCE_END = "```json", "```"
 _DECODER = json.JSONDecoder(parse_int=float)
 """int() refuses thousands of digits by an error and is slow on fewer; float() gives infinity."""
@@ -147,8 +154,82 @@ class Qwen2VLCodec(Codec):
         return ends if len(ends) <= MAX_OBJECTS else []
 
 
+class InternVLCodec(Codec):
+    """Tags around a label and the list of its boxes, integers 0..1000 of the image's width and height.
+
+    It is the form of InternVL's documentation (https://internvl.readthedocs.io, chat data format, grounding): a label
+    once, and all its boxes in one list behind it. An empty list of objects is the empty text. Reading finds complete
+    lists anywhere, each with the label before it; the text is exact when it is nothing but labels with one list each,
+    and no label is repeated where its list could have gone on.
+
+    >>> image_size = ImageSize(width=640, height=480, resized_width=896, resized_height=448)
+    >>> cats = [LabelledBox(label="cat", box=(0.1, 0.2, 0.5, 1.0)), LabelledBox(label="cat", box=(0.0, 0.0, 1.0, 1.0))]
+    >>> text = InternVLCodec().format_boxes(cats, image_size)
+    >>> text
+    '<ref>cat</ref><box>[[100, 200, 500, 1000], [0, 0, 1000, 1000]]</box>'
+    >>> [item.box for item in InternVLCodec().parse_boxes(text, image_size).items]
+    [(0.1, 0.2, 0.5, 1.0), (0.0, 0.0, 1.0, 1.0)]
+    >>> InternVLCodec().parse_boxes("Here: <box>[[9, 9, 1, 1]]</box>", image_size)  # inverted, after prose
+    ParsedBoxes(items=(ParsedBox(label=None, box=None),), is_exact=False)
+    >>> InternVLCodec().parse_boxes("<ref>cat</ref><box>[[9, 9]]</box>", image_size)  # no box
+    ParsedBoxes(items=(), is_exact=False)
+    """
+
+    name = "internvl"
+    description = "between box tags, in thousandths of the image"
+
+    def format_boxes(self, objects: Sequence[LabelledBox], image_size: ImageSize) -> str:
+        """Text for a list of objects, in their order.
+
+        Raises:
+            UserError: A label is empty or holds what could be read as a tag.
+        """
+        parts = []
+        for label, group in groupby(objects, key=lambda item: item.label):
+            if not label or _INTERNVL_TAG.search(label):
+                raise UserError(f"a label in the InternVL form needs text without its tags, not {label!r}")
+            boxes = [list(_to_units(item.box, _PER_MILLE, _PER_MILLE)) for item in group]
+            parts.append(f"<ref>{label}</ref><box>{json.dumps(boxes)}</box>")
+        return "".join(parts)
+
+    def parse_boxes(self, text: str, image_size: ImageSize) -> ParsedBoxes:
+        """Objects found in any text whatever; never raises."""
+        text = text.strip()
+        items: list[ParsedBox] = []
+        label: str | None = None
+        end, is_exact, awaits_boxes = 0, True, False
+        for token in _INTERNVL_TOKEN.finditer(text):
+            is_label = token["label"] is not None
+            is_exact = is_exact and token.start() == end and is_label != awaits_boxes
+            end = token.end()
+            if is_label:
+                is_exact = is_exact and token["label"] != label
+                label = token["label"]
+            else:
+                boxes = [[float(number) for number in box.groups()] for box in _INTERNVL_BOX.finditer(token["boxes"])]
+                items += [ParsedBox(label=label, box=_from_units(box, _PER_MILLE, _PER_MILLE)) for box in boxes]
+            awaits_boxes = is_label
+            if len(items) > MAX_OBJECTS:
+                return _NOTHING
+        return ParsedBoxes(items=tuple(items), is_exact=is_exact and end == len(text) and not awaits_boxes)
+
+    def box_ends(self, text: str) -> list[int]:
+        """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
+        lists = [token for token in _INTERNVL_TOKEN.finditer(text) if token["label"] is None]
+        ends = [box.end() + token.start("boxes") for token in lists for box in _INTERNVL_BOX.finditer(token["boxes"])]
+        return ends if len(ends) <= MAX_OBJECTS else []
+
+
 class _JsonCodec(Codec):
-    """A JSON list of `{"bbox_2d": [x1, y1, x2, y2], "label": "..."}`; a subclass says in which units."""
+    """A JSON list of `{"bbox_2d": [x1, y1, x2, y2], "label": "..."}`; a subclass says in which units.
+
+    Attributes:
+        key: Under which the numbers of a box stand.
+        order: In which they are written: which of x1, y1, x2, y2 comes first, and so on; twice it changes nothing.
+    """
+
+    key: ClassVar[str] = "bbox_2d"
+    order: ClassVar[tuple[int, int, int, int]] = (0, 1, 2, 3)
 
     @abstractmethod
     def units(self, image_size: ImageSize) -> tuple[int, int]:
@@ -157,7 +238,9 @@ class _JsonCodec(Codec):
     def format_boxes(self, objects: Sequence[LabelledBox], image_size: ImageSize) -> str:
         """Text for a list of objects, in their order."""
         units = self.units(image_size)
-        return json.dumps([{"bbox_2d": list(_to_units(item.box, *units)), "label": item.label} for item in objects])
+        boxes = [_to_units(item.box, *units) for item in objects]
+        written = [[box[side] for side in self.order] for box in boxes]
+        return json.dumps([{self.key: box, "label": item.label} for box, item in zip(written, objects, strict=True)])
 
     def parse_boxes(self, text: str, image_size: ImageSize) -> ParsedBoxes:
         """Objects found in any text whatever; never raises.
@@ -168,7 +251,7 @@ class _JsonCodec(Codec):
         if entries is None:
             return _NOTHING
         units = self.units(image_size)
-        return ParsedBoxes(items=tuple(_json_item(entry, units) for entry in entries), is_exact=True)
+        return ParsedBoxes(items=tuple(self._item(entry, units) for entry in entries), is_exact=True)
 
     def box_ends(self, text: str) -> list[int]:
         """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
@@ -180,6 +263,15 @@ class _JsonCodec(Codec):
             _, end = _DECODER.raw_decode(inside, len(inside) - len(inside[end:].lstrip(" \t\n\r,")))
             ends.append(start + end)
         return ends
+
+    def _item(self, entry: object, units: tuple[int, int]) -> ParsedBox:
+        """One entry of a parsed list, whatever it is."""
+        label, numbers = (entry.get("label"), entry.get(self.key)) if isinstance(entry, dict) else (None, None)
+        if not isinstance(label, str) or _LONE_SURROGATE.search(label):
+            label = None
+        if not isinstance(numbers, list) or len(numbers) != 4 or not all(type(number) is float for number in numbers):
+            return ParsedBox(label=label, box=None)
+        return ParsedBox(label=label, box=_from_units([numbers[side] for side in self.order], *units))
 
 
 class Qwen25VLCodec(_JsonCodec):
@@ -226,7 +318,36 @@ class Qwen3VLCodec(_JsonCodec):
         return _PER_MILLE, _PER_MILLE
 
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Qwen2VLCodec(), Qwen25VLCodec(), Qwen3VLCodec())}
+class Gemma3Codec(_JsonCodec):
+    """JSON as Gemini writes it: rows before columns, numbers 0..1000 of the image's height and width.
+
+    Gemma's own documentation names no form. Its authors point to that of Gemini, which Gemma is made after
+    (https://huggingface.co/google/gemma-3-4b-it/discussions/38, and Gemini's page on bounding boxes); a model that has
+    to learn a form anyway learns this one from the nearest start.
+
+    >>> image_size = ImageSize(width=1280, height=960, resized_width=896, resized_height=896)
+    >>> text = Gemma3Codec().format_boxes([LabelledBox(label="cat", box=(0.25, 0.5, 0.75, 1.0))], image_size)
+    >>> text
+    '[{"box_2d": [500, 250, 1000, 750], "label": "cat"}]'
+    >>> Gemma3Codec().parse_boxes(text, image_size)
+    ParsedBoxes(items=(ParsedBox(label='cat', box=(0.25, 0.5, 0.75, 1.0)),), is_exact=True)
+    >>> Gemma3Codec().parse_boxes('[{"bbox_2d": [500, 250, 1000, 750]}]', image_size)  # another family's key
+    ParsedBoxes(items=(ParsedBox(label=None, box=None),), is_exact=True)
+    """
+
+    name = "gemma3"
+    description = "as JSON, rows before columns, in thousandths of the image"
+    key = "box_2d"
+    order = (1, 0, 3, 2)
+
+    def units(self, image_size: ImageSize) -> tuple[int, int]:
+        """Per mille of both sides."""
+        return _PER_MILLE, _PER_MILLE
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (Qwen2VLCodec(), Qwen25VLCodec(), Qwen3VLCodec(), InternVLCodec(), Gemma3Codec())
+}
 """Every codec by name."""
 
 
@@ -269,13 +390,3 @@ def _from_units(numbers: Sequence[float], width: int, height: int) -> Box | None
     x1, x2 = (min(max(number / width, 0.0), 1.0) for number in numbers[::2])
     y1, y2 = (min(max(number / height, 0.0), 1.0) for number in numbers[1::2])
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
-
-
-def _json_item(entry: object, units: tuple[int, int]) -> ParsedBox:
-    """One entry of a parsed list, whatever it is."""
-    label, numbers = (entry.get("label"), entry.get("bbox_2d")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(label, str) or _LONE_SURROGATE.search(label):
-        label = None
-    if not isinstance(numbers, list) or len(numbers) != 4 or not all(type(number) is float for number in numbers):
-        return ParsedBox(label=label, box=None)
-    return ParsedBox(label=label, box=_from_units(numbers, *units))

@@ -142,7 +142,7 @@ def trl_reward(
 
     Args:
         task: Name of the task, which is also the name of the function.
-        codec: How the model family writes boxes: qwen2_vl, qwen2_5_vl or qwen3_vl.
+        codec: How the model family writes boxes: qwen2_vl, qwen2_5_vl, qwen3_vl, internvl or gemma3.
         tokenizer: That of the model. TRL hands over texts without special tokens, of which Qwen2-VL's boxes are made;
             with a tokenizer they are decoded from the token ids once more.
         min_pixels: Least pixels of a resized image; it matters for qwen2_5_vl, whose boxes are in these pixels.
@@ -181,7 +181,7 @@ def verl_reward(
 
     Args:
         task: Name of the task.
-        codec: How the model family writes boxes: qwen2_vl, qwen2_5_vl or qwen3_vl.
+        codec: How the model family writes boxes: qwen2_vl, qwen2_5_vl, qwen3_vl, internvl or gemma3.
         min_pixels: Least pixels of a resized image; it matters for qwen2_5_vl, whose boxes are in these pixels.
         max_pixels: Most pixels of a resized image.
         **options: Of the task (`iou_weight=2.0`, `think=True`).

@@ -85,3 +85,12 @@ def test_a_disabled_progress_is_silent(tmp_path: Path, console: Console):
     progress.enable()
     progress.print("[seen]")
     assert console.file.getvalue() == "[seen]\n"
+
+
+def test_a_module_can_print_above_the_bars(tmp_path: Path, console: Console):
+    class Talking(ToyModule):
+        def on_train_start(self) -> None:
+            self.print("It begins.")
+
+    toy_trainer(tmp_path, [Progress()], max_steps=1).fit(Talking(), datamodule=ToyData())
+    assert "It begins." in console.file.getvalue()

@@ -14,8 +14,8 @@ from perception_r1.cli import main
 from perception_r1.commands import export
 from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.families import FAMILIES
-from perception_r1.policy.load import LoraConfig, PolicyConfig
+from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.load import LoraConfig, PolicyConfig, load_processor
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
 from tests.policy import oracle
@@ -176,7 +176,7 @@ def test_an_adapter_over_half_precision_is_rounded_once(model_folders, tmp_path,
     assert torch.equal(written["model.layers.0.mlp.down_proj.weight"], expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_every_family_is_written_as_the_plain_classes_read_it(grouped_folders, tmp_path, family, is_tied):
     source = tmp_path / "source"
@@ -184,7 +184,7 @@ def test_every_family_is_written_as_the_plain_classes_read_it(grouped_folders, t
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = is_tied
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(source)
-    Processor.load(grouped_folders[family]).save(source)
+    load_processor(grouped_folders[family]).save(source)
     policy = Policy.load(PolicyConfig(name=str(source))).eval()
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -199,7 +199,7 @@ def test_every_family_is_written_as_the_plain_classes_read_it(grouped_folders, t
 
 
 def test_the_processor_of_the_run_is_written(runs, exported):
-    encoded, again = policy_inputs(trained_policy(runs["full"])), Processor.load(exported)
+    encoded, again = policy_inputs(trained_policy(runs["full"])), load_processor(exported)
     other = again.encode([oracle.chat("Where is it?")], [[oracle.noise(84, 56)]], max_tokens=None)
     assert torch.equal(encoded.input_ids[0], other.input_ids[0])
     assert torch.equal(encoded.pixel_values[0], other.pixel_values[0])

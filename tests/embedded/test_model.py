@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
 from perception_r1.embedded.model import BASE, SPECIAL_TOKENS, build_model_folder
-from perception_r1.policy.families import FAMILIES
+from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
@@ -14,7 +14,7 @@ TEXT = (
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 def test_transformers_loads_the_folder_by_itself(model_folders, family):
     model, report = AutoModelForImageTextToText.from_pretrained(model_folders[family], output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(model_folders[family])

@@ -15,7 +15,6 @@ from perception_r1.embedded.model import BASE, build_model_folder
 from perception_r1.engines import NativeEngine, ServerEngine, VLLMEngine
 from perception_r1.engines.base import EngineContext
 from perception_r1.errors import UserError
-from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig, model_path
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
@@ -27,7 +26,7 @@ SMALL = {
     "engine_args": {"block_size": 32},  # what is cached of a prompt is a whole number of blocks
 }
 NUM_TOKENS = 40
-SAME = [family for family in FAMILIES if not family.startswith("qwen3_5")]
+SAME = [family for family in QWEN_FAMILIES if not family.startswith("qwen3_5")]
 """On a CPU vLLM (0.32) computes gated delta nets in bfloat16 alone, too roughly for these comparisons."""
 
 

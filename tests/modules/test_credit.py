@@ -10,8 +10,8 @@ from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO
 from perception_r1.modules.resampling import Round
+from perception_r1.policy.load import load_processor
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import ImageSize, LabelledBox, Sample
 from perception_r1.scoring import parse_completions, prefix_rewards, score_completions
@@ -119,7 +119,7 @@ def test_an_empty_list_counts_from_where_all_begin(module):
 
 @pytest.mark.parametrize("text", ["é", "naïve 猫 text", "<|box_start|>(1,2)", "🐈🐈", "a\nb  "])
 def test_ends_of_tokens_are_those_of_the_text(folder, text):
-    processor = Processor.load(folder)
+    processor = load_processor(folder)
     (row,) = processor.encode_targets([text], 0)
     ends = processor.token_ends(row[:-1])
     assert ends[-1] == len(text)

@@ -12,8 +12,9 @@ from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.shares_prompts])
 def family(request: pytest.FixtureRequest) -> str:
+    """A family whose prompts are shared."""
     return request.param
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface
 
 from perception_r1.grpo.loss import LossConfig, grpo_loss
+from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.policy.policy import Policy
@@ -79,12 +80,14 @@ def update(policy, prompts, budget=None):
     return len(micro_batches)
 
 
-@pytest.mark.parametrize(("budget", "num_micro_batches"), [(None, 1), (70, 4), (1, 10)], ids=["whole", "some", "split"])
-def test_a_training_pass_reads_nothing_back_from_the_device(policy, budget, num_micro_batches):
+@pytest.mark.parametrize(
+    ("budget", "num_parts"), [(None, {1}), (70, {4, 6}), (1, {10})], ids=["whole", "some", "split"]
+)
+def test_a_training_pass_reads_nothing_back_from_the_device(policy, budget, num_parts):
     prompts = encode(policy)
     if policy.is_vision_frozen:
         prompts = policy.encode_images(prompts)
-    assert update(policy, prompts, budget) == num_micro_batches
+    assert update(policy, prompts, budget) in num_parts  # prompts of InternVL are longer
 
 
 def test_a_prefill_reads_nothing_back_from_the_device(policy):
@@ -95,6 +98,7 @@ def test_a_prefill_reads_nothing_back_from_the_device(policy):
 
 
 @ONE_KIND
+@pytest.mark.parametrize("family", QWEN_FAMILIES, indirect=True)
 def test_flash_attention_in_the_tower_gets_segments_on_the_device_and_their_longest_from_the_host(policy, monkeypatch):
     lengths = []
 

@@ -3,12 +3,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.families.qwen_vision import encode_images
 from perception_r1.policy.segments import cut, segmented_attention
-from perception_r1.policy.vision import encode_images
 from tests.policy import oracle
 
 SIZES = [(280, 140), (28, 28), (140, 336)]
 """Images of several windows, of one token, and higher than wide."""
+
+
+@pytest.fixture(params=QWEN_FAMILIES)
+def family(request):
+    return request.param
 
 
 @pytest.fixture

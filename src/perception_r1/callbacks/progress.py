@@ -42,6 +42,11 @@ class Progress(ProgressBar):
         """Show progress from now on."""
         self._is_enabled = True
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether anything is shown; a module that prints asks."""
+        return self._is_enabled
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bars."""
         if self._is_enabled:

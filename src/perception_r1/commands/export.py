@@ -53,7 +53,6 @@ def _export(argv: Sequence[str]) -> int:
         raise UserError(f"the run {run.folder} trained no adapter: leave out --adapter to export its weights")
     checkpoint = checkpoint_path(run, options.ckpt)
     policy, step = load_checkpoint(run.policy, checkpoint)
-    size = policy.processor.image_processor.size
     with _whole_folder(options.to) as folder:
         if options.adapter:
             save_adapter(policy, folder, dtype=dtype)
@@ -65,7 +64,7 @@ def _export(argv: Sequence[str]) -> int:
             checkpoint=checkpoint,
             step=step,
             codec=policy.codec,
-            pixels=(size["shortest_edge"], size["longest_edge"]),
+            pixels=policy.processor.pixel_bounds,
             template_options=policy.processor.template_options,
             is_adapter=options.adapter,
             evaluations=evaluations_of(checkpoint),

@@ -13,6 +13,7 @@ from perception_r1.commands.card_metadata import Export, card_metadata, origins,
 from perception_r1.commands.evaluations import CheckpointEvaluation
 from perception_r1.commands.runs import Run
 from perception_r1.commands.settings import class_defaults, deviations
+from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.task import THINK_REQUEST, Task, tasks_of
 
@@ -101,14 +102,13 @@ def _use(export: Export) -> list[str]:
     prompt = json.dumps(_prompt(task, "red cup"), ensure_ascii=False)
     template = export.template_options
     in_code = "".join(f" {name}={value}," for name, value in template.items())
-    of_server = f" \\\n    --default-chat-template-kwargs '{json.dumps(dict(template))}'" if template else ""
-    return [
-        "## Use",
-        "With transformers:",
-        _TRANSFORMERS.format(prompt=prompt, max_new_tokens=export.run.max_new_tokens, options=in_code),
-        "With vLLM, pictures at the sizes of the training:",
-        _VLLM.format(low=low, high=high, options=of_server),
-    ]
+    sections = ["## Use", "With transformers:"]
+    sections.append(_TRANSFORMERS.format(prompt=prompt, max_new_tokens=export.run.max_new_tokens, options=in_code))
+    if export.codec.name in QWEN_FAMILIES:  # vLLM has not been tried with others
+        of_server = f" \\\n    --default-chat-template-kwargs '{json.dumps(dict(template))}'" if template else ""
+        vllm = _VLLM.format(low=low, high=high, options=of_server)
+        sections += ["With vLLM, pictures at the sizes of the training:", vllm]
+    return sections
 
 
 def _prompt(task: Task[Any, Any], query: str) -> str:

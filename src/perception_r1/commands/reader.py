@@ -5,7 +5,7 @@ from typing import Any
 
 from perception_r1.codecs import Codec
 from perception_r1.data.samples import SampleCheck
-from perception_r1.policy.load import PolicyConfig, model_family, model_path
+from perception_r1.policy.load import PolicyConfig, load_processor, model_family
 from perception_r1.policy.processor import Processor
 from perception_r1.records import Sample
 from perception_r1.task import Task
@@ -17,8 +17,8 @@ def load_reader(policy: PolicyConfig) -> tuple[Codec, Processor]:
     Raises:
         UserError: The model has no usable processor.
     """
-    bounds = {"min_pixels": policy.min_pixels, "max_pixels": policy.max_pixels}
-    return model_family(policy.name).codec, Processor.load(model_path(policy.name), **bounds)
+    processor = load_processor(policy.name, min_pixels=policy.min_pixels, max_pixels=policy.max_pixels)
+    return model_family(policy.name).codec, processor
 
 
 def sample_check(processor: Processor, task: Task[Any, Any], max_prompt_length: int | None) -> SampleCheck:

@@ -14,8 +14,8 @@ from tokenizers import pre_tokenizers, trainers
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from perception_r1.policy.families import FAMILIES
-from perception_r1.policy.processor import Processor
+from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.families.qwen_vl import QwenVLProcessor
 
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -103,7 +103,7 @@ def build_model_folder(
     size: ModelSize = SMALL,
     corpus: Iterable[str] = (),
 ) -> None:
-    """Write config, random weights, generation config, tokenizer and image processor.
+    """Write config, random weights, generation config, tokenizer and image processor of a Qwen-VL family.
 
     The tokenizer learns its merges from `corpus`.
     """
@@ -111,13 +111,13 @@ def build_model_folder(
     with torch.random.fork_rng(devices=[]):  # a run from the cache must find the same random state
         torch.manual_seed(seed)
         model = build_model(family, tokenizer, size)
-    FAMILIES[family].save(model, folder)
-    Processor(tokenizer, build_image_processor(family)).save(folder)
+    QWEN_FAMILIES[family].save(model, folder)
+    QwenVLProcessor(tokenizer, build_image_processor(family)).save(folder)
 
 
 def build_image_processor(family: str) -> Qwen2VLImageProcessorPil:
     """The family's own image processor."""
-    patch = FAMILIES[family].patch_size
+    patch = QWEN_FAMILIES[family].patch_size
     size = {"shortest_edge": (patch * _MERGE) ** 2, "longest_edge": 1280 * (patch * _MERGE) ** 2}
     return Qwen2VLImageProcessorPil(patch_size=patch, merge_size=_MERGE, size=size)
 
@@ -170,7 +170,7 @@ def build_model(family: str, tokenizer: Qwen2Tokenizer, size: ModelSize) -> PreT
         "temporal_patch_size": 2,
         "initializer_range": size.init_std,
     }
-    config = FAMILIES[family].small_config(
+    config = QWEN_FAMILIES[family].small_config(
         text,
         vision,
         image_token_id=token("<|image_pad|>"),

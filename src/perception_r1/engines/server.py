@@ -68,6 +68,11 @@ class ServerEngine(GenerationEngine):
 
     def connect(self, policy: Policy, context: EngineContext) -> None:
         """See `GenerationEngine`; at least one server answers."""
+        if not policy.processor.sends_pictures:
+            raise UserError(
+                f"Models of the family {policy.family.name} cannot be served from elsewhere here: a server would cut "
+                "their pictures into other tiles; leave out the engine."
+            )
         if self.weights_folder is not None:
             self._weights = Weights(self.weights_folder, context)
         for server in self._servers:

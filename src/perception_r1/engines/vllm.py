@@ -15,9 +15,11 @@ from perception_r1.engines.vllm_worker import WORKER
 from perception_r1.engines.weights import named_weights, save_adapter
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch, to_device
-from perception_r1.policy.forward import at_least_fp32
+from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.families.qwen_vl import QwenVLProcessor
 from perception_r1.policy.load import Dtype, model_path
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.precision import at_least_fp32
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
@@ -74,7 +76,13 @@ class VLLMEngine(GenerationEngine):
             raise UserError(
                 "vLLM is not installed beside this program: see `make install-vllm`, or leave out the engine."
             )
-        self._llm = self._start(policy.processor, context)
+        processor = policy.processor
+        if not isinstance(processor, QwenVLProcessor):
+            raise UserError(
+                f"vLLM in this process works with {', '.join(QWEN_FAMILIES)}, not with {policy.family.name}; leave out "
+                "the engine."
+            )
+        self._llm = self._start(processor, context)
 
     def invalidate(self) -> None:
         """See `GenerationEngine`."""
@@ -135,7 +143,7 @@ class VLLMEngine(GenerationEngine):
         self._adapter = LoRARequest(f"adapter-{self._num_adapters}", self._num_adapters, folder.name)
         self._folder = folder  # the one before is removed; vLLM has read it
 
-    def _start(self, processor: Processor, context: EngineContext) -> Any:
+    def _start(self, processor: QwenVLProcessor, context: EngineContext) -> Any:
         """An `LLM` of vLLM, with the weights of the model's folder."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

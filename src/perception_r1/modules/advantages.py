@@ -19,8 +19,8 @@ from perception_r1.grpo.advantages import (
 )
 from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.resampling import Round
-from perception_r1.policy.forward import at_least_fp32
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.precision import at_least_fp32
 from perception_r1.policy.rollout import Rollout
 from perception_r1.scoring import ScoredCompletion, prefix_rewards
 from perception_r1.task import AnyTask, part_of, tasks_of

@@ -198,6 +198,12 @@ class GRPO(PolicyModule):
             return None
         return replace(self.policy_config, dtype=self.reference_dtype or self.policy_config.dtype)
 
+    def on_train_start(self) -> None:
+        """Say it where a step costs more than users may expect."""
+        family = self.policy.family
+        if not family.shares_prompts:
+            self.print(f"{family.name}: prompts cannot be shared, so training computes them once for each completion.")
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Roll out, score, compare within the group, update, log.
 
@@ -282,7 +288,7 @@ class GRPO(PolicyModule):
         num_kept = sum(length for length, is_one in zip(lengths, is_kept, strict=True) if is_one)
         has_pull = (advantages.view(len(prompts), -1).abs().amax(1) > 0).tolist()
         chosen = [prompt for prompt in range(len(prompts)) if self.kl_coef > 0 or has_pull[prompt]]
-        micro_batches = self.plan_micro_batches(self.prompt_sizes(prompts), lengths, chosen)
+        micro_batches = self.plan_micro_batches(prompts, lengths, chosen)
         return Experience(
             prompts=prompts,
             completions=rollout.completions,
@@ -432,8 +438,9 @@ class GRPO(PolicyModule):
         rows = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
         written = sum(lengths[row] for row in rows)
         computed = [prompt for batch in experience.micro_batches if batch.part == 0 for prompt in batch.prompts]
-        packed = sum(prompt_lengths[prompt] for prompt in computed)
         repeated = sum(prompt_lengths[row // group_size] for row in rows)
+        is_shared = self.policy.family.shares_prompts
+        packed = sum(prompt_lengths[prompt] for prompt in computed) if is_shared else repeated
         self.log_train(
             {f"seconds/{name}": value for name, value in seconds.items()}
             | {"seconds/step": total, "tokens_per_second": num_written / total}

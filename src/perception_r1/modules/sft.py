@@ -42,7 +42,7 @@ class SFT(PolicyModule):
         """Forward and backward of every micro-batch; the sum of their losses, for which nothing has to wait."""
         lengths = [len(answer) for answer in answers]
         num_tokens = self.mean_over_devices(sum(lengths))
-        micro_batches = self.plan_micro_batches(self.prompt_sizes(prompts), lengths, range(len(prompts)))
+        micro_batches = self.plan_micro_batches(prompts, lengths, range(len(prompts)))
         num_empty_passes = self.num_empty_passes(len(micro_batches))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, micro_batch in enumerate(micro_batches):

@@ -75,8 +75,8 @@ def gather_wholes(meter: MemoryMeter) -> Iterator[None]:
 @contextmanager
 def gather_for_pass(meter: MemoryMeter, policy: Policy, *, is_backward: bool) -> Iterator[None]:
     """What a pass of training holds whole: all that is outside of blocks, and the blocks whose turn it is."""
-    model = policy.model.model
-    blocks = [*model.visual.blocks, *model.language_model.layers]
+    model = policy.model
+    blocks = [*policy.family.vision_blocks(model), *model.model.language_model.layers]
     inside = {id(weight) for block in blocks for weight in block.parameters()}
     outside = [weight for weight in policy.parameters() if id(weight) not in inside]
     largest = max(blocks, key=lambda block: num_bytes(block.parameters()))

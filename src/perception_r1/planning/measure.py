@@ -152,8 +152,9 @@ def _watch(module: PolicyModule, meter: MemoryMeter, trained: Sequence[nn.Parame
     for kind, policy in named.items():
         if policy is not None:
             meter.claim([*policy.parameters(), *policy.buffers()], kind)
-            visual = policy.model.model.visual
-            for part in (visual, *(child for block in visual.blocks for child in block.children())):
+            blocks = policy.family.vision_blocks(policy.model)
+            inside = (child for block in blocks for child in block.children())
+            for part in (*policy.family.vision_modules(policy.model), *inside):
                 meter.watch(part, "vision tower")  # where it is checkpointed, these are computed again alone
             for layer in policy.model.model.language_model.layers:
                 layer.register_forward_hook(lambda *args: _claim_cache(meter, args[2]), with_kwargs=True)

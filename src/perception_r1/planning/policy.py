@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from perception_r1.engines.base import NativeEngine
@@ -15,11 +16,12 @@ from perception_r1.planning.meter import MemoryMeter
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator, Step, warm_up
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.families import family_of
-from perception_r1.policy.load import EMBEDDED, PolicyConfig, model_family, model_path, set_engine
+from perception_r1.policy.families import FAMILIES, family_of
+from perception_r1.policy.load import EMBEDDED, PolicyConfig, load_processor, model_family, model_path
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.prefill import PromptCache
 from perception_r1.policy.processor import Processor
+from perception_r1.policy.prompt_cache import PromptCache
+from perception_r1.policy.repeated import PaddedPrompts, RepeatedCache, next_logits
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
 _SHAPES = Path(__file__).parent / "shapes"
@@ -32,7 +34,7 @@ def read_config(name: str) -> Any:
         UserError: There is none, or its family is not one of ours.
     """
     path = _SHAPES / f"{name.rpartition('/')[2]}.json"
-    if name.startswith("Qwen/") and path.is_file():
+    if name.count("/") == 1 and path.is_file() and not Path(name).is_dir():
         return AutoConfig.from_pretrained(path)
     model_family(name)
     return AutoConfig.from_pretrained(model_path(name))
@@ -46,15 +48,19 @@ def empty_model(config: PolicyConfig) -> Any:
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
         )
-    set_engine(model)
+    family_of(model).prepare(model)
     return model
 
 
 def read_processor(config: PolicyConfig) -> Processor:
-    """That of the model where it lies in a folder, else that of the embedded model, which writes more tokens."""
-    is_here = Path(model_path(config.name)).is_dir()
+    """That of the model where it lies in a folder, else with the embedded model's tokenizer, which has more tokens."""
     bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    return Processor.load(model_path(config.name if is_here else EMBEDDED), **(bounds if is_here else {}))
+    if Path(model_path(config.name)).is_dir():
+        return load_processor(config.name, **bounds)
+    shapes = read_config(config.name)
+    processor = FAMILIES[shapes.model_type].processor.from_config(load_processor(EMBEDDED).tokenizer, shapes)
+    processor.set_bounds(**bounds)
+    return processor
 
 
 class ShapePolicy(Policy):
@@ -75,16 +81,27 @@ class ShapePolicy(Policy):
         """Buffers and copied weights of the last rollout are still held."""
         return self._graphs is not None
 
-    def prefill(self, prompts: PromptBatch) -> PromptCache:
+    def prefill(self, prompts: PromptBatch) -> PromptCache | PaddedPrompts:
         """As on any device."""
         cache = super().prefill(prompts)
-        self.meter.claim(cache.tensors(), "caches")
+        if isinstance(cache, PromptCache):  # the meter sees those of transformers anyway
+            self.meter.claim(cache.tensors(), "caches")
         return cache
 
     def generate(
-        self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+        self, prompts: PromptCache | PaddedPrompts, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> Rollout:
-        """As on CUDA, up to the first token: the buffers of its step are those of every other."""
+        """As on CUDA, up to the first token: the buffers of its step are those of every other.
+
+        Where prompts are not shared, keys and values grow, and it is the last token.
+        """
+        if isinstance(prompts, PaddedPrompts):
+            with self.meter.kind("caches"):
+                cache = RepeatedCache(prompts, group_size)
+                _fill(cache, params.max_new_tokens - 1)
+            tokens = torch.empty(len(cache.positions), dtype=torch.long, device=self.device)
+            next_logits(self.model, tokens, cache)
+            return longest_rollout(len(seeds) * group_size, params.max_new_tokens)
         if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
             with self.meter.kind("generation copy"):
                 decoder = Decoder(self.model)
@@ -103,6 +120,16 @@ class ShapePolicy(Policy):
             pool.zero_()
 
         return replay
+
+
+def _fill(cache: RepeatedCache, num_tokens: int) -> None:
+    """Let rows of equally long prompts have written tokens."""
+    for layer in cache.cache.layers:
+        room = layer.sliding_window - 1 - layer.keys.shape[2] if layer.is_sliding else num_tokens
+        filling = (0, 0, 0, max(0, min(num_tokens, room)))
+        layer.keys, layer.values = F.pad(layer.keys, filling), F.pad(layer.values, filling)
+        if layer.is_sliding:
+            layer.cumulative_length += num_tokens
 
 
 class WrittenElsewhere(NativeEngine):

@@ -1,22 +1,19 @@
 """The longest prompts that a run may meet, without data: their number of tokens and their largest picture.
 
-Legend: B prompts, P tokens of a prompt, N patches of its picture, D values per patch.
+Legend: P tokens of a prompt.
 """
 
 from dataclasses import dataclass
 from math import isqrt, prod
 
 import torch
-from transformers import PretrainedConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from perception_r1.data.base import BaseDataModule
 from perception_r1.data.categories import COCO_NAMES
 from perception_r1.data.mixed import parts_of
 from perception_r1.planning.policy import ShapePolicy
 from perception_r1.policy.batch import Grid, PromptBatch
-from perception_r1.policy.processor import rotary_positions
-from perception_r1.records import ImageSize
+from perception_r1.policy.processor import Processor
 
 _CHARACTERS = 3
 """Characters of a text per token; English takes four to five with the tokenizers of these models."""
@@ -24,8 +21,6 @@ _CHAT_TOKENS = 32
 """Tokens of a chat around picture and text: system prompt, roles, ends."""
 _QUERY = "the second cup from the left on the table in front of the window"
 """As long as the phrases of a data set are that is not at hand."""
-_MAX_PIXELS = 12_845_056
-"""Largest picture where `max_pixels` is not set: the bound of these families."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +29,7 @@ class LongestPrompt:
 
     Attributes:
         num_text_tokens: All but those of the picture.
-        grid: Patches of the picture in time, height and width.
+        grid: Patches of the picture in time (or tiles), height and width.
         merge_size: Patches per token in height and in width.
     """
 
@@ -54,16 +49,12 @@ class LongestPrompt:
 
     def batch(self, policy: ShapePolicy, count: int) -> PromptBatch:
         """The prompt `count` times, its pixels on the policy's device."""
-        config = policy.model.config
-        vision, image = config.vision_config, config.image_token_id
-        times, rows, columns = self.grid
-        merged: Grid = times, rows // self.merge_size, columns // self.merge_size
-        ids = [0] * (self.num_text_tokens // 2) + [image] * prod(merged)
+        image = policy.model.config.image_token_id
+        ids = [0] * (self.num_text_tokens // 2) + [image] * self.num_image_tokens
         ids += [0] * (self.num_tokens - len(ids))
-        positions = rotary_positions(ids, [merged], image)
-        width, height = columns * vision.patch_size, rows * vision.patch_size
-        image_size = ImageSize(width=width, height=height, resized_width=width, resized_height=height)
-        shape = prod(self.grid), vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        positions = policy.processor.positions(ids, [self.grid])
+        image_size = policy.processor.largest_image_size  # of no account
+        shape = policy.processor.pixel_shape(self.grid)
         return PromptBatch(
             input_ids=(torch.tensor(ids),) * count,
             position_ids=(positions,) * count,
@@ -76,33 +67,22 @@ class LongestPrompt:
         )
 
 
-def longest_prompt(
-    config: PretrainedConfig, data: BaseDataModule, *, max_pixels: int | None, is_synthetic: bool
-) -> LongestPrompt:
+def longest_prompt(processor: Processor, data: BaseDataModule, *, is_synthetic: bool) -> LongestPrompt:
     """The longest prompt of a run.
 
     Args:
-        config: That of the model.
+        processor: That of the model, with the bounds of the policy's pictures.
         data: What has the tasks, and where scenes are synthetic these.
-        max_pixels: Bound of the policy's pictures; None: that of the model's family.
         is_synthetic: The data are scenes, which have a size of their own.
     """
-    vision = config.vision_config
-    factor = vision.patch_size * vision.spatial_merge_size
-    max_pixels = max_pixels or _MAX_PIXELS
-    if is_synthetic:
-        width, height = _scene_size(data)
-        sides = smart_resize(height, width, factor=factor, min_pixels=factor**2, max_pixels=max_pixels)
-        rows, columns = (side // factor for side in sides)
-    else:  # the largest of about that many pixels
-        rows = isqrt(max_pixels // factor**2)
-        columns = max_pixels // factor**2 // rows
+    image_size = processor.image_size(*_scene_size(data)) if is_synthetic else processor.largest_image_size
+    grid = processor.grid(image_size)
     tasks = [part.task if is_synthetic else part.task_without_labels for part in parts_of(data).values()]
     texts = [task.with_labels(COCO_NAMES).prompt(_QUERY) for task in tasks]
     return LongestPrompt(
         num_text_tokens=_CHAT_TOKENS + -(-max(map(len, texts)) // _CHARACTERS),
-        grid=(1, rows * vision.spatial_merge_size, columns * vision.spatial_merge_size),
-        merge_size=vision.spatial_merge_size,
+        grid=grid,
+        merge_size=isqrt(prod(grid) // processor.num_image_tokens(image_size)),
     )
 
 

@@ -70,8 +70,7 @@ def plan_run(
         enable_progress_bar=False,
     )
     policy = load_shapes(module, trainer, precision)
-    max_pixels = module.policy_config.max_pixels
-    prompt = longest_prompt(policy.model.config, data, max_pixels=max_pixels, is_synthetic=is_synthetic)
+    prompt = longest_prompt(policy.processor, data, is_synthetic=is_synthetic)
     size = RunSize(batch_size=share, eval_batch_size=data.eval_batch_size, precision=precision, devices=devices)
     weights = list(policy.parameters())
     return Plan(

@@ -20,7 +20,7 @@ from torch import Tensor
 from perception_r1.records import ImageSize
 
 Grid: TypeAlias = tuple[int, int, int]
-"""Patches of an image in time, height and width."""
+"""Patches of an image in time (of those in tiles: tiles), height and width."""
 Chat: TypeAlias = list[dict[str, Any]]
 """Messages as the chat templates of transformers take them."""
 T = TypeVar("T")
@@ -38,7 +38,8 @@ class PromptBatch:
         num_images: Images of each prompt, B entries.
         image_sizes: Sizes of the first image of each prompt, B entries.
         image_grids: Patches of each image, I entries.
-        pixel_values: Patches of each image, I entries [N, D]; bytes until `Processor.normalize`.
+        pixel_values: Patches of each image, I entries [N, D], or tiles [tiles, channels, height, width]; bytes until
+            `Processor.normalize`.
         image_features: Of each image, I entries [1 + L, tokens, H]: what stands in its place, then what (Qwen3-VL) is
             added after each of the first L layers; None until the vision tower has run.
     """

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from perception_r1.policy.attention import next_token_attention
 from perception_r1.policy.batch import to_device
-from perception_r1.policy.forward import at_least_fp32
-from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.precision import at_least_fp32
+from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.prompt_states import KeysAndValues
 from perception_r1.policy.row_states import RowStates
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from perception_r1.policy import rollout
 from perception_r1.policy.cache import StaticCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.rollout import GenerationBuffer, Rollout, SamplingParams, sample_token
 
 _PROMPT_BUCKET = 256
@@ -178,7 +178,7 @@ class CapturedStep:
         """Begin anew; not after rows have left."""
         self._cache.load(prompts, self._decoder.position_embeddings(prompts, self._params.max_new_tokens))
         self._uniforms.copy_(uniforms)
-        self._buffer.load(prompts, self._group_size)
+        self._buffer.load(prompts.input_ids, self._group_size)
         self._logits.copy_(self._decoder.first_logits(prompts).repeat_interleave(self._group_size, 0))
         self.ended.zero_()
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.cache import DecodeCache, PositionEmbeddings
 from perception_r1.policy.decoder_layers import FusedLinear
-from perception_r1.policy.families import family_of
-from perception_r1.policy.forward import at_least_fp32, autocast_device
-from perception_r1.policy.prefill import PromptCache
-from perception_r1.policy.vision import QwenVL
+from perception_r1.policy.families import VisionLanguageModel, family_of
+from perception_r1.policy.precision import at_least_fp32, autocast_device
+from perception_r1.policy.prompt_cache import PromptCache
 
 _MAX_COPIED_WEIGHTS = 2**28
 """Language models of at most so many weights are copied for speed; larger ones are read in place where they can be."""
@@ -28,7 +27,7 @@ class Decoder:
     The model's weights are copied where they are joined, merged or cast: after an update `sync_weights` copies again.
     """
 
-    def __init__(self, model: QwenVL) -> None:
+    def __init__(self, model: VisionLanguageModel) -> None:
         text, config = model.model.language_model, model.config.get_text_config()
         self._text = text
         self._embedding = text.embed_tokens
@@ -38,7 +37,8 @@ class Decoder:
         """Of products, keys and values: that of the weights, or of automatic mixed precision where it is on."""
         num_weights = sum(parameter.numel() for parameter in text.parameters())
         is_in_place = self._embedding.weight.dtype == self.dtype and num_weights > _MAX_COPIED_WEIGHTS
-        layer_class = family_of(model).decoder_layer
+        self._family = family_of(model)
+        layer_class = self._family.decoder_layer
         attention = next(layer.self_attn for layer in text.layers if hasattr(layer, "self_attn"))
         self._layers = [layer_class(layer, config, None if is_in_place else self.dtype) for layer in text.layers]
         self._norm, self._normalise = text.norm, layer_class.normalise
@@ -49,7 +49,7 @@ class Decoder:
         self._head = FusedLinear([model.lm_head], None if is_in_place else self.dtype)
         self._addresses = _addresses(model)
 
-    def is_compatible(self, model: QwenVL) -> bool:
+    def is_compatible(self, model: VisionLanguageModel) -> bool:
         """The model's weights still lie where they lay, and products are computed in the same type.
 
         Weights that were moved away and back are new memory, though the parameters are the same objects; a captured
@@ -73,7 +73,8 @@ class Decoder:
     def position_embeddings(self, prompts: PromptCache, num_tokens: int) -> PositionEmbeddings:
         """Rotary embedding of the `num_tokens` tokens behind each prompt, of whole heads."""
         positions = torch.tensor(prompts.next_positions)[:, None] + torch.arange(num_tokens)  # [B, T]
-        cos, sin = self._rotary(self._embedding.weight, to_device(positions, self.device).expand(3, -1, -1))
+        position_ids = self._family.position_ids(to_device(positions, self.device).expand(3, -1, -1))
+        cos, sin = self._rotary(self._embedding.weight, position_ids)
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # the signs of `rotate_half`
         rest = (0, self._head_size - cos.shape[-1])  # what is not turned
@@ -103,7 +104,7 @@ class Decoder:
             return self._head(self._normalise(rows, self._norm).to(self.dtype)).flatten(0, 1)
 
 
-def _addresses(model: QwenVL) -> tuple[object, ...]:
+def _addresses(model: VisionLanguageModel) -> tuple[object, ...]:
     """Device, and where every weight and buffer of language model and vocabulary head lies, adapters included."""
     text, head = model.model.language_model, model.lm_head
     tensors = (*text.parameters(), *text.buffers(), *head.parameters())

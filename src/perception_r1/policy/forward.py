@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from perception_r1.policy.batch import PromptBatch, move_together
+from perception_r1.policy.families import VisionLanguageModel, family_of
 from perception_r1.policy.packing import Packing
-from perception_r1.policy.vision import QwenVL, encode_images
-
-_SORTED_ROWS = 256
-"""Rows of logits that are sorted at once: a sorted copy takes three times as much memory."""
 
 
-def packed_forward(model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing) -> Tensor:
+def packed_forward(
+    model: VisionLanguageModel, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing
+) -> Tensor:
     """The language model over a row; the vision tower runs only where the batch has no features yet.
 
     Args:
-        model: A Qwen-VL causal model whose language model uses `policy/attention.py`.
+        model: A causal model whose language model uses `policy/attention.py`.
         prompts: B prompts.
         completions: N token id tensors on the CPU, the G completions of a prompt after one another; or none at all.
         packing: Who sees whom.
@@ -34,7 +33,8 @@ def packed_forward(model: QwenVL, prompts: PromptBatch, completions: Sequence[Te
     row = lay_out_row(prompts, completions, image_token_id=model.config.image_token_id)
     tokens, position_ids, image_indices = move_together(row, embedding.weight.device)
     embeds = embedding(tokens)  # [T, H]
-    features = torch.cat(prompts.image_features or encode_images(model, prompts), 1).to(embeds.dtype)  # [1 + L, F, H]
+    images = prompts.image_features or family_of(model).encode_images(model, prompts)
+    features = torch.cat(images, 1).to(embeds.dtype)  # [1 + L, F, H]
     embeds = embeds.index_copy(0, image_indices, features[0])
     deepstack: dict[str, Any] = {}
     if len(features) > 1:
@@ -45,7 +45,9 @@ def packed_forward(model: QwenVL, prompts: PromptBatch, completions: Sequence[Te
     return _language_model(model, embeds, position_ids, packing, **deepstack)
 
 
-def forward_behind(model: QwenVL, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing) -> Tensor:
+def forward_behind(
+    model: VisionLanguageModel, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing
+) -> Tensor:
     """The language model over a row of completions alone, behind the only prompt, which the packing knows.
 
     Returns:
@@ -57,12 +59,15 @@ def forward_behind(model: QwenVL, prompts: PromptBatch, completions: Sequence[Te
     return _language_model(model, embeds, position_ids, packing) if len(embeds) else embeds
 
 
-def _language_model(model: QwenVL, embeds: Tensor, position_ids: Tensor, packing: Packing, **more: Any) -> Tensor:
+def _language_model(
+    model: VisionLanguageModel, embeds: Tensor, position_ids: Tensor, packing: Packing, **more: Any
+) -> Tensor:
     """[T, H] last hidden states of a row from its embeddings [T, H] and rotary positions [3, T]."""
+    family = family_of(model)
     output = model.model.language_model(
         inputs_embeds=embeds[None],
-        position_ids=position_ids[:, None],
-        attention_mask=None,
+        position_ids=family.position_ids(position_ids[:, None]),
+        attention_mask=family.no_mask,
         use_cache=False,
         packing=packing,
         **more,
@@ -95,52 +100,6 @@ def _lay_out_completions(prompts: PromptBatch, completions: Sequence[Tensor]) ->
     none = torch.empty(0, dtype=torch.long)
     tokens = torch.cat([none, *(completion[:-1] for completion in completions)])
     return tokens, torch.cat([none.expand(3, 0), *steps], 1)
-
-
-def process_logits(
-    logits: Tensor, *, suppress_tokens: Tensor, temperature: float, top_p: float = 1.0, written: Tensor | None = None
-) -> Tensor:
-    """Logits [R, V] over the tokens that may be written, in at least fp32 and divided by the temperature.
-
-    Args:
-        logits: [R, V] of the vocabulary head; they are used up, for a copy of them may take a gigabyte.
-        suppress_tokens: Ids of tokens that are never written (vision tokens): their logit becomes -inf.
-        temperature: Sampling temperature, above 0.
-        top_p: Below 1, only the most probable tokens that together reach this probability may be written (nucleus
-            sampling, arXiv 1904.09751), and those that are as probable as the last of them.
-        written: [R] tokens that were written, which stay whatever their probability is by now.
-    """
-    logits = logits.to(at_least_fp32(logits.dtype))
-    logits = logits.index_fill_(-1, suppress_tokens, float("-inf"))
-    logits = logits if temperature == 1.0 else logits.div_(temperature)
-    if top_p == 1.0:
-        return logits
-    is_left_out = logits < nucleus_thresholds(logits.detach(), top_p)
-    if written is not None:
-        is_left_out.scatter_(1, written[:, None], False)
-    return logits.masked_fill_(is_left_out, float("-inf"))
-
-
-@torch.no_grad()
-def nucleus_thresholds(logits: Tensor, top_p: float) -> Tensor:
-    """[R, 1] the least logit among the most probable tokens of each row of [R, V] that together reach top_p."""
-    thresholds = []
-    for rows in logits.split(_SORTED_ROWS):
-        ordered = rows.sort(-1, descending=True).values
-        probs = ordered.softmax(-1)
-        num_kept = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True)
-        thresholds.append(ordered.gather(-1, num_kept - 1))
-    return torch.cat(thresholds)
-
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The type in which values are kept that half precision would spoil: fp32, or fp64 where the model has it."""
-    return torch.promote_types(torch.float32, dtype)
-
-
-def autocast_device(device: torch.device) -> str:
-    """Whose mixed precision holds there; on the meta device, where memory is planned, that of CUDA."""
-    return "cuda" if device.type == "meta" else device.type
 
 
 def argsort_by_length(lengths: Sequence[int]) -> list[int]:

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn, torch_chunk_gated_delta_rule
 
-from perception_r1.policy.forward import at_least_fp32, autocast_device
 from perception_r1.policy.packing import LengthBucket, Packing
+from perception_r1.policy.precision import at_least_fp32, autocast_device
 from perception_r1.policy.prompt_states import LayerStates, LinearStates
 
 

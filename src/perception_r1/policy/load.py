@@ -16,10 +16,8 @@ from transformers import (
 )
 
 from perception_r1.errors import UserError
-from perception_r1.policy.attention import NAME as SHARED_PROMPT
-from perception_r1.policy.families import FAMILIES, Family
-from perception_r1.policy.linear_attention import share_states
-from perception_r1.policy.vision import simplify_tower
+from perception_r1.policy.families import FAMILIES, Family, family_of
+from perception_r1.policy.processor import Processor
 
 EMBEDDED = "tiny"
 """Name of the model that comes with this package."""
@@ -85,8 +83,8 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     """Weights of the policy, without adapter, everything trainable.
 
     Raises:
-        UserError: The folder does not exist, its family is not one of ours, weights are missing or unexpected, or some
-            layers are of a kind that is not known for its family, as attention through a sliding window.
+        UserError: The folder does not exist, its family is not one of ours or computes in another way, or weights are
+            missing or unexpected.
     """
     family = model_family(config.name)
     try:
@@ -105,13 +103,8 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
             raise UserError(
                 f"{config.name} does not fit {family.name}: {len(names)} {kind.replace('_', ' ')}, first {names[0]}."
             )
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    if not kinds <= family.layer_types:
-        raise UserError(
-            f"{config.name} has layers of {', '.join(sorted(kinds))}; known of {family.name}: "
-            f"{', '.join(sorted(family.layer_types))}."
-        )
-    set_engine(model)
+    family.check(config.name, model.config)
+    family.prepare(model)
     return cast(PreTrainedModel, model)
 
 
@@ -127,11 +120,10 @@ class WithoutWeights(nn.Module):
             self.generation_config = GenerationConfig.from_model_config(self.config)
 
 
-def set_engine(model: PreTrainedModel) -> None:
-    """Let a model compute as this engine does: prompts that completions share, and a simpler vision tower."""
-    model.set_attn_implementation({"text_config": SHARED_PROMPT})
-    share_states(model.model.language_model)
-    simplify_tower(model)
+def load_processor(name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
+    """The processor of a hub id or folder, or `tiny`; see `Processor.load`."""
+    family = model_family(str(name))
+    return family.processor.load(model_path(str(name)), min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 def model_family(name: str) -> Family:
@@ -164,7 +156,8 @@ def prepare_for_training(model: PreTrainedModel, config: PolicyConfig) -> nn.Mod
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.freeze_vision:
-        model.model.visual.requires_grad_(False)
+        for module in family_of(model).vision_modules(model):
+            module.requires_grad_(False)
     if config.lora is None:
         return model
     from peft import LoraConfig as PeftLoraConfig

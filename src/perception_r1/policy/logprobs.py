@@ -14,17 +14,18 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from perception_r1.policy.batch import PromptBatch, to_device
-from perception_r1.policy.forward import argsort_by_length, forward_behind, packed_forward, process_logits
+from perception_r1.policy.families import VisionLanguageModel
+from perception_r1.policy.forward import argsort_by_length, forward_behind, packed_forward
+from perception_r1.policy.logits import process_logits
 from perception_r1.policy.packing import pack, pack_behind
 from perception_r1.policy.prompt_states import LayerStates, PromptStates
-from perception_r1.policy.vision import QwenVL
 
 _HEAD_ROWS = 2048
 """Rows of logits held at once in training; more are recomputed in backward. Below this chunking only costs time."""
 
 
 def completion_logprobs(
-    model: QwenVL,
+    model: VisionLanguageModel,
     prompts: PromptBatch,
     completions: Sequence[Tensor],
     *,
@@ -36,7 +37,7 @@ def completion_logprobs(
     """Log-probability of every completion token, as the sampler would have drawn it.
 
     Args:
-        model: A Qwen-VL causal model whose language model uses `policy/attention.py`.
+        model: A causal model whose language model uses `policy/attention.py`.
         prompts: B prompts.
         completions: N token id tensors on the CPU, the G completions of a prompt after one another, none empty.
         suppress_tokens: Ids of tokens that are never written.
@@ -66,12 +67,12 @@ def completion_logprobs(
         hidden = torch.cat([states.hidden, forward_behind(model, prompts, completions, packing)])
     targets = to_device(torch.cat(completions), hidden.device)
     predictors = hidden.index_select(0, packing.predictor_indices)
-    picked = _target_logprobs(model, predictors, targets, suppress_tokens, temperature, top_p)
+    picked = target_logprobs(model, predictors, targets, suppress_tokens, temperature, top_p)
     found = dict(zip(rows, picked.split(lengths), strict=True))
     return pad_sequence([found[row] for row in range(len(rows))], batch_first=True)
 
 
-def prompt_states(model: QwenVL, prompts: PromptBatch) -> PromptStates:
+def prompt_states(model: VisionLanguageModel, prompts: PromptBatch) -> PromptStates:
     """What completions need to know of a single prompt, with gradient where that is on."""
     recorded: dict[int, list[LayerStates]] = {}
     packing = replace(pack(prompts.lengths, [], model.model.get_input_embeddings().weight.device), recorded=recorded)
@@ -79,8 +80,13 @@ def prompt_states(model: QwenVL, prompts: PromptBatch) -> PromptStates:
     return PromptStates(layers={number: states for number, (states,) in recorded.items()}, hidden=hidden[-1:])
 
 
-def _target_logprobs(
-    model: QwenVL, hidden: Tensor, targets: Tensor, suppress_tokens: Tensor, temperature: float, top_p: float
+def target_logprobs(
+    model: VisionLanguageModel,
+    hidden: Tensor,
+    targets: Tensor,
+    suppress_tokens: Tensor,
+    temperature: float,
+    top_p: float,
 ) -> Tensor:
     """[targets] log-probabilities from [targets, H] hidden states; long ones in chunks recomputed in backward."""
 

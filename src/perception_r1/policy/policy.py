@@ -16,22 +16,28 @@ from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.cuda_graphs import GraphGenerator
 from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.families import Family, VisionLanguageModel, family_of
 from perception_r1.policy.load import (
     PolicyConfig,
     WithoutWeights,
     load_model,
+    load_processor,
     model_family,
-    model_path,
     prepare_for_training,
 )
 from perception_r1.policy.logprobs import completion_logprobs, prompt_states
-from perception_r1.policy.prefill import PromptCache, prefill
+from perception_r1.policy.prefill import prefill
 from perception_r1.policy.processor import Processor
+from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.prompt_states import PromptStates
+from perception_r1.policy.repeated import PaddedPrompts, generate_repeated, prefill_padded, repeated_logprobs
 from perception_r1.policy.rollout import Rollout, SamplingParams, generate
-from perception_r1.policy.vision import QwenVL, encode_images
 
-_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_VISION_TOKENS = (
+    *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+    *("boi_token_id", "eoi_token_id"),
+)
+"""By their names in configurations."""
 
 
 class Policy(nn.Module):
@@ -51,6 +57,7 @@ class Policy(nn.Module):
         self._graphs: GraphGenerator | None = None
         config = self.model.config
         found = {getattr(config, name, None) for name in _VISION_TOKENS}
+        found |= {processor.tokenizer.convert_tokens_to_ids(token) for token in self.family.vision_tokens}
         suppress_tokens = sorted(token for token in found if token is not None)
         eos_token_ids = self._end_tokens()
         self._closing_token = eos_token_ids[0]
@@ -62,16 +69,14 @@ class Policy(nn.Module):
     def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> Self:
         """Read a policy; one that is not trained (a reference) has no adapter, and every weight is frozen."""
         family, model = model_family(config.name), load_model(config)
-        bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-        processor = Processor.load(model_path(config.name), **bounds)
+        processor = load_processor(config.name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         return cls.from_model(model, processor, family.codec, config, is_trained=is_trained)
 
     @classmethod
     def without_weights(cls, config: PolicyConfig) -> Self:
         """A policy that encodes prompts and reads completions, while another engine has its weights."""
         family, network = model_family(config.name), WithoutWeights(config.name)
-        bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-        processor = Processor.load(model_path(config.name), **bounds)
+        processor = load_processor(config.name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         return cls(network, processor, family.codec, max_prompt_length=config.max_prompt_length)
 
     @classmethod
@@ -84,10 +89,15 @@ class Policy(nn.Module):
         return cls(network, processor, codec, max_prompt_length=config.max_prompt_length)
 
     @property
-    def model(self) -> QwenVL:
+    def model(self) -> VisionLanguageModel:
         """The causal model of transformers, inside its adapter if it has one."""
         network: Any = self.network
         return network.get_base_model() if hasattr(network, "get_base_model") else network
+
+    @property
+    def family(self) -> Family:
+        """That of the model."""
+        return family_of(self.model)
 
     @property
     def has_weights(self) -> bool:
@@ -129,21 +139,24 @@ class Policy(nn.Module):
     @property
     def is_vision_frozen(self) -> bool:
         """Nothing of the vision tower is trained: its features are the same in rollout, reference and loss."""
-        return not any(parameter.requires_grad for parameter in self.model.model.visual.parameters())
+        modules = self.family.vision_modules(self.model)
+        return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     @torch.no_grad()
     def encode_images(self, prompts: PromptBatch) -> PromptBatch:
         """The prompts with the features of their images, so that no later pass runs the vision tower again."""
-        return replace(prompts, image_features=encode_images(self.model, prompts))
+        return replace(prompts, image_features=self.family.encode_images(self.model, prompts))
 
-    def prefill(self, prompts: PromptBatch) -> PromptCache:
-        """Compute prompts once for any number of completions; see `policy/prefill.py`."""
-        return prefill(self.model, prompts)
+    def prefill(self, prompts: PromptBatch) -> PromptCache | PaddedPrompts:
+        """Compute prompts once for any number of completions; see `policy/prefill.py`, `policy/repeated.py`."""
+        return prefill(self.model, prompts) if self.family.shares_prompts else prefill_padded(self.model, prompts)
 
     def generate(
-        self, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
+        self, prompts: PromptCache | PaddedPrompts, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
     ) -> Rollout:
         """`group_size` completions of each prompt; see `policy/rollout.py`, and on CUDA `policy/cuda_graphs.py`."""
+        if isinstance(prompts, PaddedPrompts):
+            return generate_repeated(self.model, prompts, group_size=group_size, params=params, seeds=seeds)
         if self.device.type != "cuda":
             return generate(Decoder(self.model), prompts, group_size=group_size, params=params, seeds=seeds)
         if self._graphs is None or not self._graphs.decoder.is_compatible(self.model):
@@ -184,16 +197,11 @@ class Policy(nn.Module):
         top_p: float = 1.0,
         states: PromptStates | None = None,
     ) -> Tensor:
-        """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`."""
-        return completion_logprobs(
-            self.model,
-            prompts,
-            completions,
-            suppress_tokens=self.suppress_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            states=states,
-        )
+        """[B*G, T] log-probabilities of the completions' tokens; see `policy/logprobs.py`, `policy/repeated.py`."""
+        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "suppress_tokens": self.suppress_tokens}
+        if not self.family.shares_prompts:
+            return repeated_logprobs(self.model, prompts, completions, **options)
+        return completion_logprobs(self.model, prompts, completions, states=states, **options)
 
     @contextmanager
     def without_adapter(self) -> Iterator["Policy"]:

@@ -3,47 +3,22 @@
 Legend: B prompts, P prompt tokens (longest), K key-value heads, D head size, H hidden size.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from perception_r1.policy.batch import PromptBatch, move_together
+from perception_r1.policy.families import VisionLanguageModel
 from perception_r1.policy.forward import argsort_by_length, packed_forward
 from perception_r1.policy.packing import pack
+from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.prompt_states import KeysAndValues, LayerStates, LinearStates
-from perception_r1.policy.vision import QwenVL
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptCache:
-    """What the language model has computed of prompts, in the order in which they were given.
-
-    Attributes:
-        keys_and_values: Of each layer of full attention, by its number: [B, K, P, D], filled on the right.
-        linear_states: Of each layer of linear attention, by its number.
-        lengths: Tokens of each prompt, B entries.
-        input_ids: Ids of each prompt, on the CPU, B entries.
-        hidden: [B, H] last hidden state of the last token, which predicts the first completion token.
-        next_positions: Position of the first completion token of each prompt, B entries.
-    """
-
-    keys_and_values: Mapping[int, KeysAndValues]
-    linear_states: Mapping[int, LinearStates]
-    lengths: tuple[int, ...]
-    input_ids: tuple[Tensor, ...]
-    hidden: Tensor
-    next_positions: tuple[int, ...]
-
-    def tensors(self) -> list[Tensor]:
-        """What the layers hold."""
-        layers = (*self.keys_and_values.values(), *self.linear_states.values())
-        return [tensor for states in layers for tensor in states]
 
 
 @torch.no_grad()
-def prefill(model: QwenVL, prompts: PromptBatch) -> PromptCache:
+def prefill(model: VisionLanguageModel, prompts: PromptBatch) -> PromptCache:
     """Run the prompts through the language model, in one row without padding; the model is in evaluation mode."""
     device = model.model.get_input_embeddings().weight.device
     ordered = argsort_by_length(prompts.lengths)

@@ -1,40 +1,50 @@
 """Chat messages and pictures to PromptBatch, token ids to text: tokenizer and image processor of a model folder.
 
-The hub's own processor classes want a video processor, which wants torchvision; pictures need neither.
+What differs between families (placeholders, sizes, patches or tiles, positions) is in `families/`. The hub's own
+processor classes want a video processor, which wants torchvision; pictures need neither.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import Grid, PromptBatch, to_device
 from perception_r1.records import ImageSize
 
-IMAGE_TOKEN = "<|image_pad|>"
-MAX_ASPECT = 200
-"""Longest side of a picture over its shortest: what smart-resize of these families takes."""
 
+class Processor(ABC):
+    """Text and pictures in, tensors out, and back to text; each family has its own.
 
-class Processor:
-    """Text and pictures in, tensors out, and back to text."""
+    Attributes:
+        image_token: Stands for a picture in the text that the chat template writes.
+        feature_token: Stands for a single feature of a picture in a prompt.
+        image_processor_class: That of transformers, without torchvision.
+        sends_pictures: Whether another program that is sent a picture as the model sees it sees the same.
+    """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil) -> None:
+    image_token: ClassVar[str]
+    feature_token: ClassVar[str]
+    image_processor_class: ClassVar[Any]
+    sends_pictures: ClassVar[bool] = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
         if tokenizer.chat_template is None:
             raise UserError("The tokenizer has no chat template; use the folder of an instruction-tuned model.")
-        if IMAGE_TOKEN not in tokenizer.get_vocab():
-            raise UserError(f"The tokenizer does not know {IMAGE_TOKEN}; use the tokenizer files of a Qwen-VL model.")
+        if self.feature_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"The tokenizer does not know {self.feature_token}; use the tokenizer files that belong to the model."
+            )
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self._levels = _levels(image_processor)
@@ -42,28 +52,99 @@ class Processor:
         can_think = "enable_thinking" in str(tokenizer.chat_template)
         self.template_options: dict[str, bool] = {"enable_thinking": False} if can_think else {}
         """For a chat template that knows thinking: tasks read an answer as a whole, so there is none before it."""
-        self.image_token_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        self.image_token_id = cast(int, tokenizer.convert_tokens_to_ids(self.feature_token))
 
     @classmethod
-    def load(cls, name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> "Processor":
+    def load(cls, name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Self:
         """Read tokenizer and image processor from a hub id or a folder; a bound of None is the model's own.
 
         Raises:
-            UserError: Files are missing, a bound is not positive, or `min_pixels` exceeds `max_pixels`.
+            UserError: Files are missing, a bound is not positive or not known to the family, or `min_pixels` exceeds
+                `max_pixels`.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-            image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+            image_processor = cls.image_processor_class.from_pretrained(name)
+            layout = cls.read_layout(AutoConfig.from_pretrained(name))
         except (OSError, ValueError) as error:
             raise UserError(f"Tokenizer and image processor of {name} cannot be loaded: {error}") from error
-        low = image_processor.size["shortest_edge"] if min_pixels is None else min_pixels
-        high = image_processor.size["longest_edge"] if max_pixels is None else max_pixels
-        if low < 1:
-            raise UserError(f"min_pixels is {low}; it must be 1 or more.")
-        if low > high:
-            raise UserError(f"min_pixels ({low}) must not exceed max_pixels ({high}).")
-        image_processor.size = {"shortest_edge": low, "longest_edge": high}
-        return cls(tokenizer, image_processor)
+        processor = cls(tokenizer, image_processor, **layout)
+        if min_pixels is not None and min_pixels < 1:
+            raise UserError(f"min_pixels is {min_pixels}; it must be 1 or more.")
+        processor.set_bounds(min_pixels, max_pixels)
+        return processor
+
+    @classmethod
+    def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: Any) -> Self:
+        """That of a model of which there is a configuration alone, with a tokenizer of another: enough for planning."""
+        tokenizer.add_tokens([cls.image_token, cls.feature_token])
+        processor = cls(tokenizer, cls.image_processor_class(**cls.image_options(config)), **cls.read_layout(config))
+        processor.image_token_id = config.image_token_id
+        return processor
+
+    @classmethod
+    def read_layout(cls, config: Any) -> dict[str, Any]:
+        """What the constructor has to know of the model's configuration."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def image_options(cls, config: Any) -> dict[str, Any]:
+        """Options of the image processor that belongs to a model's configuration."""
+
+    @abstractmethod
+    def set_bounds(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Bound the pixels of pictures as the model sees them; None keeps a bound; raises as `load` does."""
+
+    @property
+    @abstractmethod
+    def pixel_bounds(self) -> tuple[int, int]:
+        """Fewest and most pixels of a picture as the model sees it."""
+
+    @abstractmethod
+    def image_size(self, width: int, height: int) -> ImageSize:
+        """Sizes of a picture of this size, without the picture itself.
+
+        Raises:
+            UserError: The model cannot take such a picture.
+        """
+
+    @property
+    @abstractmethod
+    def largest_image_size(self) -> ImageSize:
+        """Sizes of the picture with the most tokens."""
+
+    @abstractmethod
+    def grid(self, image_size: ImageSize) -> Grid:
+        """Patches of a picture of these sizes; see `PromptBatch`."""
+
+    @abstractmethod
+    def pixel_shape(self, grid: Grid) -> tuple[int, ...]:
+        """Of the pixels of a picture with these patches, as the model takes them."""
+
+    @abstractmethod
+    def num_image_tokens(self, image_size: ImageSize) -> int:
+        """Features of a picture of these sizes, each of which is a token."""
+
+    @abstractmethod
+    def encode_pictures(self, pictures: Sequence[Image.Image], grids: Sequence[Grid]) -> Sequence[Tensor]:
+        """Pixels of pictures, which have these patches, as bytes; see `PromptBatch`."""
+
+    @abstractmethod
+    def picture(self, pixels: Tensor, grid: Grid) -> Image.Image:
+        """A picture as the model sees it, from its pixels as `normalize` leaves them."""
+
+    def placeholder(self, num_tokens: int) -> str:
+        """What stands for a picture in the text of a prompt."""
+        return self.feature_token * num_tokens
+
+    def positions(self, input_ids: list[int], grids: Sequence[Grid]) -> Tensor:
+        """[3, P] rotary positions of a prompt, whose pictures have these patches; here one follows another."""
+        return torch.arange(len(input_ids)).expand(3, -1)
+
+    def spread(self, values: Tensor, pixels: Tensor) -> Tensor:
+        """Values [N, channels, values of a patch or tile] of pixels [N, ...], as the model takes them."""
+        return values.view(pixels.shape)
 
     def save(self, folder: Path) -> None:
         """Write the files of tokenizer and image processor in the hub's layout."""
@@ -90,36 +171,31 @@ class Processor:
             max_tokens: Longest prompt that is accepted.
 
         Raises:
-            UserError: A prompt is too long, names another number of pictures, or has one that is too narrow.
+            UserError: A prompt is too long, names another number of pictures, or has one that the model cannot take.
 
         Returns:
-            A batch whose `pixel_values` are bytes: I entries [N, channels * patch height * patch width].
+            A batch whose `pixel_values` are bytes.
         """
-        pictures = [image for group in images for image in group]
-        for image in pictures:
-            check_aspect(*image.size)
-        as_bytes: dict[str, Any] = {"do_rescale": False, "do_normalize": False, "temporal_patch_size": 1}
-        pixels = self.image_processor(images=pictures, return_tensors="pt", **as_bytes)
-        grids: list[Grid] = [tuple(grid) for grid in pixels["image_grid_thw"].tolist()]
-        size = self.image_processor.merge_size
-        merged = iter([(times, rows // size, columns // size) for times, rows, columns in grids])  # in tokens
-        merged_of = [[next(merged) for _ in group] for group in images]
+        sizes = [[self.image_size(*image.size) for image in group] for group in images]
+        grids_of = [[self.grid(image_size) for image_size in own] for own in sizes]
+        grids = [grid for own in grids_of for grid in own]
+        pixels = self.encode_pictures([image for group in images for image in group], grids)
         options: dict[str, Any] = {"add_generation_prompt": True, **self.template_options}
         texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, **options)
-        expanded = [_expand(text, list(map(prod, own))) for text, own in zip(texts, merged_of, strict=True)]
+        expanded = [self._expand(text, own) for text, own in zip(texts, sizes, strict=True)]
         rows: list[list[int]] = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
         if max_tokens is not None:
             _check_length(max(map(len, rows)), max_tokens)
-        positions = [rotary_positions(row, own, self.image_token_id) for row, own in zip(rows, merged_of, strict=True)]
+        positions = [self.positions(row, own) for row, own in zip(rows, grids_of, strict=True)]
         return PromptBatch(
             input_ids=tuple(torch.tensor(row) for row in rows),
             position_ids=tuple(positions),
             next_positions=tuple(int(position.max()) + 1 for position in positions),
             chats=tuple(chats),
             num_images=tuple(len(group) for group in images),
-            image_sizes=tuple(self.image_size(*group[0].size) for group in images),
+            image_sizes=tuple(group[0] for group in sizes),
             image_grids=tuple(grids),
-            pixel_values=pixels["pixel_values"].to(torch.uint8).split([prod(grid) for grid in grids]),
+            pixel_values=tuple(pixels),
         )
 
     def normalize(self, prompts: PromptBatch) -> PromptBatch:
@@ -128,10 +204,10 @@ class Processor:
         The values are those of the image processor, bit by bit, for they are looked up in what it makes of all bytes.
         """
         pixels = torch.cat(prompts.pixel_values)
-        levels, times = to_device(self._levels, pixels.device), self.image_processor.temporal_patch_size
+        levels = to_device(self._levels, pixels.device)
         channels = pixels.view(len(pixels), len(levels), -1).unbind(1)
-        values = torch.stack([level[part.long()] for level, part in zip(levels, channels, strict=True)], 1)
-        values = values[:, :, None].expand(-1, -1, times, -1).flatten(1)  # [N, channels * times * height * width]
+        looked_up = torch.stack([level[part.long()] for level, part in zip(levels, channels, strict=True)], 1)
+        values = self.spread(looked_up, pixels)
         return replace(prompts, pixel_values=values.split([len(image) for image in prompts.pixel_values]))
 
     def pictures(self, prompts: PromptBatch) -> list[list[Image.Image]]:
@@ -139,19 +215,14 @@ class Processor:
 
         An image processor with the same bounds leaves such a picture as it is, so others see the same pixels too.
         """
-        pictures = (self._picture(*each) for each in zip(prompts.pixel_values, prompts.image_grids, strict=True))
+        pictures = (self.picture(*each) for each in zip(prompts.pixel_values, prompts.image_grids, strict=True))
         return [list(islice(pictures, count)) for count in prompts.num_images]
 
-    def _picture(self, patches: Tensor, grid: Grid) -> Image.Image:
-        """A picture from its patches [N, channels * times * height * width]."""
-        size, side = self.image_processor.merge_size, self.image_processor.patch_size
-        channels, (_, rows, columns) = len(self._levels), grid
-        darkest, brightest = self._levels[:, :1], self._levels[:, -1:]
-        values = patches.cpu().view(len(patches), channels, -1, side * side)[:, :, 0]  # [N, channels, side * side]
-        pixels = ((values - darkest) / (brightest - darkest) * 255).round().to(torch.uint8)
-        blocks = pixels.view(rows // size, columns // size, size, size, channels, side, side)
-        pixels = blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, channels)
-        return Image.fromarray(pixels.numpy())
+    def to_bytes(self, values: Tensor) -> Tensor:
+        """Bytes [N, channels, ...] from the values that `normalize` has made of them, on the CPU."""
+        shape = len(self._levels), *[1] * (values.ndim - 2)
+        darkest, brightest = self._levels[:, 0].view(shape), self._levels[:, -1].view(shape)
+        return ((values.cpu() - darkest) / (brightest - darkest) * 255).round().to(torch.uint8)
 
     def without_repeats(self, input_ids: Tensor) -> list[int]:
         """Token ids of a prompt with one placeholder for each picture, from [P] with one for each of its features."""
@@ -160,24 +231,11 @@ class Processor:
         ids: list[int] = input_ids[~is_repeat].tolist()
         return ids
 
-    def image_size(self, width: int, height: int) -> ImageSize:
-        """Sizes of a picture of this size, without the picture itself; raises as `check_aspect` does."""
-        check_aspect(width, height)
-        resized_height, resized_width = smart_resize(
-            height,
-            width,
-            factor=self.image_processor.patch_size * self.image_processor.merge_size,
-            min_pixels=self.image_processor.size["shortest_edge"],
-            max_pixels=self.image_processor.size["longest_edge"],
-        )
-        return ImageSize(width=width, height=height, resized_width=resized_width, resized_height=resized_height)
-
     def num_prompt_tokens(self, chat: list[dict[str, Any]], image_size: ImageSize) -> int:
         """Tokens of a prompt with one picture, without the picture itself."""
         options: dict[str, Any] = {"add_generation_prompt": True, **self.template_options}
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
-        patches = image_size.resized_width * image_size.resized_height // self.image_processor.patch_size**2
-        expanded = _expand(cast(str, text), [patches // self.image_processor.merge_size**2])
+        expanded = self._expand(cast(str, text), [image_size])
         return len(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
 
     def check_prompt(self, chat: list[dict[str, Any]], *, width: int, height: int, max_tokens: int | None) -> None:
@@ -217,45 +275,20 @@ class Processor:
         options = {"skip_special_tokens": not has_special_tokens, "clean_up_tokenization_spaces": False}
         return self.tokenizer.batch_decode(rows, **options)
 
-
-def rotary_positions(input_ids: list[int], grids: Sequence[Grid], image_token_id: int) -> Tensor:
-    """Positions in time, height and width of a prompt's tokens, as these families count them.
-
-    A text token goes on by one in all three. The tokens of an image are counted in each direction from where the image
-    begins, and the text behind it goes on behind its longer side.
-
-    Args:
-        input_ids: P token ids.
-        grids: Tokens of each image in time, height and width.
-        image_token_id: Which ids stand for image features.
-
-    Returns:
-        [3, P].
-
-    >>> rotary_positions([7, 9, 9, 7], [(1, 1, 2)], image_token_id=9).tolist()
-    [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
-    """
-    blocks, position, index = [], 0, 0
-    for grid in grids:
-        start = input_ids.index(image_token_id, index)
-        blocks.append(torch.arange(start - index).expand(3, -1) + position)
-        position += start - index
-        blocks.append(torch.cartesian_prod(*map(torch.arange, grid)).T + position)
-        position += max(grid[1:])
-        index = start + prod(grid)
-    blocks.append(torch.arange(len(input_ids) - index).expand(3, -1) + position)
-    return torch.cat(blocks, 1)
+    def _expand(self, text: str, image_sizes: Sequence[ImageSize]) -> str:
+        """The prompt's text with all that stands for its pictures."""
+        parts = text.split(self.image_token)
+        num_features = sum(part.count(self.feature_token) for part in parts)
+        if len(parts) != len(image_sizes) + 1 or num_features:
+            raise UserError(
+                f"A prompt names {len(parts) - 1} pictures but has {len(image_sizes)}; does its text contain "
+                f"{self.feature_token}, or does the chat template ignore pictures?"
+            )
+        pictures = [self.placeholder(self.num_image_tokens(image_size)) for image_size in image_sizes]
+        return parts[0] + "".join(picture + part for picture, part in zip(pictures, parts[1:], strict=True))
 
 
-def check_aspect(width: int, height: int) -> None:
-    """Refuse, with a `UserError`, a picture that is too narrow for smart-resize."""
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(
-            f"A picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other."
-        )
-
-
-def _levels(image_processor: Qwen2VLImageProcessorPil) -> Tensor:
+def _levels(image_processor: Any) -> Tensor:
     """[channels, 256] what an image processor makes of every byte of every channel."""
     levels = np.tile(np.arange(256, dtype=np.uint8), (len(image_processor.image_mean), 1, 1))
     if image_processor.do_rescale:
@@ -270,14 +303,3 @@ def _check_length(num_tokens: int, max_tokens: int) -> None:
         raise UserError(
             f"A prompt has {num_tokens} tokens but max_prompt_length is {max_tokens}; raise it or lower max_pixels."
         )
-
-
-def _expand(text: str, num_tokens: list[int]) -> str:
-    """The prompt's text with each picture's placeholder repeated once per feature of the picture."""
-    parts = text.split(IMAGE_TOKEN)
-    if len(parts) != len(num_tokens) + 1:
-        raise UserError(
-            f"A prompt names {len(parts) - 1} pictures but has {len(num_tokens)}; "
-            f"does its text contain {IMAGE_TOKEN}, or does the chat template ignore pictures?"
-        )
-    return parts[0] + "".join(IMAGE_TOKEN * n + part for n, part in zip(num_tokens, parts[1:], strict=True))

@@ -11,8 +11,9 @@ Legend: B prompts, G completions per prompt, N = B*G completions, R rows that ar
 completion, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from torch import Tensor
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.forward import at_least_fp32, process_logits
-from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.logits import process_logits
+from perception_r1.policy.precision import at_least_fp32
+from perception_r1.policy.prompt_cache import PromptCache
 
 _COMPACTION_THRESHOLD = 0.75
 """Finished rows leave once the rest is at most this share: moving the others costs a copy of their keys and values."""
@@ -94,12 +96,12 @@ class GenerationBuffer:
             is_repeated = torch.zeros(num_rows, logits.shape[1], dtype=torch.bool, device=logits.device)
         return cls(tokens=tokens, logprobs=values, entropies=values.clone(), is_repeated=is_repeated)
 
-    def load(self, prompts: PromptCache, group_size: int) -> None:
-        """Note the tokens of the prompts, and no others, where they matter."""
+    def load(self, prompts: Sequence[Tensor], group_size: int) -> None:
+        """Note the tokens of the prompts, and no others, where they matter; they are ids on the CPU."""
         if self.is_repeated is None:
             return
         self.is_repeated.zero_()
-        for rows, input_ids in zip(self.is_repeated.split(group_size), prompts.input_ids, strict=True):
+        for rows, input_ids in zip(self.is_repeated.split(group_size), prompts, strict=True):
             rows.index_fill_(1, to_device(input_ids, rows.device), True)
 
     def select(self, rows: Tensor) -> "GenerationBuffer":
@@ -124,19 +126,54 @@ def generate(
     decoder: Decoder, prompts: PromptCache, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
 ) -> Rollout:
     """Write G completions of each of B prompts, eagerly, from B seeds; the decoder's model computed the prompts."""
-    num_tokens = params.max_new_tokens
-    uniforms = draw_uniforms(seeds, group_size, params, decoder.device)  # [N, T]
-    position_embeddings = decoder.position_embeddings(prompts, num_tokens)
+    position_embeddings = decoder.position_embeddings(prompts, params.max_new_tokens)
     cache: SharedPromptCache | ContiguousCache
     if group_size == 1:
         cache = ContiguousCache(prompts, position_embeddings, dtype=decoder.dtype)
     else:
         cache = SharedPromptCache(prompts, position_embeddings, num_rows=group_size, dtype=decoder.dtype)
-    logits = decoder.first_logits(prompts).repeat_interleave(group_size, 0)
+    logits = decoder.first_logits(prompts)
+    return decode(decoder, cache, logits, prompts.input_ids, group_size=group_size, params=params, seeds=seeds)
+
+
+class SelectsRows(Protocol):
+    """What has been computed of rows."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Let go of all rows but these, given as [B', S'] numbers; those of one line share a prompt."""
+
+
+C = TypeVar("C", bound=SelectsRows)
+
+
+def decode(
+    next_logits: Callable[[Tensor, C], Tensor],
+    cache: C,
+    logits: Tensor,
+    prompts: Sequence[Tensor],
+    *,
+    group_size: int,
+    params: SamplingParams,
+    seeds: Sequence[int],
+) -> Rollout:
+    """Write G completions of each of B prompts that are computed, token by token.
+
+    Args:
+        next_logits: [R, V] from a token of each row [R], which the cache takes up.
+        cache: Of the rows.
+        logits: [B, V] of the first completion token.
+        prompts: Token ids on the CPU.
+        group_size: G.
+        params: How completions are written.
+        seeds: B numbers.
+    """
+    num_tokens = params.max_new_tokens
+    uniforms = draw_uniforms(seeds, group_size, params, logits.device)  # [N, T]
+    logits = logits.repeat_interleave(group_size, 0)
     buffer = GenerationBuffer.empty(len(uniforms), params, logits)
     buffer.load(prompts, group_size)
-    indices = torch.arange(len(uniforms), device=decoder.device).view(-1, group_size)  # completion of each row
-    ended = torch.zeros(indices.shape, dtype=torch.bool, device=decoder.device)
+    indices = torch.arange(len(uniforms), device=logits.device).view(-1, group_size)  # completion of each row
+    ended = torch.zeros(indices.shape, dtype=torch.bool, device=logits.device)
     for step in range(num_tokens):
         flat = indices.flatten()
         is_repeated = None if buffer.is_repeated is None else buffer.is_repeated[flat]
@@ -153,7 +190,7 @@ def generate(
         if rows.numel() <= _COMPACTION_THRESHOLD * ended.numel():
             cache.select_rows(rows)
             tokens, indices, ended = tokens[rows.flatten()], indices.flatten()[rows], ended.flatten()[rows]
-        logits = decoder(tokens, cache)
+        logits = next_logits(tokens, cache)
     return trim_completions(buffer, params)
 
 

@@ -6,8 +6,8 @@ Legend: B prompts, S rows of each.
 import torch
 from torch import Tensor
 
-from perception_r1.policy.forward import at_least_fp32
-from perception_r1.policy.prefill import PromptCache
+from perception_r1.policy.precision import at_least_fp32
+from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.prompt_states import LinearStates
 
 

@@ -25,8 +25,8 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
     Embedding, vocabulary head, which may be one tensor, and the rest outside of blocks are gathered together for a
     whole pass.
     """
-    model = policy.model.model
-    for block in (*model.visual.blocks, *model.language_model.layers):
+    model = policy.model
+    for block in (*policy.family.vision_blocks(model), *model.model.language_model.layers):
         fully_shard(block, mesh=mesh)
     fully_shard(policy, mesh=mesh)
     policy.register_forward_pre_hook(_wrap, prepend=True)  # before those of fully_shard

@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from perception_r1.data.synthetic.worlds import Scene
 from perception_r1.embedded.pretraining.dense import owners
 from perception_r1.policy.attention import shared_prompt_attention
-from perception_r1.policy.vision import QwenVL
+from perception_r1.policy.families import VisionLanguageModel
 
 _NAME = "shared_prompt_with_scores"
 _DECISIVE = 3
@@ -80,7 +80,7 @@ def _characters(count: int, answer: Sequence[str]) -> Iterator[Sequence[int]]:
         done = after
 
 
-def keep_scores(model: QwenVL) -> None:
+def keep_scores(model: VisionLanguageModel) -> None:
     """Let every attention layer of the language model keep what `attention_loss` needs of the last row."""
     model.set_attn_implementation({"text_config": _NAME})
 

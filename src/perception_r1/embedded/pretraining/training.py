@@ -30,8 +30,9 @@ from perception_r1.embedded.pretraining.batch import PretrainingBatch, make_batc
 from perception_r1.embedded.pretraining.dense import DenseHead
 from perception_r1.embedded.pretraining.questions import page, shape_scene
 from perception_r1.embedded.pretraining.supervised_attention import attention_loss, keep_scores
-from perception_r1.policy.forward import lay_out_row, packed_forward, process_logits
+from perception_r1.policy.forward import lay_out_row, packed_forward
 from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.logits import process_logits
 from perception_r1.policy.packing import pack
 from perception_r1.policy.policy import Policy
 

@@ -13,9 +13,10 @@ from transformers import Qwen3_5Config
 from perception_r1.codecs import Qwen3VLCodec
 from perception_r1.policy.cache import DecodeCache
 from perception_r1.policy.decoder_layers import Attention, DecoderLayer, FusedLinear, Mixer
-from perception_r1.policy.families.base import Family
-from perception_r1.policy.forward import at_least_fp32
-from perception_r1.policy.linear_attention import gates, next_token_linear_attention
+from perception_r1.policy.families.base import VisionLanguageModel
+from perception_r1.policy.families.qwen_vl import QwenVL
+from perception_r1.policy.linear_attention import gates, next_token_linear_attention, share_states
+from perception_r1.policy.precision import at_least_fp32
 
 
 class GatedAttention(Attention):
@@ -79,7 +80,7 @@ class Qwen35DecoderLayer(DecoderLayer):
         return GatedAttention(layer.self_attn, config, dtype, self.normalise)
 
 
-class Qwen35(Family):
+class Qwen35(QwenVL):
     """See `Family`."""
 
     name = "qwen3_5"
@@ -87,6 +88,11 @@ class Qwen35(Family):
     patch_size = 16
     decoder_layer = Qwen35DecoderLayer
     layer_types = frozenset({"full_attention", "linear_attention"})
+
+    def prepare(self, model: VisionLanguageModel) -> None:
+        """See `Family`."""
+        super().prepare(model)
+        share_states(model.model.language_model)
 
     def small_config(self, text: dict[str, Any], vision: dict[str, Any], **common: Any) -> Any:
         """See `Family`."""

@@ -5,10 +5,10 @@ from typing import Any
 from transformers import Qwen3VLConfig
 
 from perception_r1.codecs import Qwen3VLCodec
-from perception_r1.policy.families.base import Family
+from perception_r1.policy.families.qwen_vl import QwenVL
 
 
-class Qwen3VL(Family):
+class Qwen3VL(QwenVL):
     """See `Family`."""
 
     name = "qwen3_vl"
@@ -16,7 +16,7 @@ class Qwen3VL(Family):
     patch_size = 16
 
     def small_config(self, text: dict[str, Any], vision: dict[str, Any], **common: Any) -> Any:
-        """See `Family`."""
+        """See `QwenVL`."""
         return Qwen3VLConfig(text_config=qwen3_text(text), vision_config=qwen3_vision(vision), **common)
 
 

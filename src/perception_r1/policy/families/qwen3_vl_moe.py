@@ -53,7 +53,7 @@ class Qwen3VLMoe(Qwen3VL):
         model.save_pretrained(folder, state_dict=state, save_original_format=False)
 
     def small_config(self, text: dict[str, Any], vision: dict[str, Any], **common: Any) -> Qwen3VLMoeConfig:
-        """See `Family`; of its layers every second one has experts."""
+        """See `QwenVL`; of its layers every second one has experts."""
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": text["intermediate_size"] // 2}
         experts |= {"decoder_sparse_step": 2, "norm_topk_prob": True}  # the last is read by vLLM
         return Qwen3VLMoeConfig(text_config=qwen3_text(text) | experts, vision_config=qwen3_vision(vision), **common)

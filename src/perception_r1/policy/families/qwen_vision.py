@@ -1,4 +1,4 @@
-"""Image features: the vision tower runs on the device, and what it needs to know of sizes is computed on the host.
+"""Image features of Qwen-VL: the tower runs on the device, and what it needs to know of sizes is computed on the host.
 
 The towers of transformers work out positions, windows and segments from a tensor of sizes; on the device that means
 waiting for it many times a pass. They also take the results from outside, and so they do here.
@@ -7,7 +7,7 @@ Legend: I images, H hidden size of the language model.
 """
 
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,12 @@ from transformers.vision_utils import (
 )
 
 from perception_r1.policy.batch import PromptBatch, to_device
+from perception_r1.policy.families.base import VisionLanguageModel
 from perception_r1.policy.segments import NAME as SEGMENTED
 from perception_r1.policy.segments import cut
 
-QwenVL: TypeAlias = Any
-"""A `...ForConditionalGeneration` of the Qwen-VL families, for which transformers has no common type."""
 
-
-def simplify_tower(model: QwenVL) -> None:
+def simplify_tower(model: VisionLanguageModel) -> None:
     """Let the tower compute the same in fewer and larger products.
 
     Equal segments are attended to in one call, where its attention is torch's own. Patches, which do not
@@ -49,7 +47,7 @@ def _embed_patches(convolution: nn.Conv3d, pixels: Tensor) -> Tensor:
     return F.linear(pixels.to(weight.dtype), weight.flatten(1), convolution.bias)
 
 
-def encode_images(model: QwenVL, prompts: PromptBatch) -> tuple[Tensor, ...]:
+def encode_images(model: VisionLanguageModel, prompts: PromptBatch) -> tuple[Tensor, ...]:
     """Run the vision tower once on every image; see `PromptBatch.image_features`."""
     pixels, grids = torch.cat(prompts.pixel_values), torch.tensor(prompts.image_grids)
     geometry = _geometry(model.model.visual, grids, pixels.device)
