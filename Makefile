@@ -34,7 +34,7 @@ INSTALLED := $(USED)/.installed
 CONFIG := --task $(TASK) --model $(MODEL) $(DATA:%=--data %) $(RECIPE:%=--recipe %) $(VARIANT:%=--variant %) $(PROTOCOL:%=--protocol %) $(ENGINE:%=--engine %)
 OPTIONS := --seed_everything $(SEED) $(ARGS)
 
-.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict report serve export push pretrain tensorboard test test-slow test-vllm lint format docs clean
+.PHONY: help install install-vllm train sft eval check stats fetch convert plan predict report serve export push pretrain tensorboard test test-slow test-vllm lint format lock audit docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,10 +42,13 @@ help: ## List the targets
 
 install: $(INSTALLED) ## Install everything into .venv
 
-$(VENV)/.installed: pyproject.toml
+# torch and what it brings come first, for they depend on the machine; all else is that of the lock file, byte by byte.
+$(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
-	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VENV)/bin/pip check
 	touch $@
 
 install-vllm: $(VLLM_VENV)/.installed ## Install vLLM and this package into .venv-vllm
@@ -120,6 +123,13 @@ lint: $(INSTALLED) ## Check style and types
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: $(INSTALLED) ## Renew requirements.lock: the newest versions that pyproject.toml allows, with their SHA-256
+	echo "torch; python_version < '0'" | $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	  --upgrade --generate-hashes --no-annotate --override - --custom-compile-command "make lock" --quiet --output-file requirements.lock
+
+audit: $(INSTALLED) ## Ask for known vulnerabilities of the locked packages
+	$(BIN)/python .ci/audit.py
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED) ## Build the documentation as a site in site/

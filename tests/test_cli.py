@@ -18,6 +18,7 @@ from perception_r1.cli import main
 from perception_r1.commands.training import PerceptionCLI, find_checkpoint
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
+from perception_r1.policy.checkpoint_file import save_file
 from perception_r1.tasks import TASKS
 from tests.evaluation.evaluating import write_sources
 
@@ -284,7 +285,7 @@ def make_checkpoint(folder, version, name, *, age):
     path = folder / f"version_{version}" / "checkpoints" / f"{name}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     loops = {"epoch_loop.batch_progress": {"total": {"completed": version}}}
-    torch.save({"global_step": 2 * version, "loops": {"fit_loop": loops}, "callbacks": {"Checkpoints": {}}}, path)
+    save_file({"global_step": 2 * version, "loops": {"fit_loop": loops}, "callbacks": {"Checkpoints": {}}}, path)
     os.utime(path, (1e9 - age, 1e9 - age))
     return path
 
@@ -309,6 +310,37 @@ def test_going_on_from_the_last_checkpoint_stays_in_its_folder(fitted, tmp_path)
     assert Path(other.ckpt_path).resolve() == newest
     assert Path(other.trainer.log_dir).resolve().parent == logs
     assert Path(other.trainer.log_dir).name.startswith("eval-")
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(fitted, tmp_path, caplog):
+    logs = tmp_path / "logs" / "counting"
+    last, before = make_checkpoint(logs, 3, "last", age=5), make_checkpoint(logs, 3, "previous", age=9)
+    good = before.read_bytes()
+    last.write_bytes(last.read_bytes()[:-30])
+    damaged = last.read_bytes()
+    tested = fitted("--ckpt_path", "last", command="test")
+    assert Path(tested.ckpt_path).resolve() == before
+    assert last.read_bytes() == damaged  # an evaluation changes nothing
+    caplog.clear()
+    run = fitted("--ckpt_path", "last")
+    assert Path(run.ckpt_path).resolve() == last
+    assert last.read_bytes() == good
+    assert last.with_name("damaged.ckpt").read_bytes() == damaged
+    assert not before.exists()
+    (record,) = caplog.records
+    assert "last.ckpt is damaged" in record.getMessage()
+    assert "previous.ckpt, of step 6" in record.getMessage()
+
+
+def test_without_a_checkpoint_before_a_damaged_one_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last = make_checkpoint(tmp_path / "logs" / "counting", 0, "last", age=5)
+    last.write_bytes(b"")
+    for command in ("fit", "test"):
+        assert main([command, *COUNTING, "--ckpt_path", "last"]) == 2
+        error = capsys.readouterr().err
+        assert "last.ckpt is empty, cut off or no checkpoint at all." in error
+        assert error.count("\n") == 1
 
 
 def test_checkpoints_are_looked_for_where_the_logger_writes(fitted, tmp_path):

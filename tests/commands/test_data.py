@@ -447,12 +447,12 @@ def test_a_conversion_that_is_killed_leaves_no_file_of_rows(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "out")])
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("out/*")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob("out/*.tmp")) and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data.jsonl.tmp"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "data.jsonl.tmp"]
 
 
 # ------------------------------------------------------------------------------------------------- fetch

@@ -9,6 +9,7 @@ import yaml
 
 from perception_r1.commands.runs import checkpoint_path, is_run, load_checkpoint, open_run
 from perception_r1.errors import UserError
+from perception_r1.policy.checkpoint_file import save_file
 from perception_r1.policy.load import LoraConfig
 from perception_r1.tasks.detection import Detection
 from perception_r1.tasks.grounding import Grounding
@@ -93,6 +94,9 @@ def test_checkpoints_have_names_or_are_files(runs, copy):
     assert checkpoint_path(run, str(file)) == file
     with pytest.raises(UserError, match=r"no checkpoint none\.ckpt: .* it has best and last"):
         checkpoint_path(run, "none.ckpt")
+    (copy / "checkpoints" / "last.ckpt").rename(copy / "checkpoints" / "previous.ckpt")
+    assert checkpoint_path(run, "last") == copy / "checkpoints" / "previous.ckpt"
+    (copy / "checkpoints" / "previous.ckpt").rename(copy / "checkpoints" / "last.ckpt")
     (copy / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(UserError, match=r"has no best\.ckpt: .* it has last$"):
         checkpoint_path(run, "best")
@@ -117,7 +121,7 @@ def test_a_policy_gets_exactly_the_weights_of_its_checkpoint(runs, kind, step):
 def spoilt_checkpoint(run, path, change):
     checkpoint = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
     change(checkpoint)
-    torch.save(checkpoint, path)
+    save_file(checkpoint, path)
     return path
 
 
@@ -154,10 +158,13 @@ def test_a_checkpoint_of_another_training_does_not_fit(runs):
         load_checkpoint(open_run(runs["full"]).policy, runs["lora"] / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
-def test_a_file_that_is_no_checkpoint_is_one_sentence(runs, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "is empty"), (b"no checkpoint", "no checkpoint at all"), (b"PK\x03\x04 cut off", "is damaged")],
+)
+def test_a_file_that_is_no_checkpoint_is_one_sentence(runs, tmp_path, content, words):
     path = tmp_path / "file.ckpt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"file\.ckpt cannot be read: ") as error:
+    with pytest.raises(UserError, match=rf"file\.ckpt .*{words}") as error:
         load_checkpoint(open_run(runs["full"]).policy, path)
     assert "\n" not in str(error.value)

@@ -295,7 +295,7 @@ def test_two_fetches_in_a_folder_do_each_other_no_harm(server, tmp_path):
         first = pool.submit(fetch, wanted, num_threads=4)
         while not any(item.path.exists() for item in wanted):
             time.sleep(0.005)
-        with pytest.raises(UserError, match=f"^{tmp_path}: another fetch is at work in this folder; wait "):
+        with pytest.raises(UserError, match=f"^{tmp_path} is in use by another fetch, process {os.getpid()} on "):
             fetch(wanted)
         assert first.result() == report(fetched=40)
     assert names(tmp_path) == {item.sha256 for item in wanted}

@@ -15,6 +15,7 @@ from perception_r1.embedded.model import BASE, build_model_folder
 from perception_r1.engines import NativeEngine, ServerEngine, VLLMEngine
 from perception_r1.engines.base import EngineContext
 from perception_r1.errors import UserError
+from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig, model_path
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle

@@ -1,16 +1,19 @@
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from perception_r1.callbacks.checkpoints import next_log_step
+from perception_r1.callbacks.checkpoints import next_log_step, repair_last
 from perception_r1.engines import NativeEngine
 from perception_r1.engines.base import EngineError
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
+from perception_r1.policy.checkpoint import verify
+from perception_r1.policy.checkpoint_file import DamagedCheckpointError, save_file
 from perception_r1.policy.load import LoraConfig
 from perception_r1.tasks.grounding import Grounding
 from tests.modules.toy import Checkpoints, Log, Lottery, fit, make_data, make_module, trained_weights
@@ -187,7 +190,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(folder, tmp_path, change, me
     run(folder, tmp_path, version=0, max_steps=1)
     checkpoint = load(last(tmp_path, 0))
     change(checkpoint["state_dict"])
-    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    save_file(checkpoint, tmp_path / "changed.ckpt")
     with pytest.raises(UserError, match=message):
         run(folder, tmp_path, version=1, ckpt_path=tmp_path / "changed.ckpt")
 
@@ -196,7 +199,7 @@ def test_a_checkpoint_of_another_program_is_an_error(folder, tmp_path):
     run(folder, tmp_path, version=0, max_steps=1)
     checkpoint = load(last(tmp_path, 0))
     del checkpoint["run"]
-    torch.save(checkpoint, tmp_path / "other.ckpt")
+    save_file(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="not written by a run of this program"):
         run(folder, tmp_path, version=1, ckpt_path=tmp_path / "other.ckpt")
 
@@ -210,7 +213,7 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(folder, tmp_path):
     loops = checkpoint["loops"]["fit_loop"]
     loops["state_dict"]["combined_loader"][0] |= {"epoch": 0, "num_batches": 4}
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = 2
-    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    save_file(checkpoint, tmp_path / "earlier.ckpt")
     assert next_log_step(tmp_path / "earlier.ckpt") == 3
     resumed, _, _ = run(folder, tmp_path, version=2, ckpt_path=tmp_path / "earlier.ckpt", decay="constant")
     assert_same(trained_weights(resumed), trained_weights(whole))
@@ -220,6 +223,63 @@ def test_a_checkpoint_of_full_training_does_not_fit_an_adapter(folder, tmp_path)
     run(folder, tmp_path, version=0, max_steps=1)
     with pytest.raises(UserError, match="another model, adapter or frozen part"):
         run(folder, tmp_path, version=1, ckpt_path=last(tmp_path, 0), policy={"lora": LoraConfig(r=2)})
+
+
+def test_a_checkpoint_of_another_training_is_an_error(folder, tmp_path):
+    run(folder, tmp_path, SFT, version=0, max_steps=1, **TEACHING)
+    with pytest.raises(UserError, match="is of another training, SFT of grounding, and this one is GRPO of grounding"):
+        run(folder, tmp_path, version=1, ckpt_path=last(tmp_path, 0), **TEACHING)
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(folder, tmp_path):
+    run(folder, tmp_path, version=0, max_steps=1)
+    content = bytearray(last(tmp_path, 0).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.ckpt").write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"flipped\.ckpt is damaged"):
+        run(folder, tmp_path, version=1, ckpt_path=tmp_path / "flipped.ckpt")
+
+
+def test_a_checkpoint_of_lightnings_own_is_an_error(folder, tmp_path):
+    run(folder, tmp_path, version=0, max_steps=1)
+    torch.save(load(last(tmp_path, 0)), tmp_path / "plain.ckpt")
+    with pytest.raises(UserError, match="not written by a run of this program"):
+        run(folder, tmp_path, version=1, ckpt_path=tmp_path / "plain.ckpt")
+
+
+class Kept(Callback):
+    """Which steps the checkpoints on the disk are of when a validation is over, and whether they are whole."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        folder = last(Path(trainer.log_dir).parent, 0).parent
+        for path in folder.glob("*"):
+            verify(path)
+        kept = [folder / name for name in ("previous.ckpt", "last.ckpt")]
+        self.steps.append([load(path)["global_step"] for path in kept if path.exists()])
+
+
+def test_the_checkpoint_before_is_kept_while_a_run_goes_on(folder, tmp_path):
+    kept = Kept()
+    run(folder, tmp_path, callbacks=[kept], max_steps=8, data=make_data(Lottery(), num_train=32))
+    assert kept.steps == [[], [], [2], [2], [2, 4], [2, 4], [4, 6], [4, 6]]
+    assert sorted(path.name for path in last(tmp_path, 0).parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_end(folder, tmp_path, damage):
+    whole, _, _ = run(folder, tmp_path, version=0, max_steps=8)
+    with pytest.raises(SIGTERMException):
+        run(folder, tmp_path, version=1, max_steps=8, callbacks=[Terminate(6)])
+    path = last(tmp_path, 1)
+    assert [load(path.with_name(name))["global_step"] for name in ("previous.ckpt", "last.ckpt")] == [6, 7]
+    damage(path)
+    repair_last(path)
+    resumed, _, _ = run(folder, tmp_path, version=1, max_steps=8, ckpt_path=path)
+    assert_same(trained_weights(resumed), trained_weights(whole))
+    assert_same_end(tmp_path, 0, 1)
 
 
 def test_counters_survive_a_resume(folder, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from perception_r1.callbacks.checkpoints import replace
 from perception_r1.errors import UserError
 from perception_r1.policy.checkpoint import restore
+from perception_r1.policy.checkpoint_file import DamagedCheckpointError
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.sharded_checkpoint import META, load_shards
@@ -124,7 +125,17 @@ def test_a_folder_without_its_shards_is_an_error(runs, folder, tmp_path):
     copy = shutil.copytree(last(runs / "half" / "shards").resolve(), tmp_path / "copy")
     for shard in copy.glob("*.distcp"):
         shard.unlink()
-    with pytest.raises(UserError, match=r"copy cannot be read: "):
+    with pytest.raises(UserError, match=r"copy is damaged: its file __0_0\.distcp is gone"):
+        restore(Policy.load(PolicyConfig(name=str(folder))), copy)
+
+
+@pytest.mark.parametrize("name", [META, ".metadata", "__0_0.distcp", "__1_0.distcp"])
+def test_each_share_proves_itself(runs, folder, tmp_path, name):
+    copy = shutil.copytree(last(runs / "half" / "shards").resolve(), tmp_path / "copy")
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 3] ^= 16
+    (copy / name).write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=name):
         restore(Policy.load(PolicyConfig(name=str(folder))), copy)
 
 
@@ -137,6 +148,31 @@ def test_a_folder_takes_the_place_of_a_folder_or_a_file_and_the_other_way_round(
         replace(path, new)
         assert (path / META if kind == "folder" else path).read_text() == str(number)
         assert len(list(tmp_path.iterdir())) == (2 if kind == "folder" else 1)
+
+
+def test_the_one_before_keeps_its_name_until_it_is_removed(tmp_path):
+    path, new, kept = (tmp_path / name for name in ("last.ckpt", "last.part", "previous.ckpt"))
+    for number, kind in enumerate(["file", "folder", "folder", "folder", "file", "file", "folder"]):
+        if kind == "folder":
+            new.mkdir()
+        (new / META if kind == "folder" else new).write_text(str(number))
+        replace(path, new, kept=kept)
+        texts = [(name / META if name.is_dir() else name).read_text() for name in (kept, path) if name.exists()]
+        assert texts == [str(each) for each in range(max(number - 1, 0), number + 1)]
+        assert len(list(tmp_path.iterdir())) == len(texts) + sum(name.is_symlink() for name in (kept, path))
+
+
+def test_a_folder_with_two_names_is_kept_for_the_other(tmp_path):
+    """A run that is killed between two renames leaves such."""
+    home, path, kept = (tmp_path / name for name in ("last.0", "last.ckpt", "previous.ckpt"))
+    home.mkdir()
+    for link in (path, kept):
+        link.symlink_to("last.0")
+    (new := tmp_path / "last.part").mkdir()
+    (new / META).touch()
+    replace(path, new, kept=kept)
+    assert (path.readlink(), kept.readlink()) == (Path("last.1"), Path("last.0"))
+    assert home.exists()
 
 
 @pytest.mark.parametrize("strategy", RESUMED)

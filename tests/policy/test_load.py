@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -166,3 +167,44 @@ def test_sliding_windows_are_refused(copy_folder):
         UserError, match="layers of full_attention, sliding_attention; known of qwen2_vl: full_attention"
     ):
         load(folder)
+
+
+class Code:
+    """Leaves a folder behind when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_model_s_folder_is_not_run(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Own: pass\n")
+    names = (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoTokenizer",
+        "AutoProcessor",
+        "AutoImageProcessor",
+    )
+    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        settings = json.loads((copy / file).read_text())
+        settings["auto_map"] = {
+            name: ["own.Own", "own.Own"] if name == "AutoTokenizer" else "own.Own" for name in names
+        }
+        (copy / file).write_text(json.dumps(settings))
+    Policy.load(PolicyConfig(name=str(copy)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_pickled_weights_is_not_run(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    for file in copy.glob("*.safetensors"):
+        file.unlink()
+    torch.save({"weight": Code(tmp_path / "ran")}, copy / "pytorch_model.bin")
+    with pytest.raises(UserError):
+        Policy.load(PolicyConfig(name=str(copy)))
+    assert not (tmp_path / "ran").exists()

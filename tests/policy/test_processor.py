@@ -217,3 +217,29 @@ def test_every_byte_has_the_value_of_the_image_processor(folder, without):
     batch = processor.encode([chat("")], [[picture]], max_tokens=None)
     assert [len(channel.unique()) for channel in expected.view(len(expected), 3, -1).unbind(1)] == [256] * 3
     assert torch.equal(batch.pixel_values[0], expected)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 200), (200, 1), (2, 399), (27, 28), (29, 5800), (4000, 20), (3001, 2999), (20000, 100)]
+)
+def test_a_picture_that_passes_the_check_is_encoded_at_the_size_that_was_checked(folder, size):
+    """From one pixel to the narrowest that is accepted."""
+    processor = load_processor(folder)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+    expected = processor.image_size(*size)
+    num_tokens = processor.num_prompt_tokens(chat, expected)
+    processor.check_prompt(chat, width=size[0], height=size[1], max_tokens=num_tokens)
+    prompts = processor.encode_bytes([chat], [[Image.new("RGB", size)]], max_tokens=num_tokens)
+    side = processor.image_processor.patch_size
+    ((_, rows, columns),) = prompts.image_grids
+    assert (columns * side, rows * side) == (expected.resized_width, expected.resized_height)
+    assert prompts.lengths == [num_tokens]
+    with pytest.raises(UserError, match=f"has {num_tokens} tokens but"):
+        processor.check_prompt(chat, width=size[0], height=size[1], max_tokens=num_tokens - 1)
+
+
+@pytest.mark.parametrize("size", [(1, 201), (4020, 20)])
+def test_a_picture_that_is_too_narrow_is_refused_before_it_is_read(folder, size):
+    processor = load_processor(folder)
+    with pytest.raises(UserError, match="one side may be at most 200 times the other"):
+        processor.check_prompt([], width=size[0], height=size[1], max_tokens=None)

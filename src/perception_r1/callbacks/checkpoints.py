@@ -1,12 +1,17 @@
-"""The two checkpoints of a run: `last.ckpt`, to go on from, and `best.ckpt`, to use: weights alone."""
+"""The checkpoints of a run: `last.ckpt`, to go on from, and `best.ckpt`, to use: weights alone.
 
+While a run goes on, `previous.ckpt` is the `last.ckpt` before: writing the next one needs the room of two anyway. It is
+removed when the next one is begun, and at the end of the run; what takes its place is on the disk by then.
+"""
+
+import logging
 import math
 import os
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,11 +19,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from perception_r1.engines.base import EngineError
+from perception_r1.errors import UserError
 from perception_r1.modules.evaluation import EvaluationModule
-from perception_r1.policy.sharded_checkpoint import is_sharded, load_meta
+from perception_r1.policy.checkpoint import is_checkpoint, read_meta, verify
+from perception_r1.policy.checkpoint_file import DamagedCheckpointError
 
 FOLDER = "checkpoints"
 """Folder of a run in which its checkpoints lie."""
+LAST, BEST, PREVIOUS = "last.ckpt", "best.ckpt", "previous.ckpt"
+DAMAGED = "damaged.ckpt"
+"""What was `last.ckpt` before a training went on from the one before."""
+
+_log = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
@@ -102,9 +114,10 @@ class Checkpoints(Checkpoint):
         self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the run."""
+        """Save the end of the run; it needs no checkpoint before."""
         if self._position is not None:
             self._save(trainer)
+            self._remove_previous(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where the run was stopped, if that was not within a step; a validation that was cut will be repeated."""
@@ -145,48 +158,142 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         """Write what is due; a run that is stopped meanwhile does it again."""
         self._is_exact = True
+        self._remove_previous(trainer)
         if self._is_best_due:
-            self._write(trainer, "best.ckpt")
+            self._write(trainer, BEST)
             self._is_best_due = False
-        self._write(trainer, "last.ckpt")
+        self._write(trainer, LAST)
 
     def _write(self, trainer: Trainer, name: str) -> None:
         """Write beside, then rename: a kill in mid-write leaves the checkpoint before."""
-        if not self.enabled or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+        folder = self._folder(trainer)
+        if folder is None:
             return
-        path = Path(trainer.log_dir) / FOLDER / name
+        path = folder / name
         beside = path.with_suffix(".part")
         if trainer.is_global_zero:
             _remove(beside)  # what a run that was killed has left of one
-        trainer.save_checkpoint(beside, weights_only=name == "best.ckpt")
+        trainer.save_checkpoint(beside, weights_only=name == BEST)
         if trainer.is_global_zero:
-            replace(path, beside)
+            if name == BEST:
+                _sync(beside)  # the one before is gone at once
+            replace(path, beside, kept=folder / PREVIOUS if name == LAST else None)
         trainer.strategy.barrier()
 
+    def _remove_previous(self, trainer: Trainer) -> None:
+        """Make room; what came after it has been written a while ago, so it is on the disk without a wait."""
+        folder = self._folder(trainer)
+        if folder is not None and trainer.is_global_zero and is_checkpoint(folder / LAST):
+            _sync(folder / LAST)
+            _remove(folder / PREVIOUS)
 
-def replace(path: Path, new: Path) -> None:
-    """Let a file or a folder take the place of another at once: the name of a folder is a link to it."""
+    def _folder(self, trainer: Trainer) -> Path | None:
+        """Where checkpoints are written, if they are."""
+        is_kept = self.enabled and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        return Path(trainer.log_dir) / FOLDER if is_kept and trainer.log_dir is not None else None
+
+
+def replace(path: Path, new: Path, *, kept: Path | None = None) -> None:
+    """Let a file or a folder take the place of another at once: the name of a folder is a link to it.
+
+    Args:
+        path: The name.
+        new: What gets it.
+        kept: The name that the other one keeps; None: it is removed.
+    """
     old = path.resolve() if path.is_symlink() else None
     if new.is_dir():
-        home = next(each for number in (0, 1) if (each := path.with_suffix(f".{number}").resolve()) != old)
+        linked = {link.resolve() for link in path.parent.iterdir() if link.is_symlink()}
+        home = next(each for number in count() if (each := path.with_suffix(f".{number}").resolve()) not in linked)
         _remove(home)
         new.rename(home)
         new.symlink_to(home.name)
+    if kept is not None:
+        _keep(path, kept)
     os.replace(new, path)
-    if old is not None:
+    if old is not None and kept is None:
         shutil.rmtree(old)
 
 
+def find_last(path: Path) -> Path:
+    """A run's `last.ckpt`, or the one before where that is damaged or gone, which a warning says.
+
+    Raises:
+        DamagedCheckpointError: Neither is whole.
+        UserError: One cannot be read.
+    """
+    try:
+        verify(path)
+        return path
+    except DamagedCheckpointError as error:
+        problem = error
+    previous = path.with_name(PREVIOUS)
+    if not is_checkpoint(previous):
+        raise problem
+    verify(previous)
+    step = read_meta(previous)["global_step"]
+    _log.warning("%s The checkpoint before it is used: %s, of step %d.", problem, previous, step)
+    return previous
+
+
+def repair_last(path: Path) -> None:
+    """Give the checkpoint before the place of a `last.ckpt` that is damaged, which is kept as `damaged.ckpt`.
+
+    So all processes of a training go on from the same one, and the only good one is not removed by the next.
+
+    Raises:
+        UserError: As `find_last`, or the folder cannot be written to.
+    """
+    found = find_last(path)
+    if found != path:
+        try:
+            _remove(path.with_name(DAMAGED))
+            if path.exists() or path.is_symlink():
+                os.replace(path, path.with_name(DAMAGED))
+            os.replace(found, path)
+        except OSError as error:
+            raise UserError(f"{found} cannot be renamed to {path.name}: {error.strerror}.") from error
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """Give what has a name another one besides, so that the first is never free."""
+    _remove(kept)
+    if path.is_symlink():
+        kept.symlink_to(path.readlink())
+    elif path.exists():
+        try:
+            os.link(path, kept)
+        except OSError:  # a disk without hard links
+            os.replace(path, kept)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    """Remove a file, a folder, or a link, with its folder if it is the last one to it."""
+    if path.is_symlink():
+        folder = path.resolve()
+        path.unlink()
+        if any(link.is_symlink() and link.resolve() == folder for link in path.parent.iterdir()):
+            return
+        path = folder
+    if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
+def _sync(path: Path) -> None:
+    """Wait until a checkpoint is on the disk."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def next_log_step(path: Path) -> int:
     """The step under which a run that goes on from a checkpoint logs next: batches count, not their updates."""
-    checkpoint = load_meta(path) if is_sharded(path) else torch.load(path, mmap=True, weights_only=True)
+    checkpoint = read_meta(path)
     num_batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"]
     return int(num_batches) - (checkpoint["callbacks"]["Checkpoints"].get("cut") is not None)
 

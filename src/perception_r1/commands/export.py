@@ -21,8 +21,9 @@ from perception_r1.commands.card_metadata import Export
 from perception_r1.commands.evaluations import evaluations_of
 from perception_r1.commands.model_card import CONFIG, model_card
 from perception_r1.commands.options import check_unused, known, new_parser, parse, run_command
-from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
+from perception_r1.commands.runs import Run, checkpoint_path, load_checkpoint, open_run
 from perception_r1.errors import UserError
+from perception_r1.locks import locked
 from perception_r1.policy.families import family_of
 from perception_r1.policy.load import model_path
 from perception_r1.policy.policy import Policy
@@ -47,14 +48,21 @@ def _export(argv: Sequence[str]) -> int:
     )
     options = parse(parser, argv)
     dtype = None if options.dtype is None else known("--dtype", options.dtype, DTYPES)
-    check_unused("--to", options.to)
     run = open_run(options.run)
     if options.adapter and run.policy.lora is None:
         raise UserError(f"the run {run.folder} trained no adapter: leave out --adapter to export its weights")
-    checkpoint = checkpoint_path(run, options.ckpt)
+    with locked(options.to, "an export"):
+        check_unused("--to", options.to)
+        step = _write(run, checkpoint_path(run, options.ckpt), options.to, dtype=dtype, is_adapter=options.adapter)
+    sys.stderr.write(f"Wrote step {step} of {run.folder} to {options.to}.\n")
+    return 0
+
+
+def _write(run: Run, checkpoint: Path, to: Path, *, dtype: torch.dtype | None, is_adapter: bool) -> int:
+    """Write a checkpoint as a folder; returns its step."""
     policy, step = load_checkpoint(run.policy, checkpoint)
-    with _whole_folder(options.to) as folder:
-        if options.adapter:
+    with _whole_folder(to) as folder:
+        if is_adapter:
             save_adapter(policy, folder, dtype=dtype)
         else:
             save_merged(policy, folder, dtype=dtype)
@@ -66,13 +74,12 @@ def _export(argv: Sequence[str]) -> int:
             codec=policy.codec,
             pixels=policy.processor.pixel_bounds,
             template_options=policy.processor.template_options,
-            is_adapter=options.adapter,
+            is_adapter=is_adapter,
             evaluations=evaluations_of(checkpoint),
         )
         (folder / "README.md").write_text(model_card(export), encoding="utf-8")
         shutil.copyfile(run.folder / "config.yaml", folder / CONFIG)
-    sys.stderr.write(f"Wrote step {step} of {run.folder} to {options.to}.\n")
-    return 0
+    return step
 
 
 def save_merged(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:

@@ -34,6 +34,7 @@ from perception_r1.displays import Display, Lines, open_display
 from perception_r1.drawing import annotate, draw_card
 from perception_r1.engines import GenerationEngine
 from perception_r1.errors import UserError
+from perception_r1.locks import locked
 from perception_r1.modules.evaluation import EvaluationModule
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.scoring import ParsedCompletion
@@ -72,13 +73,14 @@ def _predict(argv: Sequence[str]) -> int:
     task = make_task(task_class, task_values(task_class, options))
     query = _query(task, options.query)
     paths = find_images(options.pictures)
-    if options.out is not None:
-        check_unused("--out", options.out)
-    module, precision = _load(run, task, options, engine)
-    files, console = [sys.stdout], Console(stderr=True)  # a bar on the terminal redirects sys.stdout
-    # bars and JSON lines on one terminal would overwrite each other
-    display = Lines(console, _LINE_SECONDS) if sys.stdout.isatty() else open_display(console, _LINE_SECONDS)
     with ExitStack() as stack:
+        if options.out is not None:
+            stack.enter_context(locked(options.out, "a prediction"))
+            check_unused("--out", options.out)
+        module, precision = _load(run, task, options, engine)
+        files, console = [sys.stdout], Console(stderr=True)  # a bar on the terminal redirects sys.stdout
+        # bars and JSON lines on one terminal would overwrite each other
+        display = Lines(console, _LINE_SECONDS) if sys.stdout.isatty() else open_display(console, _LINE_SECONDS)
         stack.callback(display.close)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)

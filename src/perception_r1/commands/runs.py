@@ -10,15 +10,14 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from perception_r1.callbacks.checkpoints import FOLDER
+from perception_r1.callbacks.checkpoints import FOLDER, PREVIOUS, find_last
 from perception_r1.callbacks.files import CONFIG, RUN_CARD
 from perception_r1.commands.options import plain
 from perception_r1.engines import GenerationEngine
 from perception_r1.errors import UserError
-from perception_r1.policy.checkpoint import restore
+from perception_r1.policy.checkpoint import is_checkpoint, restore
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.sharded_checkpoint import is_sharded
 from perception_r1.task import AnyTask, Mixture, Task
 
 CHECKPOINTS = ("best", "last")
@@ -81,14 +80,17 @@ def open_run(folder: Path) -> Run:
 
 
 def checkpoint_path(run: Run, name: str) -> Path:
-    """The file of a checkpoint: `best`, `last`, or the path of a file.
+    """The file of a checkpoint: `best`, `last` (the one before where it is damaged), or the path of a file.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, or `last` cannot be used.
     """
     kept = {known: run.folder / FOLDER / f"{known}.ckpt" for known in CHECKPOINTS}
     path = kept.get(name, Path(name))
-    if not path.is_file() and not is_sharded(path):
+    is_there = is_checkpoint(path)
+    if name == "last" and (is_there or is_checkpoint(path.with_name(PREVIOUS))):
+        return find_last(path)
+    if not is_there:
         found = [known for known, file in kept.items() if file.exists()]
         others = f"it has {' and '.join(found)}" if found else "it has none"
         what = f"the run {run.folder} has no {name}.ckpt" if name in kept else f"there is no checkpoint {name}"

@@ -5,6 +5,7 @@ Before anything that takes long it checks what can be checked, and finds the che
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
-from perception_r1.callbacks.checkpoints import FOLDER, next_log_step
+from perception_r1.callbacks.checkpoints import FOLDER, LAST, PREVIOUS, find_last, next_log_step, repair_last
 from perception_r1.commands.compose import compose
 from perception_r1.commands.configuration import PARSER, ConfiguredCLI
 from perception_r1.commands.options import run_command
@@ -26,6 +28,7 @@ from perception_r1.data.base import BaseDataModule
 from perception_r1.data.mixed import parts_of
 from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION, evaluation_key
+from perception_r1.locks import claim_version, locked
 from perception_r1.planning.report import check_memory
 
 _VERBS = {"fit": "Training", "validate": "Validating", "test": "Evaluating"}
@@ -57,6 +60,10 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
+_IS_FIRST = getattr(rank_zero_only, "rank", 0) == 0
+"""Whether this is the first process of a run, or its only one."""
+
+
 class SaveSettings(SaveConfigCallback):
     """Write the configuration of a run to config.yaml, to go on from, and to the logger, which shows it."""
 
@@ -69,6 +76,11 @@ class SaveSettings(SaveConfigCallback):
 
 class PerceptionCLI(ConfiguredCLI):
     """The trainer's verbs."""
+
+    def __init__(self, args: Sequence[str], **options: Any) -> None:
+        self._occupied: set[Path] = set()
+        with ExitStack() as self._resources:  # the verb is run in here
+            super().__init__(args, **options)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -87,6 +99,12 @@ class PerceptionCLI(ConfiguredCLI):
             if not has_folder:
                 raise UserError(f"--ckpt_path {name} needs one logger that writes to a folder; give the file instead.")
             checkpoint = find_checkpoint(Path(settings.save_dir) / (settings.name or config.run_name), name)
+            if self.subcommand == "fit":
+                self._occupy(checkpoint.parents[1])
+                if _IS_FIRST:  # the others read it when all have met
+                    repair_last(checkpoint)
+            elif name == "last":
+                checkpoint = find_last(checkpoint)
             config.ckpt_path = str(checkpoint)
             if self.subcommand == "fit":
                 settings.version = checkpoint.parents[1].name
@@ -98,21 +116,50 @@ class PerceptionCLI(ConfiguredCLI):
     def instantiate_classes(self) -> None:
         """Make the trainer besides; a logger without a name of its own writes to the folder of the run's name.
 
+        Its folder is this process's alone until the verb has run.
+
         Raises:
-            UserError: The trainer refuses its settings.
+            UserError: Another process is at work in the folder, or the trainer refuses its settings.
         """
         config = self.config[self.subcommand]
         settings: Any = getattr(config.trainer.logger, "init_args", {})
-        is_unnamed = settings.get("name", "") is None
-        if is_unnamed:
+        given = {name: settings.get(name) for name in ("name", "version") if name in settings}
+        if given.get("name", "") is None:
             settings.name = config.run_name
+        if "save_dir" in settings and "version" in given:
+            settings.version = self._own_version(Path(settings.save_dir) / (settings.name or ""), given["version"])
         super().instantiate_classes()
-        if is_unnamed:
-            settings.name = None  # as it was: config.yaml may be run again under another name
+        for name, value in given.items():  # as it was: config.yaml may be run again under another name
+            settings[name] = value
         try:
             self.trainer = self.instantiate_trainer()
         except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _own_version(self, runs: Path, version: str | int | None) -> str | int | None:
+        """The version of the logger: the one that is given or the next, whose folder no other process gets."""
+        if not _IS_FIRST:
+            return version
+        self._remove_if_unused(runs)
+        if version is None:
+            folder = claim_version(runs)
+            self._resources.callback(_remove_if_empty, folder)
+            version = folder.name
+        self._occupy(runs / (version if isinstance(version, str) else f"version_{version}"))
+        return version
+
+    def _occupy(self, folder: Path) -> None:
+        """Keep other processes out of a run's folder until the verb has run."""
+        if _IS_FIRST and folder not in self._occupied:
+            work = {"fit": "a training", "validate": "a validation", "test": "an evaluation"}[str(self.subcommand)]
+            self._resources.enter_context(locked(folder, work))
+            self._occupied.add(folder)
+
+    def _remove_if_unused(self, folder: Path) -> None:
+        """Leave no folder of a run that does not begin, of this one and those above it that are not there yet."""
+        for each in (*reversed(folder.parents), folder):
+            if not each.exists():
+                self._resources.callback(_remove_if_empty, each)
 
     def after_instantiate_classes(self) -> None:
         """Check all that needs no weights."""
@@ -137,6 +184,12 @@ class PerceptionCLI(ConfiguredCLI):
                 check_memory(self.model, round(device.total_memory * (1 - self.model.engine.memory_share)))
         if self.trainer.is_global_zero:
             get_console().print(told, highlight=False)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing has been written."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def check_devices(trainer: Trainer) -> None:
@@ -168,8 +221,9 @@ def find_checkpoint(runs: Path, name: str) -> Path:
     Raises:
         UserError: There is none.
     """
-    found = sorted(runs.glob(f"*/{FOLDER}/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
+    names = (LAST, PREVIOUS) if name == "last" else (f"{name}.ckpt",)
+    found = [path for known in names for path in runs.glob(f"*/{FOLDER}/{known}")]
     if not found:
         what = f"No run under {runs} has a {FOLDER}/{name}.ckpt yet"
         raise UserError(f"{what}; train first, or give a file, or null for the model as it is.")
-    return found[-1]
+    return max(found, key=lambda path: path.stat().st_mtime).with_name(names[0])

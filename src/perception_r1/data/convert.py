@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from perception_r1.errors import UserError
+from perception_r1.locks import locked
 from perception_r1.records import ImageBytes, UnloadedSample
 
 ROWS = "data.jsonl"
@@ -25,16 +26,23 @@ def convert(samples: Iterable[UnloadedSample[Any]], folder: Path) -> int:
         Number of rows written.
 
     Raises:
-        UserError: There is such a file already.
+        UserError: There is such a file already, or another process writes to the folder.
     """
-    path = folder / ROWS
-    if path.exists():
-        raise UserError(f"{path} exists; move it away, or choose another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / (ROWS + ".tmp")
+    with locked(folder, "a conversion", name=".lock"):
+        path = folder / ROWS
+        if path.exists():
+            raise UserError(f"{path} exists; move it away, or choose another folder.")
+        draft = folder / (ROWS + ".tmp")
+        num_rows = _write(samples, draft)
+        draft.replace(path)
+    return num_rows
+
+
+def _write(samples: Iterable[UnloadedSample[Any]], path: Path) -> int:
+    """Write the rows, and images from tables beside them; returns the number of rows."""
     written: dict[str, str] = {}
-    num_rows = 0
-    with draft.open("w", encoding="utf-8") as lines:
+    num_rows, folder = 0, path.parent
+    with path.open("w", encoding="utf-8") as lines:
         for sample in samples:
             if isinstance(sample.image, ImageBytes):
                 if sample.image.name not in written:
@@ -46,7 +54,6 @@ def convert(samples: Iterable[UnloadedSample[Any]], folder: Path) -> int:
             row = {key: value for key, value in sample.row.items() if value is not None}
             lines.write(json.dumps(row | known) + "\n")
             num_rows += 1
-    draft.replace(path)
     return num_rows
 
 

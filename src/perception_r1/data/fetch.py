@@ -21,13 +21,13 @@ from urllib import request
 from urllib.error import HTTPError
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from perception_r1 import __version__
 from perception_r1.data.sources.base import SHA256, Download
 from perception_r1.errors import UserError
+from perception_r1.locks import locked
 
 FAILURES = "failures.jsonl"
 """File beside the fetched ones that tells which could not be had, one a line: url, sha256, reason."""
@@ -265,20 +265,13 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: It cannot be written to, or another fetch is at work there.
     """
-    lock = FileLock(folder / LOCK)
     with _local(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"{folder}: another fetch is at work in this folder; wait until it is done") from error
-    try:
+    with locked(folder, "another fetch", name=LOCK):
         with _local(folder):
             for draft in folder.glob(f".*{_DRAFT}"):
                 draft.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 def _write_failures(folder: Path, failures: Sequence[tuple[Download, str]]) -> None:

@@ -41,7 +41,7 @@ class ImageCache:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = cache_folder() / "images.sqlite" if path is None else path
+        self.path = cache_folder() / "checked-images.sqlite" if path is None else path
 
     def sizes(self, sources: Sequence[ImageSource], measure: Measure, *, is_decoded: bool) -> list[Size | ImageError]:
         """The size of each image, or what is wrong with it; `measure` gets those that are not known.

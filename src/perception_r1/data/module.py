@@ -53,8 +53,9 @@ class TaskDataModule(BaseDataModule):
         held_out_share: Share of the training images for each split that has no source of its own. All rows of an
             image are in the same split.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and reports them.
-        image_check: "decode" decodes every image once before its first training, "header" only reads its size: then an
-            image that was cut off stops the run when its turn comes. What was checked is kept, see `ImageCache`.
+        image_check: "decode" decodes every image once before its first training, "header" reads only its beginning and
+            its end: then an image that is damaged in between stops the run when its turn comes. What was checked is
+            kept, see `ImageCache`.
         shuffle: Show the training samples in a new random order in every epoch.
         curriculum: `predictions.jsonl` of an evaluation on the training rows: they are shown from high reward to low,
             and not shuffled.

@@ -81,7 +81,7 @@ def load(
         task: The task that reads them.
         name: Of the source, for the samples.
         on_bad_row: Stop at the first bad row, or leave bad rows out and report them.
-        image_check: Decode every image, or only read its header, which takes a hundredth of the time.
+        image_check: Decode every image, or only read its beginning and its end, which takes a hundredth of the time.
         check_sample: Whether the model can take a sample.
         cache: Images that it knows to be good are not checked again.
 

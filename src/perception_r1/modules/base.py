@@ -26,7 +26,7 @@ from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
 from perception_r1.policy.packing import MicroBatch, plan_micro_batches
 from perception_r1.policy.sharding import total_grad_norm
-from perception_r1.task import AnyTask
+from perception_r1.task import AnyTask, tasks_of
 
 VALIDATION = "validation"
 """Name of the phase that is no part of a step."""
@@ -337,14 +337,28 @@ class PolicyModule(EvaluationModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counters of the run."""
-        checkpoint["run"] = {"phase_seconds": dict(self.phase_seconds), "num_skipped_steps": self.num_skipped_steps}
+        """Keep the counters of the run, and what it trains."""
+        checkpoint["run"] = {
+            "phase_seconds": dict(self.phase_seconds),
+            "num_skipped_steps": self.num_skipped_steps,
+            "training": self._training(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the counters of the run up again; `check_origin` refuses a checkpoint that is not one of ours."""
         check_origin(checkpoint)
         if self.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
             raise UserError("The checkpoint holds weights alone, as best.ckpt does; training goes on from last.ckpt.")
+        written = checkpoint["run"].get("training")
+        if self.trainer.state.fn == TrainerFn.FITTING and written != self._training():
+            raise UserError(
+                f"The checkpoint is of another training, {written}, and this one is {self._training()}: go on with the "
+                "same task, or export the checkpoint and give its folder as --model."
+            )
         self.engine.invalidate()
         self.phase_seconds = dict(checkpoint["run"]["phase_seconds"])
         self.num_skipped_steps = checkpoint["run"]["num_skipped_steps"]
+
+    def _training(self) -> str:
+        """What is trained and how, in words: "GRPO of counting"."""
+        return f"{type(self).__name__} of {' and '.join(task.name for task in tasks_of(self.task).values())}"

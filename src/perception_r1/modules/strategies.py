@@ -22,6 +22,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from perception_r1.policy.checkpoint import read
+from perception_r1.policy.checkpoint_file import save_file
 from perception_r1.policy.sharded_checkpoint import is_sharded, load_shards, save_shards
 
 OptimizerFactory: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
@@ -136,11 +138,16 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Files as torch writes them, and folders of shards for reading, which become whole."""
+    """Checkpoints that prove themselves: files, and folders of shards for reading, which become whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a file."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a file or a folder."""
-        return load_shards(Path(path)) if is_sharded(Path(path)) else super().load_checkpoint(path, *args, **kwargs)
+        """Read a file or a folder; code in it is never run, whatever the trainer was told."""
+        return read(Path(path))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

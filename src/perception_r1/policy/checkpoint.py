@@ -1,16 +1,15 @@
 """What a checkpoint holds of a model, and how strictly it is taken up: the same for training and for use."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from perception_r1.errors import UserError
-from perception_r1.policy.sharded_checkpoint import is_sharded, load_shards
+from perception_r1.policy.checkpoint_file import load_file, verify_file
+from perception_r1.policy.sharded_checkpoint import is_sharded, load_meta, load_shards, verify_shards
 
 
 def trained_entries(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,6 +41,34 @@ def check_origin(checkpoint: Mapping[str, Any]) -> None:
         raise UserError("The checkpoint was not written by a run of this program; give its last.ckpt or best.ckpt.")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether there may be a checkpoint: a file, or a folder of shards."""
+    return path.is_file() or is_sharded(path)
+
+
+def verify(path: Path) -> None:
+    """Make sure that a checkpoint is what one of our runs has written, byte by byte, before it is used.
+
+    Raises:
+        DamagedCheckpointError: It is damaged, or no checkpoint of ours.
+        UserError: It cannot be read.
+    """
+    if is_sharded(path):
+        verify_shards(path)
+    else:
+        verify_file(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A whole checkpoint; raises as `verify` does."""
+    return load_shards(path) if is_sharded(path) else load_file(path)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A checkpoint of which tensors are not read; raises as `verify` does."""
+    return load_meta(path) if is_sharded(path) else load_file(path, is_mapped=True)
+
+
 def restore(policy: nn.Module, path: Path) -> int:
     """Give a policy, loaded with the configuration of a run, the weights of the run's checkpoint.
 
@@ -49,16 +76,9 @@ def restore(policy: nn.Module, path: Path) -> int:
         The optimiser step at which it was written.
 
     Raises:
-        UserError: The file is no checkpoint of ours, or does not fit the policy.
+        UserError: The file is damaged or no checkpoint of ours, or does not fit the policy.
     """
-    try:
-        if is_sharded(path):
-            checkpoint = load_shards(path, parts=["state_dict"])
-        else:
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"The checkpoint {path} cannot be read: {reason}") from error
+    checkpoint = load_shards(path, parts=["state_dict"]) if is_sharded(path) else load_file(path, is_mapped=True)
     check_origin(checkpoint)
     holder = nn.ModuleDict({"policy": policy})  # its entries have the names that they have in a training module
     state: dict[str, Tensor] = checkpoint["state_dict"]

@@ -1,5 +1,6 @@
 """From a hub id or folder to a network: family, dtype, adapter, what is trained."""
 
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -95,7 +96,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             output_loading_info=True,
         )
-    except (OSError, ImportError, ValueError, SafetensorError) as error:
+    except (OSError, ImportError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"The model {config.name} cannot be loaded: {error}") from error
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from perception_r1.data.images import check_image, load_image
+from perception_r1.data.images import load_image, read_size
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import Chat
 from perception_r1.records import ImageBytes
@@ -103,7 +103,7 @@ def read_picture(url: str, *, max_pixels: int) -> Image.Image:
     except (binascii.Error, ValueError) as error:
         raise UserError("The data URL of a picture is no base64.") from error
     source = ImageBytes("the picture", lambda: content)
-    width, height = check_image(source, is_decoded=False)
+    width, height = read_size(source)
     if width * height > max_pixels:
         raise UserError(f"The picture has {width} x {height} pixels; {max_pixels} are the most.")
     return load_image(source)

@@ -8,6 +8,7 @@ from torch.multiprocessing.spawn import start_processes
 from perception_r1.embedded.model import BASE, build_model_folder
 from perception_r1.embedded.pretraining.questions import corpus
 from perception_r1.embedded.pretraining.training import Settings, run_process
+from perception_r1.locks import locked
 
 
 def main() -> None:
@@ -21,11 +22,12 @@ def main() -> None:
     args = vars(parser.parse_args())
     folder, processes, save_every = args.pop("folder"), args.pop("processes"), args.pop("save_every")
     settings = Settings(**args)
-    folder.mkdir(parents=True, exist_ok=True)
-    start = folder / "start"
-    if not start.is_dir():
-        build_model_folder(start, family="qwen2_vl", seed=settings.seed, size=BASE, corpus=corpus())
-    start_processes(run_process, args=(processes, folder, settings, save_every), nprocs=processes)
+    with locked(folder, "a pretraining"):
+        folder.mkdir(parents=True, exist_ok=True)
+        start = folder / "start"
+        if not start.is_dir():
+            build_model_folder(start, family="qwen2_vl", seed=settings.seed, size=BASE, corpus=corpus())
+        start_processes(run_process, args=(processes, folder, settings, save_every), nprocs=processes)
 
 
 if __name__ == "__main__":
