@@ -23,6 +23,8 @@ from perception_r1.policy.batch import Grid, PromptBatch, to_device
 from perception_r1.records import ImageSize
 
 IMAGE_TOKEN = "<|image_pad|>"
+_PLACEHOLDERS = (IMAGE_TOKEN, "<|video_pad|>")
+"""Tokens in whose place features are put."""
 MAX_ASPECT = 200
 """Longest side of a picture over its shortest: what smart-resize of these families takes."""
 
@@ -178,6 +180,9 @@ class Processor:
     def check_prompt(self, chat: list[dict[str, Any]], *, width: int, height: int, max_tokens: int | None) -> None:
         """Refuse a prompt with one picture of this size as `encode` would, without the picture itself."""
         image_size = self.image_size(width, height)
+        texts = [str(part.get("text", "")) for message in chat for part in message["content"]]
+        for token in (token for token in _PLACEHOLDERS if any(token in text for text in texts)):
+            raise UserError(f"A prompt has {token} in its text, which stands for what the model sees; leave it out.")
         if max_tokens is not None:
             _check_length(self.num_prompt_tokens(chat, image_size), max_tokens)
 
