@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -14,7 +15,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from perception_r1 import cli
 from perception_r1.cli import main
+from perception_r1.commands.options import run_command
 from perception_r1.commands.training import PerceptionCLI, find_checkpoint
 from perception_r1.errors import UserError
 from perception_r1.modules import GRPO, SFT
@@ -251,6 +254,24 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch, fold
         main(["fit", *COUNTING, "--model.policy.name", str(folder)])
 
 
+def test_a_disk_that_refuses_is_one_sentence(capsys):
+    def full(argv):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "logs/run.json")
+        except OSError:
+            raise RuntimeError("while another error was handled")  # noqa: B904 - as the trainer's hooks do
+
+    assert run_command("fit", full, []) == 2
+    sentence = "logs/run.json cannot be written (No space left on device); make room or give another folder"
+    assert capsys.readouterr().err == f"perception-r1 fit: error: {sentence}\n"
+    with pytest.raises(ConnectionError):
+        run_command("fit", unreachable, [])
+
+
+def unreachable(argv):
+    raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+
 def test_a_stop_by_sigterm_has_its_own_status(capsys, tmp_path, monkeypatch, folder):
     def stop(*args, **kwargs):
         raise SIGTERMException
@@ -272,6 +293,16 @@ def test_a_stop_by_the_keyboard_says_how_to_go_on(capsys, tmp_path, monkeypatch,
     monkeypatch.setattr(Trainer, "fit", stop)
     assert main(["fit", *COUNTING, "--model.policy.name", str(folder)]) == 1
     assert "Stopped by Ctrl-C; --ckpt_path last" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "export", "data"])
+def test_ctrl_c_is_no_traceback_wherever_it_comes(capsys, monkeypatch, command):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == "Stopped by Ctrl-C.\n"
 
 
 def test_a_traceback_is_there_for_who_asks(tmp_path, monkeypatch):

@@ -354,6 +354,9 @@ def run_benchmark(arguments: list[str]) -> None:
     if name == "learning":
         run_learning(arguments)
         return
+    if name == "campaign":
+        run_campaign(arguments)
+        return
     if name == "host":
         run_host(arguments)
         return
@@ -376,6 +379,21 @@ def run_benchmark(arguments: list[str]) -> None:
         assert len(results.get("cells") or results.get("rows") or [results["stages"]]) == num_rows
         assert not any("error" in stage for stage in results.get("stages", {}).values())
         assert re.search(r"\| (P|recipe|model) \| ", printed.getvalue())
+
+
+def run_campaign(arguments: list[str]) -> None:
+    """Malformed rows alone of one, nothing of the others: tests/benchmarks/test_campaigns.py has trials of each."""
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
+        number = ["--only", "10"] if arguments[2] == "fuzz" else ["--trials", "0"]
+        folders = ["--place", f"{place}/trials", "--results", f"{place}/results"]
+        monkeypatch.setattr(sys, "argv", [*arguments[1:], *number, *folders])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / arguments[1]), run_name="__main__")
+        assert not end.value.code
+        summary = json.loads((Path(place) / "results" / f"{arguments[2]}.json").read_text(encoding="utf-8"))
+        assert summary["num_trials"] == (arguments[2] == "fuzz")
+        assert "|---|" in printed.getvalue()
 
 
 def run_host(arguments: list[str]) -> None:

@@ -11,6 +11,7 @@ _COMMANDS = ("data", "export", "plan", "predict", "push", "report", "score", "se
 """All but the trainer's own verbs, which belong together."""
 _WITHOUT_TRAINER = ("push", "report", "score")
 """Those that need none, and start in a fraction of the time."""
+_SIGINT_STATUS = 130
 _SPIN_COUNT = "1000"
 """How often a thread of GNU OpenMP looks whether there is work before it sleeps; libgomp's own value for a process with
 more threads than processors. Its default for others keeps a core busy for milliseconds, so that two runs on one machine
@@ -22,10 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when torch is imported
-    if not args or args[0] not in _WITHOUT_TRAINER:
-        _quieten()
     name, rest = (args[0], args[1:]) if args and args[0] in _COMMANDS else ("training", args)
-    return int(import_module(f"perception_r1.commands.{name}").main(rest))
+    try:
+        if not args or args[0] not in _WITHOUT_TRAINER:
+            _quieten()
+        return int(import_module(f"perception_r1.commands.{name}").main(rest))
+    except KeyboardInterrupt:  # in a fit the trainer heeds it, and saves
+        sys.stderr.write("Stopped by Ctrl-C.\n")
+        return _SIGINT_STATUS
 
 
 def _quieten() -> None:

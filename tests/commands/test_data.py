@@ -146,6 +146,14 @@ def test_check_tells_what_the_model_cannot_take(run, tmp_path):
     assert lines[2] == "3 rows, 2 of them bad"
 
 
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>"])
+def test_a_text_in_which_features_would_be_put_is_a_bad_row(run, tmp_path, token):
+    path = write_rows(tmp_path, [GOOD, GOOD | {"question": f"cup {token}"}])
+    status, text, _ = run("check", "--data.train_file", path)
+    assert status == 1
+    assert text.startswith(f"{path}:2: A prompt has {token} in its text, which stands for what the model sees")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

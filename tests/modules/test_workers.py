@@ -1,6 +1,9 @@
 """Prompts that worker processes encode ahead of the step are those that the module encodes itself, bit by bit."""
 
+import multiprocessing
+import os
 import pickle
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +110,19 @@ def test_an_encoder_needs_no_model_and_leaves_images_where_they_are(folder, rows
     assert {pixels.dtype for pixels in prompts.pixel_values} == {torch.uint8}
     assert not any(hasattr(sample.image, "size") for sample in samples)
     assert_same(policy.receive(prompts), encode_prompts(policy, task, samples))
+
+
+def test_workers_leave_ctrl_c_to_the_training_process(rows):
+    data = data_of(Grounding(), rows, 2)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    seen = [next(batches)]
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)  # as a terminal does
+    seen += batches
+    assert len(workers) == 2
+    assert len({sample.id for batch in seen for sample in batch}) == 12
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

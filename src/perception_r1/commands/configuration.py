@@ -17,6 +17,7 @@ from perception_r1.callbacks.progress import Progress
 from perception_r1.callbacks.run_card import RunCard
 from perception_r1.callbacks.watchdog import Watchdog
 from perception_r1.commands.compose import PARTS
+from perception_r1.commands.nulls import check_nulls
 from perception_r1.commands.options import parse
 from perception_r1.data.base import BaseDataModule
 from perception_r1.data.mixed import MixedData  # noqa: F401 - its import makes the short name known
@@ -76,7 +77,13 @@ class ConfiguredCLI(LightningCLI):
             raise UserError(" ".join(str(error).split())) from error
 
     def instantiate_classes(self) -> None:
-        """Make the data module and the module."""
+        """Make the data module and the module.
+
+        Raises:
+            UserError: A setting is null that must not be, or one of them refuses its own.
+        """
+        for name in ("trainer", "model", "data"):
+            check_nulls(name, self._get(self.config, name))
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")

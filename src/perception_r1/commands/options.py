@@ -1,6 +1,7 @@
 """What the commands beside the trainer share: options, a task made of them, and the one sentence of an error."""
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from perception_r1.task import Task
 
 ValueT = TypeVar("ValueT")
 _SIGTERM_STATUS = 143
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a disk that is full or may not be written to."""
 _UNION = re.compile(
     r"Does not validate against any of the Union subtypes .*? Errors: - (.*?)"
     r"(?: - Expected a (?:<class 'NoneType'>|NoneType))* Given value type: .*"
@@ -49,9 +52,14 @@ def _sentence(error: BaseException | None) -> str | None:
     """What speaks to the user in an error, which the parser may have wrapped in errors of its own; None if nothing."""
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     told = (UserError, lightning.MisconfigurationException) if lightning else UserError
+    refused = None
     while error is not None and not isinstance(error, told):
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            refused = (
+                f"{error.filename or 'a file'} cannot be written ({error.strerror}); make room or give another folder"
+            )
         error = error.__cause__ or error.__context__
-    return None if error is None else " ".join(str(error).split())
+    return refused if error is None else " ".join(str(error).split())
 
 
 def new_parser(name: str, description: str, epilog: str | None = None) -> jsonargparse.ArgumentParser:

@@ -6,6 +6,7 @@ device gets the same number of batches.
 
 import heapq
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -250,8 +251,13 @@ def _without_table(sample: Sample[TargetT]) -> Sample[TargetT]:
 
 
 def _options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
-    generator = torch.Generator()
-    return {"batch_size": None, "num_workers": num_workers, "pin_memory": pin_memory, "generator": generator}
+    options = {"batch_size": None, "num_workers": num_workers, "pin_memory": pin_memory}
+    return options | {"generator": torch.Generator(), "worker_init_fn": _ignore_interrupts}
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the training process: it ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def load_sample_image(sample: Sample[TargetT]) -> LoadedSample[TargetT]:

@@ -29,12 +29,14 @@ class Processor(ABC):
     Attributes:
         image_token: Stands for a picture in the text that the chat template writes.
         feature_token: Stands for a single feature of a picture in a prompt.
+        other_placeholders: Tokens in whose place the model sees something else, as a video.
         image_processor_class: That of transformers, without torchvision.
         sends_pictures: Whether another program that is sent a picture as the model sees it sees the same.
     """
 
     image_token: ClassVar[str]
     feature_token: ClassVar[str]
+    other_placeholders: ClassVar[tuple[str, ...]] = ()
     image_processor_class: ClassVar[Any]
     sends_pictures: ClassVar[bool] = True
 
@@ -241,6 +243,10 @@ class Processor(ABC):
     def check_prompt(self, chat: list[dict[str, Any]], *, width: int, height: int, max_tokens: int | None) -> None:
         """Refuse a prompt with one picture of this size as `encode` would, without the picture itself."""
         image_size = self.image_size(width, height)
+        texts = [str(part.get("text", "")) for message in chat for part in message["content"]]
+        placeholders = (self.image_token, self.feature_token, *self.other_placeholders)
+        for token in (token for token in placeholders if any(token in text for text in texts)):
+            raise UserError(f"A prompt has {token} in its text, which stands for what the model sees; leave it out.")
         if max_tokens is not None:
             _check_length(self.num_prompt_tokens(chat, image_size), max_tokens)
 

@@ -1,9 +1,11 @@
 import contextlib
 import json
 import logging
+import os
 import resource
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -123,6 +125,10 @@ def test_a_json_list_that_is_empty_or_no_utf8_is_an_error(write):
     path.mkdir()
     with pytest.raises(DataError, match=r"rows\.json: cannot be read \(Is a directory"):
         load(JsonLines(path), Ocr())
+    os.mkfifo(path.with_name("pipe"))  # opened, it would wait for somebody to write
+    for odd in (path.with_name("pipe"), Path("/dev/zero")):
+        with pytest.raises(DataError, match=f"^{odd}: must be a file, not a pipe or a device$"):
+            load(JsonLines(odd), Ocr())
 
 
 def test_pictures_may_lie_in_another_folder(write, tmp_path):

@@ -220,6 +220,10 @@ def test_ms_swift_solutions_and_answers(lines):
             swift(objects={"ref": [], "bbox": [[1, 2, 3, 4]], "bbox_type": "norm1000"}),
             "objects.bbox_type: must be one of",
         ),
+        (
+            swift(objects={"ref": [], "bbox": [[1, 2, 3, 4]], "bbox_type": ["real"]}),
+            "objects.bbox_type: must be one of",
+        ),
         (swift(objects={"ref": "dog", "bbox": [[1, 2, 3, 4]]}), "objects: ref and bbox must be lists"),
         (swift(images=[{"bytes": "x"}]), "images: must be paths here"),
         ({"images": ["a.png"]}, "solution: must be a box"),

@@ -41,6 +41,8 @@ class JsonSource(Source):
 
     def read(self) -> Sequence[SourceRow]:
         """See `Source`."""
+        if self.file.is_fifo() or self.file.is_char_device():  # `<(...)` of a shell: lines are read again and again
+            raise DataError(f"{self.file}: must be a file, not a pipe or a device")
         try:
             return self._listed() if self.file.suffix == ".json" else self._lines()
         except OSError as error:

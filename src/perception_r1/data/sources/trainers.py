@@ -18,7 +18,7 @@ from perception_r1.data.sources.solutions import (
     solution_keys,
     spelled,
 )
-from perception_r1.rows import RowError
+from perception_r1.rows import RowError, short_repr
 
 
 class PerceptionR1(JsonSource):
@@ -143,8 +143,8 @@ def only_image(value: Any) -> object:
 def _unit(objects: Mapping[str, Any]) -> str:
     kinds = {"real": "pixels", "norm1": "fractions"}
     kind = objects.get("bbox_type", "real")
-    if kind not in kinds:
-        raise RowError(f"objects.bbox_type: must be one of {', '.join(kinds)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise RowError(f"objects.bbox_type: must be one of {', '.join(kinds)}, got {short_repr(kind)}")
     return kinds[kind]
 
 

@@ -31,6 +31,7 @@ class QwenVLProcessor(Processor):
     """Pictures keep about their shape; `merge_size` patches in height and in width make a token."""
 
     image_token = feature_token = "<|image_pad|>"
+    other_placeholders = ("<|video_pad|>",)
     image_processor_class = Qwen2VLImageProcessorPil
 
     @classmethod
