@@ -104,16 +104,16 @@ def _signalled(
 ) -> list[dict[str, Any]]:
     """Wait for a moment, then send a signal, or two; those that were sent."""
     aim = draw.choice(["moment", "place", "place", "file"])
-    where = sorted({place for _, place in reference.places})
+    where = sorted({place for _, place in reference.points})
     place, pause = draw.choice(where), draw.random()
-    visits = [when for when, name in reference.places if name == place]
+    visits = [when for when, name in reference.points if name == place]
     visit = draw.randrange(len(visits))
     number = draw.choices(SIGNALS, _WEIGHTS)[0]
     others = ["other"] * (scenario.num_processes - 1)
     receiver = draw.choice(["first", "group", *others])
     is_twice, second_pause = draw.random() < 0.25, draw.random()
     if aim == "moment":
-        running.wait_until(lambda: bool(running.places()), SECONDS)
+        running.wait_until(lambda: bool(running.points()), SECONDS)
         end = time.monotonic() + pause * reference.seconds
         running.wait_until(lambda: time.monotonic() > end, SECONDS)
     elif aim == "file":
@@ -121,10 +121,10 @@ def _signalled(
         running.wait_until(lambda: bool(_unfinished(work) - known), SECONDS)
         time.sleep(pause * 0.03)
     else:
-        running.wait_until(lambda: sum(name == place for _, name in running.places()) > visit, SECONDS)
-        later = [when for when, _ in reference.places if when > visits[visit]]
+        running.wait_until(lambda: sum(name == place for _, name in running.points()) > visit, SECONDS)
+        later = [when for when, _ in reference.points if when > visits[visit]]
         time.sleep(pause * (later[0] - visits[visit] if later else 0.5))
-    place = running.places()[-1][1] if running.places() else "before the start"
+    place = running.points()[-1][1] if running.points() else "before the start"
     told = {"signal": number.name, "to": receiver, "aim": aim, "place": place}
     sent = [told] if running.send(number, receiver) else []
     if sent and is_twice:

@@ -1,6 +1,6 @@
-"""`perception-r1`, which notes in a file when it comes to certain places: what a campaign's signals are aimed at.
+"""`perception-r1`, which notes in a file when it comes to certain points: what a campaign's signals are aimed at.
 
-The places are those at which something is computed, written or renamed; what is done there stays the same. On request
+The points are those at which something is computed, written or renamed; what is done there stays the same. On request
 its disk is slow: whenever it opens a file to write, makes a folder, renames or synchronises, it waits first.
 """
 
@@ -37,7 +37,7 @@ MODULES = {
     "export": ["commands.export"],
     "data": ["data.convert", "data.fetch"],
 }
-"""Modules of a verb in which places are marked."""
+"""Modules of a verb in which points are marked."""
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
     marks = os.environ.get("CAMPAIGN_MARKS")
     if marks and os.environ.get("LOCAL_RANK", "0") == "0":
         try:
-            mark_places(Path(marks), sys.argv[1])
+            mark_points(Path(marks), sys.argv[1])
         except KeyboardInterrupt:  # while it imports what the command would import itself
             return 130
     from perception_r1.cli import main as perception_r1
@@ -55,7 +55,7 @@ def main() -> int:
     return perception_r1()
 
 
-def mark_places(marks: Path, verb: str) -> None:
+def mark_points(marks: Path, verb: str) -> None:
     """From now on, write a line for every place that is come to."""
     handle, started = os.open(marks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), time.monotonic()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MARKS, SLOW = "CAMPAIGN_MARKS", "CAMPAIGN_SLOW_SECONDS"
-"""Variables that tell `marked.py` where to note places, and how long its disk takes."""
+"""Variables that tell `marked.py` where to note points, and how long its disk takes."""
 ROOT = Path(__file__).resolve().parents[2]
 _MARKED = Path(__file__).with_name("marked.py")
 _POLL_SECONDS = 0.003
@@ -29,7 +29,7 @@ class Running:
 
     Attributes:
         process: The first one of its group.
-        marks: File of the places that it came to.
+        marks: File of the points that it came to.
         output: File of what it wrote to stdout and stderr.
         started: When, in seconds.
     """
@@ -39,8 +39,8 @@ class Running:
     output: Path
     started: float = field(default_factory=time.monotonic)
 
-    def places(self) -> list[tuple[float, str]]:
-        """The places that it came to, with seconds since the first of them: all but the first come after imports."""
+    def points(self) -> list[tuple[float, str]]:
+        """The points that it came to, with seconds since the first of them: all but the first come after imports."""
         lines = self.marks.read_text(encoding="utf-8").splitlines() if self.marks.exists() else []
         return [(float(when), place) for when, place in (line.split(" ", 1) for line in lines)]
 

@@ -22,18 +22,18 @@ class Reference:
 
     Attributes:
         result: What came of it.
-        places: The places that it came to, with seconds.
+        points: The points that it came to, with seconds.
         folder: Where it worked.
     """
 
     result: Result
-    places: Sequence[tuple[float, str]]
+    points: Sequence[tuple[float, str]]
     folder: Path
 
     @property
     def seconds(self) -> float:
         """How long it took after its start."""
-        return self.places[-1][0] + 1.0
+        return self.points[-1][0] + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class References:
         if not (place / "reference.json").exists():
             self._make(scenario, place)
         kept = json.loads((place / "reference.json").read_text(encoding="utf-8"))
-        places = [(when, where) for when, where in kept["places"]]
-        return Reference(result=kept["result"], places=places, folder=place / "folder")
+        points = [(when, where) for when, where in kept["points"]]
+        return Reference(result=kept["result"], points=points, folder=place / "folder")
 
     def _make(self, scenario: Scenario, place: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
@@ -78,7 +78,7 @@ class References:
         running = start(scenario.argv(place / "folder"), place / "folder", variables=self.variables)
         if running.wait(SECONDS) != 0:
             raise SystemExit(f"{scenario.name} fails undisturbed; see {running.output}: {running.last_line()}")
-        kept = {"result": scenario.result(place / "folder"), "places": running.places()}
+        kept = {"result": scenario.result(place / "folder"), "points": running.points()}
         (place / "reference.tmp").write_text(json.dumps(kept), encoding="utf-8")
         (place / "reference.tmp").rename(place / "reference.json")
 

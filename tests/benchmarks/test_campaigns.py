@@ -203,7 +203,7 @@ def without_a_run(known, scenario):
         known._make(scenario, place)
     kept = json.loads((place / "reference.json").read_text())
     kind = program("campaigns.references").Reference
-    return kind(result=kept["result"], places=[tuple(each) for each in kept["places"]], folder=place / "folder")
+    return kind(result=kept["result"], points=[tuple(each) for each in kept["points"]], folder=place / "folder")
 
 
 @pytest.mark.slow
