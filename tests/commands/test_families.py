@@ -67,14 +67,6 @@ def test_a_run_is_planned(model_folders, family, place, capsys):
     assert "80 GB: fits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["OpenGVLab/InternVL3-2B-hf", "google/gemma-3-4b-it"])
-def test_the_sizes_of_real_models_come_with_the_package(name):
-    from perception_r1.planning.policy import empty_model
-
-    num_weights = sum(weight.numel() for weight in empty_model(PolicyConfig(name=name)).parameters())
-    assert round(num_weights / 1e9, 2) == {"InternVL3-2B-hf": 2.09, "gemma-3-4b-it": 4.3}[name.partition("/")[2]]
-
-
 def test_engines_that_would_see_other_pictures_are_refused(model_folders, monkeypatch):
     monkeypatch.setattr("perception_r1.engines.vllm.find_spec", lambda name: True)
     for family, engines in {

@@ -23,6 +23,13 @@ PUBLISHED = {
     "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
 }
 """Numbers of weights on the hub."""
+ROUNDED = {
+    "OpenGVLab/InternVL3-2B-hf": 2.09,
+    "OpenGVLab/InternVL3-8B-hf": 7.94,
+    "google/gemma-3-4b-it": 4.3,
+    "google/gemma-3-12b-it": 12.19,
+}
+"""The same in billions, as the hub shows them."""
 
 WITH_PREDICTION = {
     "Qwen/Qwen3.5-0.8B": 873_438_784,
@@ -52,6 +59,12 @@ def test_a_model_has_as_many_weights_as_on_the_hub_without_those_that_predict_a_
     assert sum(weights.values()) + of_layer + 2 * size * size + 3 * size == number
 
 
+@pytest.mark.parametrize(("name", "billions"), ROUNDED.items())
+def test_a_model_outside_qwen_vl_has_about_as_many(name, billions):
+    weights = {id(weight): weight for weight in empty_model(PolicyConfig(name=name)).parameters()}
+    assert round(sum(weight.numel() for weight in weights.values()) / 1e9, 2) == billions
+
+
 def test_a_model_with_experts_has_as_many_weights_as_its_published_sizes_make():
     model = empty_model(PolicyConfig(name="Qwen/Qwen3-VL-30B-A3B-Instruct"))
     attention = 2048 * (32 + 4 + 4) * 128 + 32 * 128 * 2048 + 2 * 128
@@ -65,10 +78,10 @@ def test_a_model_with_experts_has_as_many_weights_as_its_published_sizes_make():
 def test_every_configured_model_can_be_planned_offline(monkeypatch):
     monkeypatch.setattr(module, "model_family", lambda name: pytest.fail(f"{name} is looked for on the hub"))
     files = [path for path in (ROOT / "configs" / "model").glob("*.yaml") if path.stem != "tiny"]
-    assert len(files) == len(PUBLISHED) + 1 + len(WITH_PREDICTION)
+    assert len(files) == len(PUBLISHED) + len(WITH_PREDICTION) + len(ROUNDED) + 1
     for path in files:
         name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]["name"]
-        assert read_config(name).model_type.startswith("qwen")
+        assert read_config(name).model_type in FAMILIES
 
 
 @pytest.mark.parametrize(
