@@ -206,7 +206,7 @@ EARLY = [
 ]
 
 
-@pytest.mark.parametrize("model", ["tiny", "folder"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("folder", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("arguments", "message"), EARLY)
 def test_what_needs_no_model_is_checked_before_one_is_made(
     capsys, tmp_path, monkeypatch, folder, model, arguments, message

@@ -96,6 +96,7 @@ def test_a_training_whose_steps_cost_something_else_is_measured_by_itself(tmp_pa
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", trainings.TRAININGS)
 def test_the_command_line_takes_the_options_of_every_training(name, capsys):
     training = trainings.TRAININGS[name]

@@ -30,6 +30,7 @@ def write(folder, name, text):
     (folder / name / "__init__.py").write_text(text)
 
 
+@pytest.mark.slow
 def test_torchvision_without_its_operators_can_be_imported_afterwards(tmp_path):
     write(tmp_path, "torchvision", BROKEN_TORCHVISION)
     write(tmp_path, "vllm", "import torchvision")

@@ -52,7 +52,7 @@ class Captures:
         return replay
 
 
-@pytest.fixture(params=[False, True], ids=["run", "traced"])
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["run", "traced"])
 def captures(request):
     return Captures(request.param)
 
