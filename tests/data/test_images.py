@@ -1,6 +1,8 @@
 import io
+import os
 import random
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +63,14 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("read", [load_image, check_image, read_size])
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.png")
+    for odd in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ImageError, match=f"^{odd} must be a file, not a pipe or a device$"):
+            read(odd)
+
+
 def test_a_picture_of_absurd_size_is_refused(tmp_path, monkeypatch):
     picture().save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -99,8 +99,10 @@ def _open(source: ImageSource) -> Image.Image:
     """The image, not decoded yet.
 
     Raises:
-        ImageError: Its pixels are of a kind that has no colours.
+        ImageError: Its pixels are of a kind that has no colours, or it would be read from a pipe or a device.
     """
+    if isinstance(source, Path) and (source.is_fifo() or source.is_char_device()):  # which may never end, or begin
+        raise ImageError(f"{source} must be a file, not a pipe or a device")
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     image = Image.open(source if isinstance(source, Path) else io.BytesIO(source.read()), formats=formats)
