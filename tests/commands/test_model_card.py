@@ -13,7 +13,7 @@ from perception_r1.commands.card_metadata import Origin, origins
 from perception_r1.commands.evaluations import evaluations_of
 from perception_r1.commands.settings import class_defaults, deviations
 from perception_r1.errors import UserError
-from perception_r1.policy.processor import Processor
+from perception_r1.policy.families.qwen_vl import QwenVLProcessor
 from perception_r1.task import THINK_REQUEST
 
 CARD = "---\nlicense: other\nlicense_name: research\nlicense_link: LICENSE\nbase_model: someone/base\n---\n\n# A base\n"
@@ -155,14 +155,14 @@ def test_an_adapter_says_how_it_is_put_on_its_base(runs, tmp_path):
 
 
 def test_a_card_of_a_model_that_can_think_says_that_it_answers_at_once(runs, tmp_path, monkeypatch):
-    load = Processor.load
+    load = QwenVLProcessor.load
 
     def can_think(*args, **options):
         processor = load(*args, **options)
         processor.template_options = {"enable_thinking": False}
         return processor
 
-    monkeypatch.setattr(Processor, "load", can_think)
+    monkeypatch.setattr(QwenVLProcessor, "load", can_think)
     text = export(runs["full"], tmp_path / "to").text
     code = text.partition("```python\n")[2].partition("```")[0]
     compile(code, "README.md", "exec")

@@ -225,8 +225,10 @@ class Policy(nn.Module):
 
     def _end_tokens(self) -> list[int]:
         """All tokens that end a completion, the one which closes a chat turn first."""
-        listed = self.model.generation_config.eos_token_id
-        named = [self.processor.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+        tokenizer, listed = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        named = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+        if self.processor.end_of_turn is not None:
+            named.insert(0, tokenizer.convert_tokens_to_ids(self.processor.end_of_turn))
         tokens = list(dict.fromkeys(token for token in named if token is not None))
         if not tokens:
             raise UserError("Neither the generation config nor the tokenizer names an end token.")

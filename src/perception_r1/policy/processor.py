@@ -30,6 +30,7 @@ class Processor(ABC):
         image_token: Stands for a picture in the text that the chat template writes.
         feature_token: Stands for a single feature of a picture in a prompt.
         other_placeholders: Tokens in whose place the model sees something else, as a video.
+        end_of_turn: Closes the model's turn, where the tokenizer's own end token is another.
         image_processor_class: That of transformers, without torchvision.
         sends_pictures: Whether another program that is sent a picture as the model sees it sees the same.
     """
@@ -37,6 +38,7 @@ class Processor(ABC):
     image_token: ClassVar[str]
     feature_token: ClassVar[str]
     other_placeholders: ClassVar[tuple[str, ...]] = ()
+    end_of_turn: ClassVar[str | None] = None
     image_processor_class: ClassVar[Any]
     sends_pictures: ClassVar[bool] = True
 

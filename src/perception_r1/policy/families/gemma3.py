@@ -17,6 +17,7 @@ class Gemma3Processor(TileProcessor):
     """A picture is a single square; the crops of pan and scan are not made."""
 
     image_token, feature_token = "<start_of_image>", "<image_soft_token>"
+    end_of_turn = "<end_of_turn>"  # the tokenizer's own is <eos>
     image_processor_class = Gemma3ImageProcessorPil
     call_options: ClassVar[dict[str, Any]] = {"do_pan_and_scan": False}
 
