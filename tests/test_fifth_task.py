@@ -32,6 +32,7 @@ def test_a_task_is_a_python_file_of_at_most_60_lines_and_a_yaml_file() -> None:
     assert len(FILES[SOURCE].splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
     """In a copy of the project, so that the files can lie where the documentation puts them."""
     for folder in ("src", "configs"):

@@ -97,9 +97,8 @@ def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
         from pathlib import Path
         from perception_r1.locks import locked
         with locked(Path(sys.argv[1]), "a training"):
-            if os.fork() == 0:
-                time.sleep(60)
-            print("there", flush=True)
+            if os.fork() == 0:  # by now it has let go of the lock
+                print("there", flush=True)
             time.sleep(60)
     """
     command = [sys.executable, "-c", program, str(tmp_path / "run")]

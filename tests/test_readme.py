@@ -95,8 +95,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def marked(command: str) -> Any:
-    """A program of benchmarks/ takes longer than other commands."""
-    return pytest.param(command, marks=[pytest.mark.slow] if "benchmarks/" in command else [])
+    """Programs of benchmarks/, which take longer, and commands of other pages belong to the slow tests."""
+    is_slow = "benchmarks/" in command or command not in commands("README.md")
+    return pytest.param(command, marks=[pytest.mark.slow] if is_slow else [])
 
 
 @pytest.mark.parametrize("command", [marked(command) for command in COMMANDS if FIFTH_TASK not in command])

@@ -60,6 +60,7 @@ def test_all_tasks_are_trained_in_the_worlds_of_each(printed):
     assert changed["data"]["init_args"]["weights"] == {"ocr": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_goes_with_every_kind_of_training(printed, model):
     own = [f"{model}/grounding"] if (CONFIGS / model / "grounding.yaml").exists() else []

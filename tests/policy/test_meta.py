@@ -82,7 +82,7 @@ def update(policy, prompts, budget=None):
 
 @pytest.mark.parametrize(
     ("budget", "num_parts"),
-    [(None, {1}), (70, {4, 6}), pytest.param(1, {10}, marks=pytest.mark.slow)],
+    [(None, {1}), pytest.param(70, {4, 6}, marks=pytest.mark.slow), pytest.param(1, {10}, marks=pytest.mark.slow)],
     ids=["whole", "some", "split"],
 )
 def test_a_training_pass_reads_nothing_back_from_the_device(policy, budget, num_parts):

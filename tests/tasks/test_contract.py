@@ -73,7 +73,7 @@ def test_every_task_has_samples():
 @pytest.mark.parametrize(("name", "query", "target"), CASES)
 def test_the_answer_reads_back_with_full_marks(name, query, target, codec, think):
     task, sample = TASKS[name](think=think), make(name, query, target)
-    for end in ("", "<|im_end|>", "<|im_end|><|endoftext|>\n"):
+    for end in ("", "<|im_end|>", "<|im_end|><|endoftext|>\n", "<end_of_turn><eos>"):
         prediction = task.parse_completion(task.target_text(sample, codec, FRAME) + end, codec, FRAME)
         score = task.score(prediction, target)
         assert score.reward == pytest.approx(TARGETS[name][0])
