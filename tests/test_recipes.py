@@ -94,6 +94,7 @@ def test_a_recipe_trains_on_data_of_its_form(task, place, model_folders):
     assert (card["status"], card["steps"]) == ("finished", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "frozen_vision", "think", "modern"])
 def test_variants_go_on_top_of_a_recipe(variant, place, model_folders):
     card = train(place, model_folders["qwen2_vl"], "grounding", variant)

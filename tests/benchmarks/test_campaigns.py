@@ -103,6 +103,7 @@ def test_a_source_that_fails_is_told(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_an_odd_setting_ends_well_or_in_a_sentence(monkeypatch):
     monkeypatch.setattr(odd_settings, "_names", lambda *args: ["data.init_args.held_out_share"])
     monkeypatch.setattr(odd_settings, "VALUES", ("null", "0.2", "[]"))

@@ -256,6 +256,7 @@ def test_stats_are_those_worked_out_by_hand(run, tmp_path, folder):
     assert found["prompt tokens"].endswith("; 100.00% over 1")
 
 
+@pytest.mark.slow
 def test_stats_of_synthetic_scenes_count_each_scene_once(run):
     status, text, _ = run("stats", "--data.num_val=30", "--split", "val", "--data.eval_split", "train")
     found = table_of(text)

@@ -204,6 +204,7 @@ LEFT_OVER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LEFT_OVER)
 def test_what_is_there_is_not_answered_again_and_nothing_is_lost(undisturbed, tmp_path, monkeypatch, kind):
     leave, expected = LEFT_OVER[kind]

@@ -148,7 +148,7 @@ class FailingEngine(NativeEngine):
         return super().generate(policy, prompts, group_size=group_size, **options)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3, 4))])
 def test_a_run_whose_engine_fails_saves_what_was_before_that_step(folder, tmp_path, number):
     """The step after one, after a validation, and at the border of an epoch."""
     options = {"num_iterations": 2, "max_steps": 12}
