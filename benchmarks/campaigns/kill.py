@@ -85,7 +85,7 @@ def _interrupted(
         faults += _faults_of_the_end(running, status, found)
         faults += [f"part {part}: process {pid} is left behind" for pid in running.left_behind()]
         faults += [f"part {part}: {fault}" for fault in scenario.faults(work, reference.result)]
-        if status == 0 or faults:
+        if status == 0 or faults or scenario.is_done(work):
             break
     else:
         running = start(scenario.argv(work), work, name="rest", variables=variables)

@@ -55,6 +55,10 @@ class Scenario(ABC):
     def faults(self, folder: Path, reference: Result) -> list[str]:
         """What an interruption has left there under the name of something whole."""
 
+    def is_done(self, folder: Path) -> bool:
+        """Whether all is there, though the signal came before the end, so that the command would not begin again."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Scenario):
@@ -158,6 +162,10 @@ class Export(Scenario):
         is_whole = not (folder / "model").exists() or self.result(folder) == reference
         return [] if is_whole else ["the exported folder is half of one"]
 
+    def is_done(self, folder: Path) -> bool:
+        """See `Scenario`."""
+        return (folder / "model").exists()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion(Scenario):
@@ -175,6 +183,10 @@ class Conversion(Scenario):
         """See `Scenario`; once the rows are there, so are all pictures."""
         is_whole = not (folder / "lines" / "data.jsonl").exists() or self.result(folder) == reference
         return [] if is_whole else ["data.jsonl is there, and not all is"]
+
+    def is_done(self, folder: Path) -> bool:
+        """See `Scenario`."""
+        return (folder / "lines" / "data.jsonl").exists()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def test_workers_leave_ctrl_c_to_the_training_process(rows):
     data = data_of(Grounding(), rows, 2)
     data.setup("fit")
     batches = iter(data.train_dataloader())
-    seen = [next(batches)]
+    seen = [next(batches), next(batches)]  # one of each worker: both have begun
     workers = multiprocessing.active_children()
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)  # as a terminal does
