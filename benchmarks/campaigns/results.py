@@ -23,8 +23,8 @@ def digest(data: bytes) -> str:
 
 
 def is_draft(path: Path) -> bool:
-    """Whether the name of a file, or of its folder, says that it is not whole yet."""
-    return any(part.endswith((".tmp", ".part")) for part in path.parts)
+    """Whether the name of a file, or of its folder, says that it is not whole yet, or in use."""
+    return any(part.endswith((".tmp", ".part", ".lock")) for part in path.parts)
 
 
 def files(folder: Path, pattern: str = "**/*") -> Result:
