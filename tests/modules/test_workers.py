@@ -133,7 +133,8 @@ def test_workers_leave_ctrl_c_to_the_training_process(rows):
         os.kill(worker.pid, signal.SIGINT)  # as a terminal does
     seen += batches
     assert len(workers) == 2
-    assert {sample.id for batch in seen for sample in batch} == {sample.id for sample in data.samples("train")}
+    assert len(seen) == len(list(data.samples("train"))) // 3
+    assert len({sample.id for batch in seen for sample in batch}) == 3 * len(seen)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
