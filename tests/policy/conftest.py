@@ -12,11 +12,11 @@ from perception_r1.policy.policy import Policy
 from tests.policy import oracle
 
 _LIKE_OTHERS = ("qwen3_vl", "qwen3_5_moe")
-"""What they have is also in Qwen3-VL-MoE and in Qwen3.5: their tests are run by hand (`pytest -m hours`)."""
+"""What they have is also in Qwen3-VL-MoE and in Qwen3.5: they belong to the slow tests."""
 
 
 def _param(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.hours) if name in _LIKE_OTHERS else name
+    return pytest.param(name, marks=pytest.mark.slow) if name in _LIKE_OTHERS else name
 
 
 @pytest.fixture(params=[_param(name) for name, family in FAMILIES.items() if family.shares_prompts])
