@@ -218,8 +218,10 @@ def _trainer(kind: str, task: str, expected: str, good: Values, **values: Any) -
 
 
 class _Evil:
+    """A pickle that ends the process which reads it: then no sentence comes, and the trial is faulty."""
+
     def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/campaign-was-here",)
+        return os._exit, (77,)
 
 
 _NAN, _INF = float("nan"), float("inf")

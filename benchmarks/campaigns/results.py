@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from perception_r1.policy.checkpoint_file import load_file
+
 Result: TypeAlias = dict[str, str]
 
 _CHECKPOINT = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "epoch")
@@ -38,7 +40,7 @@ def training(runs: Path) -> Result:
     folder = max(runs.glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     found: Result = {}
     for name in ("last", "best"):
-        checkpoint = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=False)
+        checkpoint = load_file(folder / "checkpoints" / f"{name}.ckpt")
         chosen = {key: checkpoint[key] for key in _CHECKPOINT if key in checkpoint}
         found |= {f"{name}.ckpt/{key}": value for key, value in flat(chosen).items()}
     card = json.loads((folder / "run.json").read_text(encoding="utf-8"))

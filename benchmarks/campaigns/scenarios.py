@@ -5,16 +5,15 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import datasets
-import torch
 import yaml
 from PIL import Image, ImageDraw
 
 from campaigns.results import Result, files, is_draft, training
+from perception_r1.policy.checkpoint_file import load_file
 
 _SMALL = [
     *("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--data.batch_size=2", "--data.eval_batch_size=3"),
@@ -82,7 +81,7 @@ class Training(Scenario):
         """See `Scenario`."""
         found = []
         readers = {
-            "checkpoints/*.ckpt": partial(torch.load, weights_only=False),
+            "checkpoints/*.ckpt": load_file,
             "*.json": lambda path: json.loads(path.read_text(encoding="utf-8")),
             "*.yaml": lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["class_path"],
             "samples/**/*.png": lambda path: Image.open(path).load(),

@@ -1,7 +1,6 @@
 """The page in a real browser, where Chromium and playwright are installed."""
 
 import json
-import shutil
 
 import pytest
 
@@ -10,18 +9,7 @@ from perception_r1.reporting.folder import read_record
 from tests.reporting.runs import COUNTING, OCR, make_run, row
 from tests.reporting.test_document import HOSTILE
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 NARROW, WIDE = (390, 844), (1440, 900)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def write(path, *folders):

@@ -1,15 +1,9 @@
 """The page in a real browser, where Chromium and playwright are installed."""
 
-import shutil
-
 import pytest
 from PIL import Image
 
 from tests.serving.serving import running, serve
-
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 TWO_BOXES = (
     "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(100,200),(500,1000)<|box_end|>"
@@ -26,14 +20,6 @@ def served(folder):
 def url(served):
     with running(served.app()) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1440, 900), (390, 844)], ids=["desk", "phone"])

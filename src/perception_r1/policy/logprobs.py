@@ -51,9 +51,7 @@ def completion_logprobs(
     Raises:
         ValueError: The completions cannot be divided evenly among the prompts.
     """
-    if len(completions) % len(prompts):
-        raise ValueError(f"{len(completions)} completions cannot be divided evenly among {len(prompts)} prompts.")
-    group_size = len(completions) // len(prompts)
+    group_size = completions_per_prompt(prompts, completions)
     order = argsort_by_length(prompts.lengths)
     rows = [prompt * group_size + g for prompt in order for g in range(group_size)]
     prompts, completions = prompts.select(order), [completions[row] for row in rows]
@@ -70,6 +68,13 @@ def completion_logprobs(
     picked = target_logprobs(model, predictors, targets, suppress_tokens, temperature, top_p)
     found = dict(zip(rows, picked.split(lengths), strict=True))
     return pad_sequence([found[row] for row in range(len(rows))], batch_first=True)
+
+
+def completions_per_prompt(prompts: PromptBatch, completions: Sequence[Tensor]) -> int:
+    """G; a `ValueError` where there is none."""
+    if len(completions) % len(prompts):
+        raise ValueError(f"{len(completions)} completions cannot be divided evenly among {len(prompts)} prompts.")
+    return len(completions) // len(prompts)
 
 
 def prompt_states(model: VisionLanguageModel, prompts: PromptBatch) -> PromptStates:

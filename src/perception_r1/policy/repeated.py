@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from perception_r1.policy.batch import PromptBatch, move_together, to_device
 from perception_r1.policy.families import VisionLanguageModel, family_of
-from perception_r1.policy.logprobs import target_logprobs
+from perception_r1.policy.logprobs import completions_per_prompt, target_logprobs
 from perception_r1.policy.rollout import Rollout, SamplingParams, decode
 
 
@@ -34,9 +34,7 @@ def repeated_logprobs(
     top_p: float = 1.0,
 ) -> Tensor:
     """Log-probability of every completion token; the arguments and the result are those of `completion_logprobs`."""
-    if len(completions) % len(prompts):
-        raise ValueError(f"{len(completions)} completions cannot be divided evenly among {len(prompts)} prompts.")
-    group_size = len(completions) // len(prompts)
+    group_size = completions_per_prompt(prompts, completions)
     owners = [prompt for prompt in range(len(prompts)) for _ in range(group_size)]
     hidden = _forward(model, prompts, owners, [completion[:-1] for completion in completions], side="right")
     lengths = [len(completion) for completion in completions]
