@@ -5,8 +5,9 @@
 Legend: B prompts, G completions per prompt, N = B*G completions, T completion tokens (longest).
 """
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from perception_r1.data.loading import Batch
 from perception_r1.errors import UserError
-from perception_r1.grpo.advantages import has_zero_std
 from perception_r1.grpo.loss import (
     ImportanceSamplingLevel,
     KLEstimator,
@@ -31,11 +31,12 @@ from perception_r1.grpo.loss import (
     token_weights,
 )
 from perception_r1.modules.advantages import AdvantageEstimator, Advantages, CreditAssignment, ScaleRewards
-from perception_r1.modules.base import VALIDATION, PolicyModule
+from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.evaluation import evaluation_mode
 from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
 from perception_r1.modules.split_groups import SharedPrompt
+from perception_r1.modules.step_metrics import cost_metrics, sampling_metrics
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.load import Dtype, PolicyConfig
 from perception_r1.policy.packing import MicroBatch
@@ -232,8 +233,10 @@ class GRPO(PolicyModule):
             metrics, _ = self.update(experience, reference_logprobs, old_logprobs)
         mismatch = logprob_mismatch(chosen.rollout, experience.micro_batches, old_logprobs)
         metrics |= {"advantage_std": float(advantages.std()), "logprob_mismatch": mismatch}
-        self.log_step(found, group_size, metrics)
-        self.log_cost(found.rollout, experience, seconds_before, time.perf_counter() - started)
+        self.log_step(found, metrics)
+        seconds = {name: value - seconds_before.get(name, 0.0) for name, value in self.phase_seconds.items()}
+        total, is_shared = time.perf_counter() - started, self.policy.family.shares_prompts
+        self.log_train(cost_metrics(found.rollout, experience, seconds, total, shares_prompts=is_shared))
         has_taught = torch.full((len(batch),), -1)
         has_taught[: len(found.samples)] = (found.spreads() > self.min_reward_std).long()
         return {"has_taught": has_taught}
@@ -400,49 +403,12 @@ class GRPO(PolicyModule):
         super().on_load_checkpoint(checkpoint)
         self.advantages.load_state_dict(checkpoint["run"].get("advantages", {"moments": {}}))
 
-    def log_step(self, found: Round, group_size: int, metrics: dict[str, float]) -> None:
-        """Reward and its spread, every component and task metric, and how the completions are, of all prompts."""
-        rollout, rewards = found.rollout, torch.tensor(found.rewards, dtype=torch.float64)
+    def log_step(self, found: Round, metrics: Mapping[str, float]) -> None:
+        """Reward, every component and task metric, and how the completions are, of all prompts."""
         self.train_metrics.update(found.scored_completions)
         values = {tag: value for tag, value in self.train_metrics.compute().items() if not value.isnan()}
         self.log_dict(values, batch_size=1)
         self.train_metrics.reset()
-        if isinstance(self.task, Mixture):
-            metrics = metrics | {"reward": float(rewards.mean())}
-        num_tokens = [len(completion) for completion in rollout.completions]
-        entropy = torch.cat(list(rollout.entropies)).mean()
-        if not self.engine.knows_entropies:  # what a token tells of it
-            entropy = -torch.cat(list(rollout.logprobs)).mean()
-        self.log_train(
-            metrics
-            | {
-                "group_size": float(group_size),
-                "num_prompts": float(len(found.samples)),
-                "reward_std": float(rewards.view(-1, group_size).std(1).mean()),
-                "frac_reward_zero_std": float(has_zero_std(rewards, group_size).float().mean()),
-                "entropy": float(entropy),
-                "completion_length": sum(num_tokens) / len(num_tokens),
-                "truncation_rate": sum(rollout.is_truncated) / len(num_tokens),
-            }
-        )
-
-    def log_cost(self, rollout: Rollout, experience: Experience, before: dict[str, float], total: float) -> None:
-        """Seconds of each phase of this step, written tokens per second, and what sharing prompts saves."""
-        seconds = {
-            name: value - before.get(name, 0.0) for name, value in self.phase_seconds.items() if name != VALIDATION
-        }
-        lengths = [len(completion) for completion in experience.completions]
-        prompt_lengths = experience.prompts.lengths
-        group_size = len(lengths) // len(prompt_lengths)
-        num_written = sum(map(len, rollout.completions))  # of the reserve as well
-        rows = [row for micro_batch in experience.micro_batches for row in micro_batch.rows]
-        written = sum(lengths[row] for row in rows)
-        computed = [prompt for batch in experience.micro_batches if batch.part == 0 for prompt in batch.prompts]
-        repeated = sum(prompt_lengths[row // group_size] for row in rows)
-        is_shared = self.policy.family.shares_prompts
-        packed = sum(prompt_lengths[prompt] for prompt in computed) if is_shared else repeated
-        self.log_train(
-            {f"seconds/{name}": value for name, value in seconds.items()}
-            | {"seconds/step": total, "tokens_per_second": num_written / total}
-            | {"tokens/packed": float(packed + written), "tokens/repeated": float(repeated + written)}
-        )
+        if isinstance(self.task, Mixture):  # whose metrics are those of each task
+            metrics = {**metrics, "reward": statistics.fmean(found.rewards)}
+        self.log_train({**metrics, **sampling_metrics(found, self.engine.knows_entropies)})
