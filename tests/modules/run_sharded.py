@@ -30,7 +30,7 @@ class Sometimes(Lottery):
 
     def score(self, prediction: Any, target: Any) -> Score:
         paid = super().score(prediction, target)
-        return paid if target.box[0] > 0.4 else Score(reward=0.0, components=paid.components, metrics=paid.metrics)
+        return paid if target.box[1] > 0.4 else Score(reward=0.0, components=paid.components, metrics=paid.metrics)
 
 
 class Counting(GRPO):
@@ -83,13 +83,23 @@ def exact():
         yield
 
 
+NUM_STEPS = 6
+"""Of a whole training, which validates in the middle and at the end."""
+
+
 def train(
-    model: str, folder: str, kind: str, *, strategy: str = "auto", max_steps: int = 10, ckpt_path: str | None = None
+    model: str,
+    folder: str,
+    kind: str,
+    *,
+    strategy: str = "auto",
+    max_steps: int = NUM_STEPS,
+    ckpt_path: str | None = None,
 ) -> tuple[Any, Any, Log]:
     """Steps of four prompts; with two devices the first computes each completion by itself."""
     log, num_devices = Log(), 1 if strategy == "auto" else 2
     settings: dict[str, Any] = {"max_steps": max_steps, "precision": "64-true", "limit_val_batches": 1.0}
-    settings |= {"val_check_interval": 5, "check_val_every_n_epoch": None, "devices": num_devices}
+    settings |= {"val_check_interval": NUM_STEPS // 2, "check_val_every_n_epoch": None, "devices": num_devices}
     trainer = make_trainer(Path(folder), [log, Checkpoints(), LogSamples(1, 64)], strategy=strategy, **settings)
     torch.manual_seed(0)  # of an adapter's first weights
     micro_batch_tokens = 1 if num_devices > 1 and trainer.global_rank == 0 else None

@@ -15,7 +15,7 @@ from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.sharded_checkpoint import META, load_shards
 from tests.modules import two_processes
-from tests.modules.run_sharded import KINDS, train
+from tests.modules.run_sharded import KINDS, NUM_STEPS, train
 
 pytestmark = pytest.mark.slow
 
@@ -26,15 +26,15 @@ RESUMED = ["zero1", "fsdp2", "shards"]
 
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):
-    """Folders KIND/STRATEGY of ten steps, half/STRATEGY of five, and rest/STRATEGY of five more after one process."""
+    """Folders KIND/STRATEGY of all steps, half/STRATEGY of half, and rest/STRATEGY of the rest after one process."""
     out = tmp_path_factory.mktemp("sharded")
     for kind in KINDS:
         train(str(folder), str(out / kind / "auto"), kind)
-    train(str(folder), str(out / "half" / "auto"), "full", max_steps=5)
+    train(str(folder), str(out / "half" / "auto"), "full", max_steps=NUM_STEPS // 2)
     plan = [{"folder": f"{kind}/{strategy}", "kind": kind, "strategy": strategy} for kind, strategy in SHARDED]
     for strategy in RESUMED:
         common = {"kind": "full", "strategy": strategy}
-        plan.append({"folder": f"half/{strategy}", "max_steps": 5} | common)
+        plan.append({"folder": f"half/{strategy}", "max_steps": NUM_STEPS // 2} | common)
         plan.append({"folder": f"rest/{strategy}", "ckpt_path": str(last(out / "half" / "auto"))} | common)
     lines = [json.dumps(each | {"folder": str(out / each["folder"])}) for each in plan]
     (out / "plan.jsonl").write_text("\n".join(lines))
@@ -57,7 +57,7 @@ def reports(folder: Path) -> list[dict]:
 
 def assert_same_end(one: dict, other: dict) -> None:
     """Weights, and the optimiser's states in the order of their numbers."""
-    assert one["global_step"] == other["global_step"] == 10
+    assert one["global_step"] == other["global_step"] == NUM_STEPS
     assert one["state_dict"].keys() == other["state_dict"].keys() != set()
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(other["state_dict"][name], value, rtol=0, atol=TOLERANCE, msg=name)
@@ -79,14 +79,14 @@ def test_two_processes_end_where_one_ends_with_the_same_batches(runs, kind, stra
 def test_both_processes_log_the_same(runs, kind, strategy):
     first, second = reports(runs / kind / strategy)
     assert first["log"] == second["log"]
-    assert len(first["log"]) == 10
+    assert len(first["log"]) == NUM_STEPS
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp2"])
 def test_the_processes_had_different_numbers_of_passes_and_sometimes_nothing_to_learn(runs, strategy):
     counts = [report["counts"] for report in reports(runs / "full" / strategy)]
     pairs = list(zip(*counts, strict=True))
-    assert len(pairs) == 10
+    assert len(pairs) == NUM_STEPS
     assert any(one[0] > other[0] > 0 for one, other in pairs)
     assert any(one[0] > other[0] == 0 for one, other in pairs)
     for (first, first_empty), (second, second_empty) in pairs:
@@ -107,13 +107,13 @@ def test_a_process_has_half_of_all_weights_frozen_ones_too(runs, kind):
 
 def test_an_update_that_is_not_finite_on_one_process_is_skipped_by_both(runs):
     for report in reports(runs / "frozen" / "fsdp2"):
-        assert [report["log"][str(step)]["train/skipped_steps"] for step in (2, 3, 10)] == [0, 1, 1]
+        assert [report["log"][str(step)]["train/skipped_steps"] for step in (2, 3, NUM_STEPS)] == [0, 1, 1]
     assert load(runs / "frozen" / "fsdp2")["run"]["num_skipped_steps"] == 1
 
 
 def test_a_checkpoint_of_shards_is_restored_without_a_trainer(runs, folder):
     policy, expected = Policy.load(PolicyConfig(name=str(folder))), load(runs / "full" / "fsdp2")["state_dict"]
-    assert restore(policy, last(runs / "half" / "shards")) == 5
+    assert restore(policy, last(runs / "half" / "shards")) == NUM_STEPS // 2
     half = load(runs / "half" / "fsdp2")["state_dict"]
     for name, value in policy.state_dict(prefix="policy.").items():
         torch.testing.assert_close(value, half[name].float(), rtol=0, atol=1e-6)
