@@ -133,7 +133,7 @@ PICTURES: dict[str, tuple[Writer, str]] = {
     "CMYK TIFF": (_saved("TIFF", mode="CMYK"), USED),
     "16 bits PNG": (_saved("PNG", mode="I;16"), USED),
     "16 bits TIFF": (_saved("TIFF", mode="I;16"), USED),
-    "32 bits TIFF": (_saved("TIFF", mode="F"), USED),
+    "TIFF of floats": (_saved("TIFF", mode="F"), REFUSED),
     "one bit PNG": (_saved("PNG", mode="1"), USED),
     "palette PNG": (_saved("PNG", mode="P"), USED),
     "palette PNG, transparent": (_saved("PNG", mode="P", transparency=3), USED),
