@@ -11,8 +11,8 @@ TRL has one handicap on a CPU: it computes vocabulary scores of the prompt's tok
 small on purpose, so that this costs it little.
 
 "Reached" is the share of this machine's own rate of matrix products, measured in turn with the steps, at which a step
-of this engine gets the operations done that a shared prompt needs: each prompt once in prefill, reference and loss,
-each completion token once in decoding, reference and loss, backward counted as two forward passes.
+of this engine gets the operations done that a shared prompt needs: each prompt once for rollout and loss and once in
+the reference, each completion token once in decoding, reference and loss, backward counted as two forward passes.
 """
 
 import argparse
@@ -198,10 +198,11 @@ def needed_operations(folder: Path, prompt: int, completion: int, group_size: in
     of_tokens = sum(weight.numel() for weight in model.model.visual.merger.parameters() if weight.ndim == 2)
     vision = 2 * (of_patches * patches + of_tokens * image_tokens) + 4 * vision.depth * vision.embed_dim * patches**2
 
-    prefill = vision + 2 * per_token * prompt + 4 * wide * prompt_pairs
     decode = 2 * per_token * written + 4 * wide * (pairs - prompt_pairs) + 2 * head * group_size * completion
     forward = vision + 2 * per_token * (prompt + written) + 4 * wide * pairs + 2 * head * group_size * completion
-    return (prefill + decode + forward + 3 * forward) / 1e9  # reference, then policy with its backward pass
+    return (
+        decode + forward + 3 * forward
+    ) / 1e9  # reference, then policy, prompts of the rollout included, and backward
 
 
 def table(cells: Sequence[Cell]) -> str:

@@ -30,7 +30,7 @@ class RepeatedPolicy(Policy):
         """False: features are not kept either."""
         return False
 
-    def prefill(self, prompts: PromptBatch) -> Any:
+    def prefill(self, prompts: PromptBatch, states: None = None) -> Any:
         """Nothing is computed ahead."""
         return prompts
 
@@ -111,6 +111,11 @@ class RepeatedPolicy(Policy):
 
 class RepeatedGRPO(GRPO):
     """GRPO with that policy."""
+
+    @property
+    def computes_alike_in_training(self) -> bool:
+        """False: nothing is computed ahead."""
+        return False
 
     def configure_model(self) -> None:
         """Load policy and reference."""

@@ -95,10 +95,11 @@ def test_the_operations_that_are_needed_are_about_those_that_are_made(tmp_path):
     assert prompts.lengths == [100]
     with FlopCounterMode(display=False) as counter:
         params = policy.sampling_params(max_new_tokens=20)
-        rollout = policy.generate(policy.prefill(prompts), group_size=4, params=params, seeds=[0])
+        states = policy.prompt_states(prompts)
+        rollout = policy.generate(policy.prefill(prompts, states), group_size=4, params=params, seeds=[0])
         with torch.no_grad():
             reference(prompts, rollout.completions)
-        policy(prompts, rollout.completions).sum().backward()
+        policy(prompts, rollout.completions, states=states).sum().backward()
     needed = 1e9 * engine.needed_operations(tmp_path / "model", 100, 20, 4, 16)
     assert [len(row) for row in rollout.completions] == [20] * 4
     assert 0.8 * counter.get_total_flops() < needed < 1.05 * counter.get_total_flops()

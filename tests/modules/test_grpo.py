@@ -16,6 +16,7 @@ from perception_r1.modules import GRPO
 from perception_r1.modules.base import MAX_SKIPPED_IN_A_ROW
 from perception_r1.policy.load import LoraConfig
 from perception_r1.policy.policy import Policy
+from tests.modules.run_sharded import Sometimes, exact
 from tests.modules.toy import Gradients, Log, Lottery, fit, make_data, make_module, make_trainer, trained_weights
 from tests.policy import oracle
 
@@ -429,12 +430,89 @@ def test_a_vision_tower_that_is_not_trained_sees_each_picture_once_in_a_step(fol
     assert log.steps[4]["train/kl"] > 0
 
 
-@pytest.mark.parametrize(("budget", "of_parts"), [(None, [2]), (1, [1, 1])])
-def test_a_vision_tower_that_is_trained_runs_in_rollout_reference_and_every_update(folder, tmp_path, budget, of_parts):
+@pytest.mark.parametrize(
+    ("budget", "of_policy", "of_reference"), [(None, [2, 2], [2]), (1, [2, 1, 1, 1, 1], [1, 1])], ids=["whole", "parts"]
+)
+def test_a_vision_tower_that_is_trained_runs_in_rollout_reference_and_every_update(
+    folder, tmp_path, budget, of_policy, of_reference
+):
+    """Where a step is one micro-batch, the first update learns from what the rollout has computed."""
     towers = Towers()
     module = make_module(folder, micro_batch_tokens=budget, num_iterations=2)
     fit(folder, tmp_path, module, [towers])
-    assert towers.seen == {"policy": [2, *of_parts, *of_parts], "reference": of_parts}
+    assert towers.seen == {"policy": of_policy, "reference": of_reference}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kl_coef": 0.0, "task": Sometimes()},
+        {"policy": {"lora": LoraConfig(r=2)}},
+        {"policy": {"freeze_vision": True}},
+        {"num_iterations": 2},
+    ],
+    ids=["full", "without some groups", "adapter", "frozen vision", "two updates"],
+)
+def test_what_the_rollout_has_computed_of_prompts_teaches_as_what_the_update_computes(
+    folder, tmp_path, monkeypatch, options
+):
+    computed = []
+    plain = Policy.prompt_states
+
+    def count(self, prompts):
+        computed.append(len(prompts))
+        return plain(self, prompts)
+
+    def ends(name):
+        log, module = Log(), make_module(folder, **options)
+        with exact():
+            fit(folder, tmp_path / name, module, [log], max_steps=4, precision="64-true")
+        return trained_weights(module), log
+
+    monkeypatch.setattr(Policy, "prompt_states", count)
+    shared, log = ends("shared")
+    assert set(computed) == {2}
+    num_rollouts = len(computed)
+    assert num_rollouts == 4 // options.get("num_iterations", 1)
+    monkeypatch.setattr(GRPO, "computes_alike_in_training", False)
+    twice, other = ends("twice")
+    assert len(computed) == num_rollouts
+    assert log.steps[4]["train/grad_norm"] == pytest.approx(other.steps[4]["train/grad_norm"], rel=1e-6)
+    assert shared.keys() == twice.keys()
+    for name, value in shared.items():
+        torch.testing.assert_close(value, twice[name], rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": {"gradient_checkpointing": True}},
+        {"policy": {"lora": LoraConfig(r=2, lora_dropout=0.1)}},
+        {"micro_batch_tokens": 100},
+    ],
+    ids=["checkpointing", "dropout", "micro-batches"],
+)
+def test_the_update_computes_prompts_itself_where_it_must(folder, tmp_path, monkeypatch, options):
+    plain, found = GRPO.prompt_states, []
+
+    def see(self, *args):
+        found.append(plain(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(GRPO, "prompt_states", see)
+    fit(folder, tmp_path, make_module(folder, **options), max_steps=1)
+    assert found == [None]
+
+
+def test_with_a_reserve_the_update_computes_prompts_itself(folder, tmp_path, monkeypatch):
+    """Since only later it is known which of them it learns from."""
+    seen = []
+    monkeypatch.setattr(GRPO, "prompt_states", lambda self, *args: seen.append(args))
+    fit(folder, tmp_path, make_module(folder, num_prompts=1), max_steps=1)
+    assert seen == []
+    fit(folder, tmp_path, make_module(folder, num_prompts=2), max_steps=1)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -484,8 +562,8 @@ def test_a_step_logs_the_seconds_of_its_phases(folder, tmp_path, policy):
 def test_the_sampling_gap_is_the_mean_distance_between_sampler_and_first_update(
     folder, tmp_path, monkeypatch, budget, shift
 ):
-    def sample(self, prompts, group_size, seeds):
-        rollout = plain(self, prompts, group_size, seeds)
+    def sample(self, *args):
+        rollout = plain(self, *args)
         turns = [shift * (-1) ** row for row in range(len(rollout.logprobs))]
         return replace(rollout, logprobs=[row + turn for row, turn in zip(rollout.logprobs, turns, strict=True)])
 
@@ -505,8 +583,8 @@ def test_mixed_precision_points_every_gradient_where_full_precision_does(folder,
     """After a rollout in the same autocast context, whose casts of the weights know nothing of gradients."""
     plain, rollouts = GRPO.generate, []
 
-    def sample(self, prompts, group_size, seeds):
-        rollouts.append(plain(self, prompts, group_size, seeds))
+    def sample(self, *args):
+        rollouts.append(plain(self, *args))
         return rollouts[0]
 
     monkeypatch.setattr(GRPO, "generate", sample)

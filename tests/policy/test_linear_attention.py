@@ -11,7 +11,7 @@ from perception_r1.policy import linear_attention
 from perception_r1.policy.linear_attention import gates, next_token_linear_attention, shared_prompt_linear_attention
 from perception_r1.policy.packing import pack, pack_behind
 from perception_r1.policy.policy import Policy
-from perception_r1.policy.prompt_states import LinearStates
+from perception_r1.policy.prompt_states import LinearStates, PromptStates
 from tests.policy import oracle
 
 CPU, HIDDEN = torch.device("cpu"), 8
@@ -84,8 +84,8 @@ def test_completions_behind_a_prompt_that_is_known_send_their_gradient_through_i
     recorded = {}
     first = replace(pack([length], [], CPU), recorded=recorded)
     prompt = shared_prompt_linear_attention(net, parts[0][None], packing=first)[0]
-    ((states,),) = recorded.values()
-    behind = pack_behind(length, completions, {0: states}, CPU)
+    known = PromptStates(order=[0], lengths=[length], layers=recorded, hidden=torch.empty(1, HIDDEN))
+    behind = pack_behind(known, completions, CPU)
     found = shared_prompt_linear_attention(net, torch.cat(parts[1:])[None], packing=behind)[0]
     expected = alone(net, parts, [length], completions)
     torch.testing.assert_close(torch.cat([prompt, found]), expected, rtol=0, atol=1e-12)

@@ -10,6 +10,7 @@ from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import Dtype, PolicyConfig
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
 NEVER = -100.0
@@ -82,6 +83,7 @@ class GenerationEngine(ABC):
         group_size: int,
         params: SamplingParams,
         seeds: Sequence[int],
+        states: PromptStates | None = None,
         phase: Phase = unmeasured,
     ) -> Rollout:
         """Write G completions of each of B prompts with the present weights of a policy.
@@ -92,6 +94,7 @@ class GenerationEngine(ABC):
             group_size: G.
             params: How completions are written.
             seeds: B numbers, on each of which the completions of one prompt depend.
+            states: What the policy has computed of the prompts; an engine with weights of its own has no use for it.
             phase: Measures what is done.
 
         Returns:
@@ -133,10 +136,11 @@ class NativeEngine(GenerationEngine):
         group_size: int,
         params: SamplingParams,
         seeds: Sequence[int],
+        states: PromptStates | None = None,
         phase: Phase = unmeasured,
     ) -> Rollout:
         """See `GenerationEngine`."""
         with phase("prefill"):
-            cache = policy.prefill(prompts)
+            cache = policy.prefill(prompts, states)
         with phase("decode"):
             return policy.generate(cache, group_size=group_size, params=params, seeds=seeds)

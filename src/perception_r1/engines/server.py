@@ -22,6 +22,7 @@ from perception_r1.engines.weights import save_adapter, save_weights
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
 _POLL_SECONDS = 1.0
@@ -94,6 +95,7 @@ class ServerEngine(GenerationEngine):
         group_size: int,
         params: SamplingParams,
         seeds: Sequence[int],
+        states: PromptStates | None = None,
         phase: Phase = unmeasured,
     ) -> Rollout:
         """See `GenerationEngine`."""

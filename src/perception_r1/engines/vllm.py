@@ -21,6 +21,7 @@ from perception_r1.policy.load import Dtype, model_path
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.precision import at_least_fp32
 from perception_r1.policy.processor import Processor
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
 
@@ -103,6 +104,7 @@ class VLLMEngine(GenerationEngine):
         group_size: int,
         params: SamplingParams,
         seeds: Sequence[int],
+        states: PromptStates | None = None,
         phase: Phase = unmeasured,
     ) -> Rollout:
         """See `GenerationEngine`."""

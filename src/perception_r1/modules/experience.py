@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.packing import MicroBatch
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.rollout import Rollout
 
 
@@ -25,6 +26,7 @@ class Experience:
         weights: [N] weight of each token of a completion in the loss.
         sampled_logprobs: N tensors: of each token, as the sampler had them.
         micro_batches: What is computed at once; together they hold every completion from which something can be learnt.
+        states: What the rollout has computed of the prompts, for the first update; None: it computes them itself.
         num_empty_passes: Passes for which the other devices wait besides, see `PolicyModule.empty_pass`.
     """
 
@@ -34,6 +36,7 @@ class Experience:
     weights: Tensor
     sampled_logprobs: list[Tensor]
     micro_batches: list[MicroBatch]
+    states: PromptStates | None = None
     num_empty_passes: int = 0
 
     def select(self, micro_batch: MicroBatch) -> tuple[PromptBatch, list[Tensor]]:

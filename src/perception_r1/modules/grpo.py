@@ -41,6 +41,7 @@ from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.load import Dtype, PolicyConfig
 from perception_r1.policy.packing import MicroBatch
 from perception_r1.policy.policy import Policy
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.rollout import Rollout
 from perception_r1.policy.sharding import unsharded
 from perception_r1.scoring import score_completions
@@ -216,19 +217,23 @@ class GRPO(PolicyModule):
         group_size = self.planned_group_size()
         seeds = self.seeds(len(batch))
         torch.manual_seed(seeds[0])  # dropout of an adapter, if any
+        num_prompts = min(self.num_prompts or len(batch), len(batch))
+
+        def roll_out(indices: range) -> Round:
+            own_seeds = [seeds[index] for index in indices]
+            return self.roll_out(batch.select(indices), group_size, own_seeds, has_reserve=num_prompts < len(batch))
+
         with evaluation_mode(self.policy):
             chosen, found = sample_until_informative(
-                lambda indices: self.roll_out(batch.select(indices), group_size, [seeds[i] for i in indices]),
-                len(batch),
-                num_prompts=min(self.num_prompts or len(batch), len(batch)),
-                min_reward_std=self.min_reward_std,
+                roll_out, len(batch), num_prompts=num_prompts, min_reward_std=self.min_reward_std
             )
         self.engine.sleep()
         with self.phase("reward"):
             advantages = self.advantages.compute(self, chosen, self.scoring_task)
-        experience = self.make_experience(chosen.prompts, chosen.rollout, advantages)
+        experience = replace(self.make_experience(chosen.prompts, chosen.rollout, advantages), states=chosen.states)
         reference_logprobs = self.reference_logprobs(experience)
         metrics, old_logprobs = self.update(experience, reference_logprobs)
+        experience = replace(experience, states=None)  # those of weights that are no more
         for _ in range(self.num_iterations - 1):
             metrics, _ = self.update(experience, reference_logprobs, old_logprobs)
         mismatch = logprob_mismatch(chosen.rollout, experience.micro_batches, old_logprobs)
@@ -260,25 +265,51 @@ class GRPO(PolicyModule):
         seeds: list[int] = torch.randint(2**62, (total,), generator=generator).tolist()
         return seeds[self.global_rank * count :][:count]
 
-    def roll_out(self, batch: Batch, group_size: int, seeds: Sequence[int]) -> Round:
-        """G scored completions of each sample, from one seed each; the policy is in `evaluation_mode`."""
+    def roll_out(self, batch: Batch, group_size: int, seeds: Sequence[int], *, has_reserve: bool) -> Round:
+        """G scored completions of each sample, from one seed each; the policy is in `evaluation_mode`.
+
+        With a reserve, it is open which of them the step learns from.
+        """
         with self.phase("encode"):
             prompts = self.encode(batch)
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
             with self.phase("vision"):
                 prompts = self.policy.encode_images(prompts)
-        rollout = self.generate(prompts, group_size, seeds)
+        states = None if has_reserve else self.prompt_states(prompts, group_size)
+        rollout = self.generate(prompts, group_size, seeds, states)
         with self.phase("reward"):
-            scored_completions = score_completions(self.scoring_task, self.parse(batch.samples, prompts, rollout))
-        return Round(samples=batch.samples, prompts=prompts, rollout=rollout, scored_completions=scored_completions)
+            scored = score_completions(self.scoring_task, self.parse(batch.samples, prompts, rollout))
+        return Round(samples=batch.samples, prompts=prompts, rollout=rollout, scored_completions=scored, states=states)
 
-    def generate(self, prompts: PromptBatch, group_size: int, seeds: Sequence[int]) -> Rollout:
-        """G completions of each prompt."""
+    def prompt_states(self, prompts: PromptBatch, group_size: int) -> PromptStates | None:
+        """Prompts computed for both the rollout and the first update, or None where each computes them for itself.
+
+        They are shared where the passes are the same and the update would hold the activations of all prompts anyway.
+        """
+        if not self.computes_alike_in_training:
+            return None
+        longest = [self.max_new_tokens] * (len(prompts) * group_size)
+        if len(self.plan_micro_batches(prompts, longest, range(len(prompts)))) > 1:
+            return None
+        with self.phase("prefill"), torch.enable_grad():
+            return self.policy.prompt_states(prompts)
+
+    @property
+    def computes_alike_in_training(self) -> bool:
+        """Whether the rollout computes prompts as an update does: with the same weights, and nothing by chance."""
+        if self.engine.has_own_weights or self.device_mesh is not None or not self.policy.family.shares_prompts:
+            return False
+        return not self.policy_config.gradient_checkpointing and not self.policy.has_dropout
+
+    def generate(
+        self, prompts: PromptBatch, group_size: int, seeds: Sequence[int], states: PromptStates | None = None
+    ) -> Rollout:
+        """G completions of each prompt, which may have been computed already."""
         params = self.policy.sampling_params(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p
         )
         return self.engine.generate(
-            self.policy, prompts, group_size=group_size, params=params, seeds=seeds, phase=self.phase
+            self.policy, prompts, group_size=group_size, params=params, seeds=seeds, states=states, phase=self.phase
         )
 
     def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
@@ -353,7 +384,7 @@ class GRPO(PolicyModule):
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         all_logprobs: list[Tensor] = []
-        shared = SharedPrompt(self.policy, in_one_pass=self.exchanges_gradients())
+        shared = SharedPrompt(self.policy, known=experience.states, in_one_pass=self.exchanges_gradients())
         for index, micro_batch in enumerate(experience.micro_batches):
             with self.accumulation(is_last=index + 1 == len(experience.micro_batches)):
                 prompts, completions = experience.select(micro_batch)

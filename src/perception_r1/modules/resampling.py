@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.rollout import Rollout
 from perception_r1.records import Sample
 from perception_r1.scoring import ScoredCompletion
@@ -26,12 +27,14 @@ class Round:
         prompts: The same, encoded.
         rollout: B * G completions.
         scored_completions: The same, scored.
+        states: What the rollout has computed of the prompts, if an update can learn from it.
     """
 
     samples: Sequence[Sample[Any]]
     prompts: PromptBatch
     rollout: Rollout
     scored_completions: Sequence[ScoredCompletion]
+    states: PromptStates | None = None
 
     @property
     def rewards(self) -> list[float]:
@@ -63,6 +66,7 @@ class Round:
                 entropies=[rollout.entropies[row] for row in rows],
             ),
             scored_completions=[self.scored_completions[row] for row in rows],
+            states=None if self.states is None else self.states.select(indices),
         )
 
 
@@ -95,7 +99,7 @@ def sample_until_informative(
 
 
 def join(rounds: Sequence[Round]) -> Round:
-    """Several rounds as one."""
+    """Several rounds as one, which no longer know what has been computed of their prompts."""
     if len(rounds) == 1:
         return rounds[0]
     rollouts = [each.rollout for each in rounds]

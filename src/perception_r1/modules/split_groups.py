@@ -21,26 +21,28 @@ class SharedPrompt:
 
     Args:
         policy: What computes it.
+        known: All prompts of the step, computed already; then groups are whole.
         in_one_pass: The prompt's backward pass is that of the last part too, as it must be where devices exchange
             gradients in the last pass, for which each weight has to take part in it. That takes the memory of all
             gradients once more: what prompt and completions give is added up before it is added to the rest.
     """
 
-    def __init__(self, policy: Policy, *, in_one_pass: bool = False) -> None:
+    def __init__(self, policy: Policy, *, known: PromptStates | None = None, in_one_pass: bool = False) -> None:
         self._policy = policy
+        self._known = known
         self._in_one_pass = in_one_pass
         self._states: PromptStates | None = None
         self._copy: PromptStates | None = None
 
     def states(self, prompts: PromptBatch, micro_batch: MicroBatch) -> PromptStates | None:
-        """For a micro-batch's passes over its completions; None where it holds whole groups.
+        """For a micro-batch's passes over its completions; None where it holds whole groups and computes their prompts.
 
         Args:
             prompts: Those of the micro-batch.
             micro_batch: The parts of a group come one after another.
         """
         if micro_batch.num_parts == 1:
-            return None
+            return None if self._known is None else self._known.select(micro_batch.prompts)
         if micro_batch.part == 0 or self._states is None:
             self._states = self._policy.prompt_states(prompts)
             self._copy = self._states.copy() if torch.is_grad_enabled() else self._states

@@ -21,6 +21,7 @@ from perception_r1.policy.load import EMBEDDED, PolicyConfig, load_processor, mo
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.prompt_cache import PromptCache
+from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.repeated import PaddedPrompts, RepeatedCache, next_logits
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
@@ -81,9 +82,9 @@ class ShapePolicy(Policy):
         """Buffers and copied weights of the last rollout are still held."""
         return self._graphs is not None
 
-    def prefill(self, prompts: PromptBatch) -> PromptCache | PaddedPrompts:
+    def prefill(self, prompts: PromptBatch, states: PromptStates | None = None) -> PromptCache | PaddedPrompts:
         """As on any device."""
-        cache = super().prefill(prompts)
+        cache = super().prefill(prompts, states)
         if isinstance(cache, PromptCache):  # the meter sees those of transformers anyway
             self.meter.claim(cache.tensors(), "caches")
         return cache

@@ -59,13 +59,13 @@ def shared_prompt_attention(
     options = {"scale": scaling, "dropout_p": dropout}
     states: list[LayerStates] = []
     prompts, completions = [], []
-    for bucket in packing.buckets:
+    for number, bucket in enumerate(packing.buckets):
         if packing.known is None:
             prompt_query, prompt_key, prompt_value = (_of_prompts(tensor, bucket) for tensor in (query, key, value))
             attended = _attend(prompt_query, prompt_key, prompt_value, is_causal=True, **options)
             prompts.append(attended.transpose(1, 2).flatten(0, 1))  # [n*P, H, D]
         else:
-            prompt_key, prompt_value = packing.known[cast(int, module.layer_idx)]
+            prompt_key, prompt_value = packing.known[cast(int, module.layer_idx)][number]
         states.append(KeysAndValues(prompt_key, prompt_value))
         if len(bucket.rows):
             completions.append(_attend_completions(query, key, value, prompt_key, prompt_value, bucket, options))

@@ -118,6 +118,11 @@ class PromptBatch:
         )
 
 
+def argsort_by_length(lengths: Sequence[int]) -> list[int]:
+    """Prompts in order of length: equal ones come together, and the attention then takes them together."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device, without waiting for the work that is queued there."""
     if torch.device(device).type == "cuda" and not tensor.is_cuda:

@@ -48,7 +48,7 @@ def packed_forward(
 def forward_behind(
     model: VisionLanguageModel, prompts: PromptBatch, completions: Sequence[Tensor], packing: Packing
 ) -> Tensor:
-    """The language model over a row of completions alone, behind the only prompt, which the packing knows.
+    """The language model over a row of completions alone, behind prompts that the packing knows.
 
     Returns:
         [R, H] last hidden states.
@@ -100,8 +100,3 @@ def _lay_out_completions(prompts: PromptBatch, completions: Sequence[Tensor]) ->
     none = torch.empty(0, dtype=torch.long)
     tokens = torch.cat([none, *(completion[:-1] for completion in completions)])
     return tokens, torch.cat([none.expand(3, 0), *steps], 1)
-
-
-def argsort_by_length(lengths: Sequence[int]) -> list[int]:
-    """Prompts in order of length: equal ones come together, and the attention then takes them together."""
-    return sorted(range(len(lengths)), key=lengths.__getitem__)

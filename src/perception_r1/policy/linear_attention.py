@@ -58,13 +58,13 @@ def shared_prompt_linear_attention(
     decay, rate = gates(module, module.in_proj_a(row), module.in_proj_b(row))  # [T, V] each
     states: list[LayerStates] = []
     prompts, completions = [], []
-    for bucket in packing.buckets:
+    for number, bucket in enumerate(packing.buckets):
         if packing.known is None:
             of_prompts = (_of_prompts(tensor, bucket) for tensor in (mixed, decay, rate))
             read, bucket_states = _read(module, None, *of_prompts)
             prompts.append(read.flatten(0, 1))  # [n*P, V, D_v]
         else:
-            bucket_states = cast(LinearStates, packing.known[module.layer_idx])
+            bucket_states = cast(LinearStates, packing.known[module.layer_idx][number])
         states.append(bucket_states)
         if len(bucket.rows):
             completions.append(_read_completions(module, bucket_states, (mixed, decay, rate), bucket))

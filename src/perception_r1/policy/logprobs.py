@@ -6,19 +6,18 @@ Legend: B prompts, G completions per prompt, N = B*G completions, T completion t
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from perception_r1.policy.batch import PromptBatch, to_device
+from perception_r1.policy.batch import PromptBatch, argsort_by_length, to_device
 from perception_r1.policy.families import VisionLanguageModel
-from perception_r1.policy.forward import argsort_by_length, forward_behind, packed_forward
+from perception_r1.policy.forward import forward_behind, packed_forward
 from perception_r1.policy.logits import process_logits
 from perception_r1.policy.packing import pack, pack_behind
-from perception_r1.policy.prompt_states import LayerStates, PromptStates
+from perception_r1.policy.prompt_states import PromptStates
 
 _HEAD_ROWS = 2048
 """Rows of logits held at once in training; more are recomputed in backward. Below this chunking only costs time."""
@@ -43,7 +42,7 @@ def completion_logprobs(
         suppress_tokens: Ids of tokens that are never written.
         temperature: The sampling temperature.
         top_p: Of nucleus sampling. What was written stays in the nucleus, so that its log-probability is finite.
-        states: Those of `prompt_states` of the only prompt, which is then not computed again.
+        states: Those of `prompt_states` of the same prompts, which are then not computed again.
 
     Returns:
         [N, T], zero behind the end of a completion.
@@ -60,8 +59,7 @@ def completion_logprobs(
         packing = pack(prompts.lengths, lengths, suppress_tokens.device)
         hidden = packed_forward(model, prompts, completions, packing)  # [tokens of the row, H]
     else:
-        (length,) = prompts.lengths
-        packing = pack_behind(length, lengths, states.layers, suppress_tokens.device)
+        packing = pack_behind(states, lengths, suppress_tokens.device)
         hidden = torch.cat([states.hidden, forward_behind(model, prompts, completions, packing)])
     targets = to_device(torch.cat(completions), hidden.device)
     predictors = hidden.index_select(0, packing.predictor_indices)
@@ -75,14 +73,6 @@ def completions_per_prompt(prompts: PromptBatch, completions: Sequence[Tensor]) 
     if len(completions) % len(prompts):
         raise ValueError(f"{len(completions)} completions cannot be divided evenly among {len(prompts)} prompts.")
     return len(completions) // len(prompts)
-
-
-def prompt_states(model: VisionLanguageModel, prompts: PromptBatch) -> PromptStates:
-    """What completions need to know of a single prompt, with gradient where that is on."""
-    recorded: dict[int, list[LayerStates]] = {}
-    packing = replace(pack(prompts.lengths, [], model.model.get_input_embeddings().weight.device), recorded=recorded)
-    hidden = packed_forward(model, prompts, [], packing)
-    return PromptStates(layers={number: states for number, (states,) in recorded.items()}, hidden=hidden[-1:])
 
 
 def target_logprobs(

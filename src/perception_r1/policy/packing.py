@@ -8,7 +8,7 @@ Legend: B prompts, G completions per prompt, N = B*G completions, C longest comp
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perception_r1.policy.batch import move_together
-from perception_r1.policy.prompt_states import LayerStates
+from perception_r1.policy.prompt_states import LayerStates, PromptStates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,7 @@ class LengthBucket:
     """Neighbouring prompts of the same length, whose attention is computed together.
 
     Attributes:
-        start: First token of the first prompt in the row.
+        start: First token of the first prompt in a row that holds prompts.
         num_prompts: n prompts.
         length: P tokens of each.
         group_size: G completions of each.
@@ -48,13 +48,13 @@ class Packing:
         buckets: Of prompts.
         predictor_indices: [targets] where each token of the completions, one after another, is predicted in the row.
         recorded: Takes up what each layer leaves of the prompts, bucket by bucket; None: nothing does.
-        known: What was recorded before, of the only prompt; the row then holds completions alone. None: it holds all.
+        known: What was recorded before; the row then holds completions alone. None: it holds all.
     """
 
     buckets: tuple[LengthBucket, ...]
     predictor_indices: Tensor
     recorded: dict[int, list[LayerStates]] | None = None
-    known: Mapping[int, LayerStates] | None = None
+    known: Mapping[int, Sequence[LayerStates]] | None = None
 
     def record(self, module: Any, states: list[LayerStates]) -> None:
         """Note what a layer leaves of the prompts; what checkpointing computes a second time is not passed on."""
@@ -70,57 +70,63 @@ def pack(prompts: Sequence[int], completions: Sequence[int], device: torch.devic
         completions: N numbers of tokens, the G completions of a prompt after one another, none 0; or none at all.
         device: Where the tensors are to be.
     """
+    ends = list(accumulate(prompts))
+    return _pack(prompts, completions, [end - 1 for end in ends], ends[-1], device)
+
+
+def pack_behind(states: PromptStates, completions: Sequence[int], device: torch.device) -> Packing:
+    """The row of some completions alone, whose prompts are known.
+
+    Predictors are numbered as if the row began with the last token of each prompt.
+
+    Args:
+        states: What each layer has left of B prompts.
+        completions: N numbers of tokens, the G completions of a prompt after one another, none 0.
+        device: Where the tensors are to be.
+    """
+    lengths = states.lengths
+    packing = _pack(lengths, completions, range(len(lengths)), 0, device, num_before=len(lengths))
+    return replace(packing, known=states.layers)
+
+
+def _pack(
+    prompts: Sequence[int],
+    completions: Sequence[int],
+    last_tokens: Sequence[int],
+    start: int,
+    device: torch.device,
+    num_before: int = 0,
+) -> Packing:
+    """A row whose completions begin at a token.
+
+    Args:
+        prompts: B numbers of tokens.
+        completions: N numbers of tokens.
+        last_tokens: Where the last token of each prompt stands among what predicts.
+        start: Of the completions in the row.
+        device: Where the tensors are to be.
+        num_before: How many predictors stand before those of the row.
+    """
     group_size = len(completions) // len(prompts)
-    prompt_ends = list(accumulate(prompts))
-    starts = list(accumulate((length - 1 for length in completions), initial=prompt_ends[-1]))  # of each in the row
+    starts = list(accumulate((length - 1 for length in completions), initial=start))  # of each in the row
     predictors = [torch.empty(0, dtype=torch.long)]
-    for number, (start, length) in enumerate(zip(starts, completions, strict=False)):
-        last_of_prompt = prompt_ends[number // group_size] - 1
-        predictors += [torch.tensor([last_of_prompt]), torch.arange(start, start + length - 1)]
+    for number, (first, length) in enumerate(zip(starts, completions, strict=False)):
+        predictors += [torch.tensor([last_tokens[number // group_size]])]
+        predictors += [num_before + torch.arange(first, first + length - 1)]
     tensors = [torch.cat(predictors)]
-    shapes, done = [], 0
+    shapes, done, before = [], 0, 0
     for length, members in groupby(prompts):
         count = len(list(members))
         chosen = slice(done * group_size, (done + count) * group_size)
         tensors += _bucket_rows(starts[chosen], completions[chosen])
-        shapes.append({"start": prompt_ends[done] - length, "num_prompts": count, "length": length})
-        done += count
+        shapes.append({"start": before, "num_prompts": count, "length": length})
+        done, before = done + count, before + count * length
     predictor_indices, *found = move_together(tensors, device)
     buckets = [
         LengthBucket(**shape, group_size=group_size, rows=rows, inputs=None if len(inputs) == len(rows) else inputs)
         for shape, rows, inputs in zip(shapes, found[::2], found[1::2], strict=True)
     ]
     return Packing(buckets=tuple(buckets), predictor_indices=predictor_indices)
-
-
-def pack_behind(
-    prompt: int, completions: Sequence[int], known: Mapping[int, LayerStates], device: torch.device
-) -> Packing:
-    """The row of some completions alone, whose only prompt is known.
-
-    Predictors are numbered as if the row began with the prompt's last token.
-
-    Args:
-        prompt: Its number of tokens.
-        completions: G numbers of tokens, none 0.
-        known: What each layer has left of the prompt.
-        device: Where the tensors are to be.
-    """
-    starts = list(accumulate((length - 1 for length in completions[:-1]), initial=0))  # of each in the row
-    predictors = [
-        torch.cat([torch.tensor([0]), 1 + start + torch.arange(length - 1)])
-        for start, length in zip(starts, completions, strict=True)
-    ]
-    predictor_indices, rows, inputs = move_together([torch.cat(predictors), *_bucket_rows(starts, completions)], device)
-    bucket = LengthBucket(
-        start=0,
-        num_prompts=1,
-        length=prompt,
-        group_size=len(completions),
-        rows=rows,
-        inputs=None if len(inputs) == len(rows) else inputs,
-    )
-    return Packing(buckets=(bucket,), predictor_indices=predictor_indices, known=known)
 
 
 def _bucket_rows(starts: Sequence[int], completions: Sequence[int]) -> list[Tensor]:

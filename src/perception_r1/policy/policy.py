@@ -25,8 +25,8 @@ from perception_r1.policy.load import (
     model_family,
     prepare_for_training,
 )
-from perception_r1.policy.logprobs import completion_logprobs, prompt_states
-from perception_r1.policy.prefill import prefill
+from perception_r1.policy.logprobs import completion_logprobs
+from perception_r1.policy.prefill import prefill, prompt_states
 from perception_r1.policy.processor import Processor
 from perception_r1.policy.prompt_cache import PromptCache
 from perception_r1.policy.prompt_states import PromptStates
@@ -142,14 +142,21 @@ class Policy(nn.Module):
         modules = self.family.vision_modules(self.model)
         return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether passes of training draw which values they leave out, as those of adapters can."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+
     @torch.no_grad()
     def encode_images(self, prompts: PromptBatch) -> PromptBatch:
         """The prompts with the features of their images, so that no later pass runs the vision tower again."""
         return replace(prompts, image_features=self.family.encode_images(self.model, prompts))
 
-    def prefill(self, prompts: PromptBatch) -> PromptCache | PaddedPrompts:
+    def prefill(self, prompts: PromptBatch, states: PromptStates | None = None) -> PromptCache | PaddedPrompts:
         """Compute prompts once for any number of completions; see `policy/prefill.py`, `policy/repeated.py`."""
-        return prefill(self.model, prompts) if self.family.shares_prompts else prefill_padded(self.model, prompts)
+        if not self.family.shares_prompts:
+            return prefill_padded(self.model, prompts)
+        return prefill(self.model, prompts, states)
 
     def generate(
         self, prompts: PromptCache | PaddedPrompts, *, group_size: int, params: SamplingParams, seeds: Sequence[int]
@@ -166,7 +173,7 @@ class Policy(nn.Module):
         return rollout
 
     def prompt_states(self, prompts: PromptBatch) -> PromptStates:
-        """A single prompt for several passes over completions; see `policy/prompt_states.py`."""
+        """Prompts for passes over completions that need not compute them again; see `policy/prompt_states.py`."""
         return prompt_states(self.model, prompts)
 
     def sampling_params(

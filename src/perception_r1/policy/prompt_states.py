@@ -4,11 +4,15 @@ Legend: n prompts, P tokens of each, K key-value heads, D head size, V value hea
 values in linear attention, C channels and W width of its convolution, H hidden size.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, groupby, pairwise
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
+
+from perception_r1.policy.batch import argsort_by_length, to_device
 
 
 class KeysAndValues(NamedTuple):
@@ -41,24 +45,57 @@ LayerStates: TypeAlias = KeysAndValues | LinearStates
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptStates:
-    """A single prompt for several passes over its completions, which need not compute it again.
+    """Prompts for passes over their completions, which need not compute them again.
+
+    Shorter ones come first, and equally long ones are a bucket.
 
     Attributes:
-        layers: What each layer has left, by its number; n = 1.
-        hidden: [1, H] last hidden state of the last token, which predicts the first completion token.
+        order: Number of each in the batch that was computed, n entries.
+        lengths: Tokens of each, n entries.
+        layers: What each layer has left of them, by its number, bucket by bucket.
+        hidden: [n, H] last hidden state of the last token of each, which predicts the first completion token.
     """
 
-    layers: Mapping[int, LayerStates]
+    order: Sequence[int]
+    lengths: Sequence[int]
+    layers: Mapping[int, Sequence[LayerStates]]
     hidden: Tensor
+
+    def select(self, numbers: Sequence[int]) -> "PromptStates":
+        """The prompts with these numbers as a batch in this order; nothing is copied where these are all."""
+        if list(numbers) == list(range(len(self.order))):
+            return self
+        rows = [self.order.index(number) for number in numbers]
+        order = argsort_by_length([self.lengths[row] for row in rows])
+        rows = [rows[number] for number in order]
+        ends = accumulate(len(list(members)) for _, members in groupby(self.lengths))
+        buckets = [[row - start for row in rows if start <= row < end] for start, end in pairwise([0, *ends])]
+        parts = [None if not bucket else torch.tensor(bucket) for bucket in buckets]
+        device = self.hidden.device
+
+        def pick(states: LayerStates, part: Tensor) -> LayerStates:
+            return type(states)(*(tensor.index_select(0, part) for tensor in states))
+
+        chosen = [None if part is None else to_device(part, device) for part in parts]
+        return PromptStates(
+            order=order,
+            lengths=[self.lengths[row] for row in rows],
+            layers={
+                number: [pick(each, part) for each, part in zip(states, chosen, strict=True) if part is not None]
+                for number, states in self.layers.items()
+            },
+            hidden=self.hidden.index_select(0, to_device(torch.tensor(rows), device)),
+        )
 
     def copy(self) -> "PromptStates":
         """The same values, to collect gradients."""
-        layers = {number: type(states)(*map(_leaf, states)) for number, states in self.layers.items()}
-        return PromptStates(layers=layers, hidden=_leaf(self.hidden))
+        layers = {number: [type(each)(*map(_leaf, each)) for each in states] for number, states in self.layers.items()}
+        return replace(self, layers=layers, hidden=_leaf(self.hidden))
 
     def tensors(self) -> list[Tensor]:
         """All of them, in an order."""
-        return [self.hidden, *(tensor for number in sorted(self.layers) for tensor in self.layers[number])]
+        states = (each for number in sorted(self.layers) for each in self.layers[number])
+        return [self.hidden, *chain.from_iterable(states)]
 
 
 def _leaf(tensor: Tensor) -> Tensor:
