@@ -66,8 +66,11 @@ SHAPE = Shape(
     vision_layers=4,
     vision_heads=6,
 )
+WHOLE = "all weights, one micro-batch"
+"""The case in which the update goes on from what the rollout has computed of prompts."""
 CASES: dict[str, dict[str, Any]] = {
     "all weights": {},
+    WHOLE: {},
     "checkpointing": {"gradient_checkpointing": True},
     "frozen vision": {"freeze_vision": True},
     "LoRA": {"lora": LoraConfig()},
@@ -139,7 +142,7 @@ def make_module(folder: Path, case: str) -> GRPO:
         lr_scheduler=LRSchedulerConfig(type="constant"),
         group_size=GROUP_SIZE,
         max_new_tokens=COMPLETION,
-        micro_batch_tokens=BUDGET,
+        micro_batch_tokens=None if case == WHOLE else BUDGET,
     )
 
 

@@ -30,8 +30,14 @@ OTHERS = {
     "ocr": {"reward": "reward"},
 }
 """Metrics besides, which the reward of the task does not name, or not alone."""
-MAIN = {name: training.title for name, training in TRAININGS.items() if training.part == "main"}
-"""Trainings of the main part, and their titles."""
+MAIN = {
+    name: training.title
+    for name, training in TRAININGS.items()
+    if training.part == "main" and training.on_few_labels is not True
+}
+"""Trainings of the main part on ever new labels, and their titles."""
+FEW = {name: training.title for name, training in TRAININGS.items() if training.on_few_labels is not False}
+"""Those on few labels."""
 COLUMNS = (
     ("grounding", "accuracy_50", "accuracy at .5"),
     ("grounding", "reward/iou", "mean IoU"),
@@ -167,10 +173,10 @@ def label_table(results: Sequence[Result]) -> str:
     counts = sorted({r["labels"] for r in results if r["labels"]})
     rows = []
     for task, (metric, _) in PRIMARY.items():
-        for level, kind in itertools.product(LEVELS[1:], ("grpo", "sft")):
+        for level, kind in itertools.product(LEVELS[1:], FEW):
             cells = [words(gains(results, task, kind, count, at_level(level, metric))) for count in counts]
             if set(cells) - {"-"}:
-                rows.append([task, level, MAIN[kind], *cells])
+                rows.append([task, level, FEW[kind], *cells])
     return table(["task", "level", "training", *(f"{count} images" for count in counts)], rows)
 
 
@@ -227,9 +233,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
                 for kind in COLOURS
             },
             {
-                f"{count} images, {MAIN[kind]}": gains(results, task, kind, count, at_level("training", metric))
+                f"{count} images, {title}": gains(results, task, kind, count, at_level("training", metric))
                 for count in sorted({r["labels"] for r in results if r["labels"]})
-                for kind in COLOURS
+                for kind, title in FEW.items()
             },
         ]
         for row, group in enumerate(groups):
@@ -237,7 +243,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
             axis = axes[row][column]
             for height, (label, values) in enumerate(reversed(shown.items())):
                 center, half = interval(values)
-                colour = COLOURS["sft"] if label.endswith("SFT") else COLOURS["grpo"]
+                colour = COLOURS["sft" if "SFT" in label and "GRPO" not in label else "grpo"]
                 axis.errorbar(center, height, xerr=0 if half != half else half, fmt="o", color=colour, capsize=3)
                 axis.plot(values, [height] * len(values), ".", color=colour, alpha=0.35)
             axis.axvline(0, color="grey", linewidth=0.8)

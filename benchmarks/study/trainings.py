@@ -23,6 +23,7 @@ class Training:
         tasks: On which it is done.
         share: Of the budget.
         has_own_cost: Its steps cost something else than those of its kind.
+        on_few_labels: Whether it is done on few labels instead of on ever new ones; None: on both.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Training:
     tasks: tuple[str, ...] = TASKS
     share: float = 1.0
     has_own_cost: bool = False
+    on_few_labels: bool | None = False
 
     def on(self, task: str) -> list[str]:
         """All its options on a task."""
@@ -55,8 +57,11 @@ def _reward(name: str, *options: str) -> tuple[str, ...]:
 
 
 TRAININGS = {
-    "grpo": Training(title="GRPO", part="main"),
-    "sft": Training(title="SFT", part="main", kinds=("sft",)),
+    "grpo": Training(title="GRPO", part="main", on_few_labels=None),
+    "sft": Training(title="SFT", part="main", kinds=("sft",), on_few_labels=None),
+    "sft-short": Training(
+        title="SFT, an eighth of the budget", part="main", kinds=("sft",), share=0.125, on_few_labels=True
+    ),
     "sft-grpo": Training(title="SFT, then GRPO", part="main", kinds=("sft", "grpo")),
     "sequential": Training(
         title="GRPO, sequential matching",

@@ -35,7 +35,7 @@ def result(training, seed, value, *, task="grounding", labels=0):
 def test_every_training_of_a_task_is_planned_once_on_every_seed_after_its_base():
     main = [name for name, training in trainings.TRAININGS.items() if training.part == "main"]
     jobs = learning.plan(trainings.TASKS, main, learning.LABELS, range(5))
-    assert len({(job.task, job.name) for job in jobs}) == len(jobs) == 5 * (4 + 5 * 4 + 2 * 2 + 4 * 2 * 3)
+    assert len({(job.task, job.name) for job in jobs}) == len(jobs) == 5 * (4 + 5 * 4 + 2 * 2 + 4 * 3 * 3)
     assert [job.training for job in jobs[:20]] == ["base"] * 20
     for training in ("sequential", "box"):
         assert {job.task for job in jobs if job.training == training} == {"counting", "detection"}
