@@ -21,7 +21,7 @@ from pages import fill, table
 from PIL import Image
 from random_model import Shape, make_folder
 
-from perception_r1.modules.split_groups import SharedPrompt
+from perception_r1.modules.shared_prompts import SharedPrompts
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.packing import plan_micro_batches
@@ -42,7 +42,7 @@ def seconds(policy: Policy, prompts: PromptBatch, *, parts: int, once: bool) -> 
     budget = prompts.lengths[0] + COMPLETION * (GROUP_SIZE // parts)
     micro_batches = plan_micro_batches(prompts.lengths, [COMPLETION] * GROUP_SIZE, [0], budget)
     assert len(micro_batches) == parts
-    shared = SharedPrompt(policy)
+    shared = SharedPrompts(policy)
     policy.network.zero_grad()
     started = time.process_time()
     for micro_batch in micro_batches:

@@ -25,11 +25,10 @@ PRIMARY = {
 """Task -> name of its metric, and in words."""
 OTHERS = {
     "grounding": {"reward/iou": "mean IoU", "accuracy_75": "accuracy at .75", "accuracy_95": "accuracy at .95"},
-    "counting": {"mean_iou": "mean IoU", "box_recall": "objects boxed", "absolute_error": "count error"},
+    "counting": {"mean_iou": "mean IoU", "box_recall": "objects boxed", "-absolute_error": "less count error"},
     "detection": {"mean_iou": "mean IoU", "box_recall": "objects boxed", "ap75": "AP75", "ap": "AP"},
-    "ocr": {"reward": "reward"},
 }
-"""Metrics besides, which the reward of the task does not name, or not alone."""
+"""Metrics besides, which the reward of the task does not name, or not alone; with a minus, less is better."""
 MAIN = {
     name: training.title
     for name, training in TRAININGS.items()
@@ -91,9 +90,22 @@ def gains(
     ]
 
 
+def differences(results: Iterable[Result], task: str, other: str, labels: int, metric: str) -> list[float]:
+    """What GRPO has added more than another training on each seed, on the level of training."""
+    by_seed = {(r["training"], r["seed"]): r["levels"]["training"][metric] for r in results if is_of(r, task, labels)}
+    seeds = sorted(seed for name, seed in by_seed if name == "grpo" and (other, seed) in by_seed)
+    return [by_seed["grpo", seed] - by_seed[other, seed] for seed in seeds]
+
+
+def is_of(result: Result, task: str, labels: int) -> bool:
+    """Whether a run is of a task and has this many labelled images."""
+    return (result["task"], result["labels"]) == (task, labels)
+
+
 def at_level(level: str, metric: str) -> Callable[[Result], float]:
-    """What reads a metric of a level."""
-    return lambda result: float(result["levels"][level][metric])
+    """What reads a metric of a level, its sign changed where there is a minus before its name."""
+    name, sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
+    return lambda result: sign * float(result["levels"][level][name])
 
 
 def words(values: Sequence[float], *, is_gain: bool = True) -> str:
@@ -139,9 +151,28 @@ def main_table(results: Sequence[Result]) -> str:
     for task, (metric, name) in PRIMARY.items():
         base = [at_level("training", metric)(r) for r in results if (r["task"], r["training"]) == (task, "base")]
         if base:
-            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in MAIN]
+            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in shown(results)]
             rows.append([task, name, words(base, is_gain=False), *cells])
-    return table(["task", "metric", "base", *MAIN.values()], rows)
+    return table(["task", "metric", "base", *shown(results).values()], rows)
+
+
+def shown(results: Sequence[Result]) -> dict[str, str]:
+    """Trainings on ever new labels that have been done, and their titles."""
+    done = {result["training"] for result in results if not result["labels"]}
+    return {name: title for name, title in MAIN.items() if name in done}
+
+
+def difference_table(results: Sequence[Result]) -> str:
+    """Task by training and number of labelled images: how much more GRPO has gained in the primary metric."""
+    counts = sorted({r["labels"] for r in results})
+    rows = []
+    for task, (metric, name) in PRIMARY.items():
+        for other in (kind for kind in FEW if kind != "grpo"):
+            cells = [words(differences(results, task, other, count, metric)) for count in counts]
+            if set(cells) - {"-"}:
+                rows.append([task, name, f"GRPO - {FEW[other]}", *cells])
+    heads = [f"{count} images" if count else "ever new images" for count in counts]
+    return table(["task", "metric", "difference", *heads], rows)
 
 
 def other_table(results: Sequence[Result]) -> str:
@@ -149,10 +180,10 @@ def other_table(results: Sequence[Result]) -> str:
     rows = []
     for task, metrics in OTHERS.items():
         for metric, name in metrics.items():
-            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in MAIN]
+            cells = [words(gains(results, task, kind, 0, at_level("training", metric))) for kind in shown(results)]
             if set(cells) != {"-"}:
                 rows.append([task, name, *cells])
-    return table(["task", "metric", *MAIN.values()], rows)
+    return table(["task", "metric", *shown(results).values()], rows)
 
 
 def level_table(results: Sequence[Result]) -> str:
@@ -195,6 +226,7 @@ def sampling_table(results: Sequence[Result]) -> str:
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "base": base_table,
     "gains": main_table,
+    "differences": difference_table,
     "others": other_table,
     "levels": level_table,
     "labels": label_table,

@@ -217,6 +217,26 @@ def test_gains_are_paired_by_seed_and_their_interval_is_that_of_a_t_test():
     ]
 
 
+def test_grpo_is_compared_with_others_seed_by_seed_and_by_number_of_images():
+    results = [result("base", 0, 0.5), result("sft", 3, 0.9), result("grpo", 2, 0.1, labels=64)]
+    results += [result("grpo", seed, 0.75) for seed in (0, 1)]
+    results += [result("sft", seed, 0.5 + 0.25 * seed) for seed in (0, 1)]
+    results += [result(name, 0, 0.7 + 0.1 * (name == "grpo"), labels=64) for name in ("grpo", "sft", "sft-short")]
+    lines = report.difference_table(results).splitlines()
+    assert lines[0] == "| task | metric | difference | ever new images | 64 images |"
+    shown = "| grounding | accuracy at IoU 0.5 | GRPO - "
+    half = 12.706 * 0.125  # quantile of Student's t with one degree of freedom, times the standard error of 0 and 0.25
+    assert lines[2:] == [
+        f"{shown}SFT | +0.125 ± {half:.3f} (1 of 2) | +0.100 (1 of 1) |",
+        f"{shown}SFT, an eighth of the budget | - | +0.100 (1 of 1) |",
+    ]
+
+
+def test_a_metric_with_a_minus_is_better_where_it_is_less():
+    read = report.at_level("training", "-absolute_error")
+    assert read({"levels": {"training": {"absolute_error": 0.25}}}) == -0.25
+
+
 def test_a_report_draws_every_interval_that_its_tables_tell(tmp_path, monkeypatch, capsys):
     sampled = {"1": dict.fromkeys(report.SAMPLED, 0.5)}
     for training, gain in {"base": 0.0, "grpo": 0.2, "sft": -0.1}.items():

@@ -150,14 +150,14 @@ def test_truncated_completions_teach_nothing_where_they_are_masked(folder, tmp_p
     class Watched(GRPO):
         """Every other completion is taken for one that was cut."""
 
-        def make_experience(self, prompts, rollout, advantages):
+        def make_experience(self, prompts, rollout, advantages, *more):
             cut = [row % 2 == 1 for row in range(len(rollout.completions))]
             lengths = [1 + row % 3 for row in range(len(cut))]
             shorter = [tokens[:n] for tokens, n in zip(rollout.completions, lengths, strict=True)]
             logprobs = [values[:n] for values, n in zip(rollout.logprobs, lengths, strict=True)]
             changed = replace(rollout, completions=shorter, logprobs=logprobs, is_truncated=cut)
-            seen.append((lengths, super().make_experience(prompts, changed, advantages)))
-            return super().make_experience(prompts, rollout, advantages)
+            seen.append((lengths, super().make_experience(prompts, changed, advantages, *more)))
+            return super().make_experience(prompts, rollout, advantages, *more)
 
     for loss_type in ("grpo", "dapo"):
         module = make_module(folder, Watched, mask_truncated_completions=True, loss_type=loss_type)

@@ -124,9 +124,9 @@ def test_the_first_gradient_is_that_of_a_loop_over_completions(folder, tmp_path,
     seen = {}
     plain = GRPO.make_experience
 
-    def make_experience(self, prompts, rollout, advantages):
+    def make_experience(self, prompts, rollout, advantages, *more):
         seen.update(prompts=prompts, rollout=rollout)
-        return plain(self, prompts, rollout, advantages)
+        return plain(self, prompts, rollout, advantages, *more)
 
     monkeypatch.setattr(GRPO, "make_experience", make_experience)
     gradients, task = Gradients(), Lottery()
@@ -451,17 +451,18 @@ def test_a_vision_tower_that_is_trained_runs_in_rollout_reference_and_every_upda
         {"policy": {"lora": LoraConfig(r=2)}},
         {"policy": {"freeze_vision": True}},
         {"num_iterations": 2},
+        {"micro_batch_tokens": 400, "group_size": 60},
+        {"micro_batch_tokens": 400, "group_size": 60, "kl_coef": 0.0, "task": Sometimes()},
     ],
-    ids=["full", "without some groups", "adapter", "frozen vision", "two updates"],
+    ids=["full", "without some groups", "adapter", "frozen vision", "two updates", "parts", "parts of some groups"],
 )
 def test_what_the_rollout_has_computed_of_prompts_teaches_as_what_the_update_computes(
     folder, tmp_path, monkeypatch, options
 ):
-    computed = []
-    plain = Policy.prompt_states
+    plain, shared = GRPO.prompt_states, []
 
-    def count(self, prompts):
-        computed.append(len(prompts))
+    def see(self, prompts):
+        shared.append(plain(self, prompts) is not None)
         return plain(self, prompts)
 
     def ends(name):
@@ -470,17 +471,16 @@ def test_what_the_rollout_has_computed_of_prompts_teaches_as_what_the_update_com
             fit(folder, tmp_path / name, module, [log], max_steps=4, precision="64-true")
         return trained_weights(module), log
 
-    monkeypatch.setattr(Policy, "prompt_states", count)
-    shared, log = ends("shared")
-    assert set(computed) == {2}
-    num_rollouts = len(computed)
-    assert num_rollouts == 4 // options.get("num_iterations", 1)
+    monkeypatch.setattr(GRPO, "prompt_states", see)
+    once, log = ends("once")
+    assert shared == [True] * (4 // options.get("num_iterations", 1))
+    assert log.steps[4]["train/tokens/packed"] > options.get("micro_batch_tokens", 0)  # so that these are parts
     monkeypatch.setattr(GRPO, "computes_alike_in_training", False)
     twice, other = ends("twice")
-    assert len(computed) == num_rollouts
+    assert not shared[-1]
     assert log.steps[4]["train/grad_norm"] == pytest.approx(other.steps[4]["train/grad_norm"], rel=1e-6)
-    assert shared.keys() == twice.keys()
-    for name, value in shared.items():
+    assert once.keys() == twice.keys()
+    for name, value in once.items():
         torch.testing.assert_close(value, twice[name], rtol=0, atol=1e-9, msg=name)
 
 
@@ -489,7 +489,7 @@ def test_what_the_rollout_has_computed_of_prompts_teaches_as_what_the_update_com
     [
         {"policy": {"gradient_checkpointing": True}},
         {"policy": {"lora": LoraConfig(r=2, lora_dropout=0.1)}},
-        {"micro_batch_tokens": 100},
+        {"micro_batch_tokens": 50},
     ],
     ids=["checkpointing", "dropout", "micro-batches"],
 )
@@ -526,10 +526,10 @@ def test_with_a_reserve_the_update_computes_prompts_itself(folder, tmp_path, mon
     ids=["whole", "split", "one group", "nothing to learn"],
 )
 def test_a_step_logs_what_sharing_prompts_saves(folder, tmp_path, monkeypatch, options, pulled, prompts_packed):
-    def make_experience(self, prompts, rollout, advantages):
+    def make_experience(self, prompts, rollout, advantages, *more):
         seen.update(prompts=prompts, completions=rollout.completions)
         has_pull = torch.tensor([prompt in pulled for prompt in range(2)])
-        return plain(self, prompts, rollout, advantages * has_pull.repeat_interleave(4))
+        return plain(self, prompts, rollout, advantages * has_pull.repeat_interleave(4), *more)
 
     plain, seen = GRPO.make_experience, {}
     monkeypatch.setattr(GRPO, "make_experience", make_experience)

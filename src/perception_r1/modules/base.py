@@ -187,19 +187,23 @@ class PolicyModule(EvaluationModule):
         return nullcontext()
 
     def plan_micro_batches(
-        self, prompts: PromptBatch, completions: Sequence[int], chosen: Sequence[int]
+        self, prompts: PromptBatch, completions: Sequence[int], chosen: Sequence[int], *, are_known: bool = False
     ) -> list[MicroBatch]:
         """See `policy/packing.py`. Sharded weights are gathered by all devices in every pass, so passes are alike.
 
         The parts of a group then compute its prompt each, instead of sharing it, as they do where the family's prompts
-        cannot be shared; there a completion brings the tokens of its prompt along.
+        cannot be shared; there a completion brings the tokens of its prompt along. Prompts that are known leave the
+        rest of the budget to completions.
         """
-        sizes, is_shared = self.prompt_sizes(prompts), self.policy.family.shares_prompts
+        is_shared, budget = self.policy.family.shares_prompts, self.micro_batch_tokens
+        sizes = self.prompt_sizes(prompts)
+        if are_known:
+            budget, sizes = None if budget is None else budget - sum(sizes), [0] * len(prompts)
         if not is_shared:
             group_size, lengths = len(completions) // len(prompts), prompts.lengths
             completions = [length + lengths[row // group_size] for row, length in enumerate(completions)]
             sizes = [size - length for size, length in zip(sizes, lengths, strict=True)]
-        micro_batches = plan_micro_batches(sizes, completions, chosen, self.micro_batch_tokens)
+        micro_batches = plan_micro_batches(sizes, completions, chosen, budget)
         if self.device_mesh is None and is_shared:
             return micro_batches
         return [replace(micro_batch, part=0, num_parts=1) for micro_batch in micro_batches]

@@ -35,7 +35,7 @@ from perception_r1.modules.base import PolicyModule
 from perception_r1.modules.evaluation import evaluation_mode
 from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
-from perception_r1.modules.split_groups import SharedPrompt
+from perception_r1.modules.shared_prompts import SharedPrompts
 from perception_r1.modules.step_metrics import cost_metrics, sampling_metrics
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.load import Dtype, PolicyConfig
@@ -230,7 +230,7 @@ class GRPO(PolicyModule):
         self.engine.sleep()
         with self.phase("reward"):
             advantages = self.advantages.compute(self, chosen, self.scoring_task)
-        experience = replace(self.make_experience(chosen.prompts, chosen.rollout, advantages), states=chosen.states)
+        experience = self.make_experience(chosen.prompts, chosen.rollout, advantages, chosen.states)
         reference_logprobs = self.reference_logprobs(experience)
         metrics, old_logprobs = self.update(experience, reference_logprobs)
         experience = replace(experience, states=None)  # those of weights that are no more
@@ -275,21 +275,20 @@ class GRPO(PolicyModule):
         if self.policy.is_vision_frozen:  # then rollout, reference and loss see the same features
             with self.phase("vision"):
                 prompts = self.policy.encode_images(prompts)
-        states = None if has_reserve else self.prompt_states(prompts, group_size)
+        states = None if has_reserve else self.prompt_states(prompts)
         rollout = self.generate(prompts, group_size, seeds, states)
         with self.phase("reward"):
             scored = score_completions(self.scoring_task, self.parse(batch.samples, prompts, rollout))
         return Round(samples=batch.samples, prompts=prompts, rollout=rollout, scored_completions=scored, states=states)
 
-    def prompt_states(self, prompts: PromptBatch, group_size: int) -> PromptStates | None:
+    def prompt_states(self, prompts: PromptBatch) -> PromptStates | None:
         """Prompts computed for both the rollout and the first update, or None where each computes them for itself.
 
-        They are shared where the passes are the same and the update would hold the activations of all prompts anyway.
+        They are shared where the passes are the same and all prompts take no more than half of a micro-batch, for they
+        are held until the update is over.
         """
-        if not self.computes_alike_in_training:
-            return None
-        longest = [self.max_new_tokens] * (len(prompts) * group_size)
-        if len(self.plan_micro_batches(prompts, longest, range(len(prompts)))) > 1:
+        budget = self.micro_batch_tokens
+        if not self.computes_alike_in_training or (budget is not None and 2 * sum(self.prompt_sizes(prompts)) > budget):
             return None
         with self.phase("prefill"), torch.enable_grad():
             return self.policy.prompt_states(prompts)
@@ -312,7 +311,9 @@ class GRPO(PolicyModule):
             self.policy, prompts, group_size=group_size, params=params, seeds=seeds, states=states, phase=self.phase
         )
 
-    def make_experience(self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor) -> Experience:
+    def make_experience(
+        self, prompts: PromptBatch, rollout: Rollout, advantages: Tensor, states: PromptStates | None = None
+    ) -> Experience:
         """Bundle what the updates need; the advantages are on the CPU, for they decide what is computed.
 
         A group without any advantage pulls nowhere; without KL penalty its gradient is exactly zero, so it is left out.
@@ -322,7 +323,7 @@ class GRPO(PolicyModule):
         num_kept = sum(length for length, is_one in zip(lengths, is_kept, strict=True) if is_one)
         has_pull = (advantages.view(len(prompts), -1).abs().amax(1) > 0).tolist()
         chosen = [prompt for prompt in range(len(prompts)) if self.kl_coef > 0 or has_pull[prompt]]
-        micro_batches = self.plan_micro_batches(prompts, lengths, chosen)
+        micro_batches = self.plan_micro_batches(prompts, lengths, chosen, are_known=states is not None)
         return Experience(
             prompts=prompts,
             completions=rollout.completions,
@@ -336,6 +337,7 @@ class GRPO(PolicyModule):
             * to_device(torch.tensor(is_kept), self.device),
             sampled_logprobs=rollout.logprobs,
             micro_batches=micro_batches,
+            states=states,
             num_empty_passes=self.num_empty_passes(len(micro_batches)),
         )
 
@@ -346,7 +348,7 @@ class GRPO(PolicyModule):
             return None
         context = self.policy.without_adapter() if self.reference is None else nullcontext(self.reference)
         with self.phase("reference"), context as reference, unsharded(reference):
-            shared, logprobs = SharedPrompt(reference), []
+            shared, logprobs = SharedPrompts(reference), []
             for micro_batch in experience.micro_batches:
                 prompts, completions = experience.select(micro_batch)
                 states = shared.states(prompts, micro_batch)
@@ -384,7 +386,8 @@ class GRPO(PolicyModule):
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         all_logprobs: list[Tensor] = []
-        shared = SharedPrompt(self.policy, known=experience.states, in_one_pass=self.exchanges_gradients())
+        num_parts, in_one_pass = len(experience.micro_batches), self.exchanges_gradients()
+        shared = SharedPrompts(self.policy, known=experience.states, num_parts=num_parts, in_one_pass=in_one_pass)
         for index, micro_batch in enumerate(experience.micro_batches):
             with self.accumulation(is_last=index + 1 == len(experience.micro_batches)):
                 prompts, completions = experience.select(micro_batch)

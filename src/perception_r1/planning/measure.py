@@ -214,12 +214,12 @@ def _step_of_grpo(module: GRPO, prompt: LongestPrompt, batch_size: int) -> Exper
         if policy.is_vision_frozen:
             with module.phase("vision"):
                 prompts = policy.encode_images(prompts)
-        states = module.prompt_states(prompts, group_size) if num_prompts == batch_size else None
+        states = module.prompt_states(prompts) if num_prompts == batch_size else None
         rollout = module.generate(prompts, group_size, [0] * num_prompts, states)
         if policy.keeps_copies and module.device_mesh is None:  # the next step begins with what this one has left
             rollout = module.generate(prompts, group_size, [0] * num_prompts, states)
-    experience = module.make_experience(prompts, rollout, torch.ones(num_prompts * group_size))
-    experience = replace(experience, micro_batches=_first(experience.micro_batches), states=states)
+    experience = module.make_experience(prompts, rollout, torch.ones(num_prompts * group_size), states)
+    experience = replace(experience, micro_batches=_first(experience.micro_batches))
     module.accumulate_gradients(experience, module.reference_logprobs(experience), None)
     return experience
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from perception_r1.modules import GRPO
-from perception_r1.modules.split_groups import SharedPrompt
+from perception_r1.modules.shared_prompts import SharedPrompts
 from perception_r1.policy import attention
 from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig
@@ -23,12 +23,13 @@ def family(request):
     return request.param
 
 
-def passes(policy, budget, *, in_one_pass=False):
+def passes(policy, budget, *, in_one_pass=False, are_known=False):
     """Log-probabilities of every completion and gradients of all weights, of a loss that weighs each differently."""
     prompts, completions = oracle.encode(policy.processor), oracle.random_completions(LENGTHS)
-    micro_batches = plan_micro_batches(prompts.lengths, LENGTHS, range(3), budget)
+    known = policy.prompt_states(prompts) if are_known else None
+    micro_batches = plan_micro_batches([0] * 3 if are_known else prompts.lengths, LENGTHS, range(3), budget)
     weights, rows = torch.linspace(-1, 1, len(LENGTHS), dtype=torch.float64), {}
-    shared = SharedPrompt(policy, in_one_pass=in_one_pass)
+    shared = SharedPrompts(policy, known=known, num_parts=len(micro_batches), in_one_pass=in_one_pass)
     policy.network.zero_grad()
     for micro_batch in micro_batches:
         selected = prompts.select(micro_batch.prompts)
@@ -68,11 +69,27 @@ def test_parts_give_the_numbers_and_gradients_of_whole_groups(grouped_folders, f
             assert float((others[name] - gradient).abs().max()) / scale < 1e-5, name  # float32 inside transformers
 
 
+@pytest.mark.parametrize("in_one_pass", [False, True], ids=["passes of their own", "in one pass"])
+@pytest.mark.parametrize(("budget", "num_parts"), [(13, 3), (1, 9)])
+def test_all_prompts_that_are_known_are_shared_by_all_parts(grouped_folders, family, budget, num_parts, in_one_pass):
+    policy = Policy.load(PolicyConfig(name=str(grouped_folders[family]))).double().train()
+    oracle.shake(policy.network)
+    expected, gradients, _ = passes(policy, None)
+    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+    found, others, micro_batches = passes(policy, budget, in_one_pass=in_one_pass, are_known=True)
+    assert len(micro_batches) == num_parts
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert others.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        scale = max(1e-6, float(gradient.abs().max()))
+        assert float((others[name] - gradient).abs().max()) / scale < 1e-5, name
+
+
 def test_the_comparison_would_notice_a_prompt_that_learns_from_its_last_part_alone(grouped_folders, monkeypatch):
     policy = Policy.load(PolicyConfig(name=str(grouped_folders["qwen2_vl"]))).double().train()
     _, gradients, _ = passes(policy, None)
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
-    monkeypatch.setattr(SharedPrompt, "losses", lambda self, loss, micro_batch: [loss])
+    monkeypatch.setattr(SharedPrompts, "losses", lambda self, loss, micro_batch: [loss])
     _, others, _ = passes(policy, 1, in_one_pass=True)
     name = "model.language_model.layers.0.self_attn.k_proj.weight"
     scale = float(gradients[name].abs().max())
