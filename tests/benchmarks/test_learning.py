@@ -5,6 +5,7 @@ import math
 import random
 import sys
 from dataclasses import replace
+from statistics import mean
 from types import SimpleNamespace
 
 import numpy as np
@@ -311,6 +312,6 @@ def test_the_committed_pages_say_what_the_committed_runs_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for task, (metric, name) in report.PRIMARY.items():
         bases = [result for result in results if (result["task"], result["training"]) == (task, "base")]
-        means = [np.mean([base["levels"][level][metric] for base in bases]) for level in report.LEVELS[:3]]
+        means = [mean(base["levels"][level][metric] for base in bases) for level in report.LEVELS[:3]]
         ending = " | ".join([name, *(f"{mean:.3f}" for mean in means)])
         assert [line for line in readme if line.startswith(f"| {task} |") and line.endswith(f"| {ending} |")]
