@@ -177,12 +177,12 @@ class Study:
 def plan(tasks: Sequence[str], trainings: Sequence[str], labels: Sequence[int], seeds: Sequence[int]) -> list[Job]:
     """The runs of the study, the most telling ones first."""
     jobs = [Job(task=task, training="base", seed=seed) for seed in seeds for task in tasks]
-    for training in (name for name in trainings if TRAININGS[name].on_few_labels is not True):
+    for training in (name for name in trainings if TRAININGS[name].labels != "few"):
         own = [task for task in TRAININGS[training].tasks if task in tasks or task == "all"]
         jobs += [Job(task=task, training=training, seed=seed) for seed in seeds for task in own]
     for count in labels:
-        for kind in (name for name in trainings if TRAININGS[name].on_few_labels is not False):
-            jobs += [Job(task=task, training=kind, seed=seed, labels=count) for seed in seeds for task in tasks]
+        for training in (name for name in trainings if TRAININGS[name].labels != "new"):
+            jobs += [Job(task=task, training=training, seed=seed, labels=count) for seed in seeds for task in tasks]
     return jobs
 
 

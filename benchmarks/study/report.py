@@ -30,12 +30,10 @@ OTHERS = {
 }
 """Metrics besides, which the reward of the task does not name, or not alone; with a minus, less is better."""
 MAIN = {
-    name: training.title
-    for name, training in TRAININGS.items()
-    if training.part == "main" and training.on_few_labels is not True
+    name: training.title for name, training in TRAININGS.items() if training.part == "main" and training.labels != "few"
 }
 """Trainings of the main part on ever new labels, and their titles."""
-FEW = {name: training.title for name, training in TRAININGS.items() if training.on_few_labels is not False}
+FEW = {name: training.title for name, training in TRAININGS.items() if training.labels != "new"}
 """Those on few labels."""
 COLUMNS = (
     ("grounding", "accuracy_50", "accuracy at .5"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 TASKS = ("grounding", "counting", "detection", "ocr")
 BOXED = ("counting", "detection")
@@ -23,7 +24,7 @@ class Training:
         tasks: On which it is done.
         share: Of the budget.
         has_own_cost: Its steps cost something else than those of its kind.
-        on_few_labels: Whether it is done on few labels instead of on ever new ones; None: on both.
+        labels: Whether its images are ever new ones, few ones, or, in runs of their own, both.
     """
 
     title: str
@@ -34,7 +35,7 @@ class Training:
     tasks: tuple[str, ...] = TASKS
     share: float = 1.0
     has_own_cost: bool = False
-    on_few_labels: bool | None = False
+    labels: Literal["new", "few", "both"] = "new"
 
     def on(self, task: str) -> list[str]:
         """All its options on a task."""
@@ -57,11 +58,9 @@ def _reward(name: str, *options: str) -> tuple[str, ...]:
 
 
 TRAININGS = {
-    "grpo": Training(title="GRPO", part="main", on_few_labels=None),
-    "sft": Training(title="SFT", part="main", kinds=("sft",), on_few_labels=None),
-    "sft-short": Training(
-        title="SFT, an eighth of the budget", part="main", kinds=("sft",), share=0.125, on_few_labels=True
-    ),
+    "grpo": Training(title="GRPO", part="main", labels="both"),
+    "sft": Training(title="SFT", part="main", kinds=("sft",), labels="both"),
+    "sft-short": Training(title="SFT, an eighth of the budget", part="main", kinds=("sft",), share=0.125, labels="few"),
     "sft-grpo": Training(title="SFT, then GRPO", part="main", kinds=("sft", "grpo")),
     "sequential": Training(
         title="GRPO, sequential matching",
