@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 from pages import fill, table
 from rapidfuzz.distance import Levenshtein
 
-from perception_r1.geometry import IOU_THRESHOLDS, iou, iou_matrix, soft_fbeta, threshold_shares
+from perception_r1.geometry import IOU_THRESHOLDS, best_share, fbeta, iou, iou_matrix, threshold_shares
 from perception_r1.records import Box, LabelledBox
 from perception_r1.task import Task
 from perception_r1.tasks.counting import Counting, CountingPrediction, CountingTarget
@@ -184,8 +184,8 @@ def metrics(answer: Answer, right: Answer, task: str) -> tuple[float, ...]:
         for row, item in enumerate(answer):
             overlaps[row] *= [item.label == other.label for other in right]
     sizes = len(answer), len(right)
-    found = [soft_fbeta((overlaps >= threshold).astype(float), *sizes) for threshold in (0.5, 0.75)]
-    found.append(soft_fbeta(threshold_shares(overlaps, IOU_THRESHOLDS), *sizes))
+    found = [fbeta(best_share((overlaps >= threshold).astype(float)), *sizes) for threshold in (0.5, 0.75)]
+    found.append(fbeta(best_share(threshold_shares(overlaps, IOU_THRESHOLDS)), *sizes))
     if task == "counting":
         found += [float(sizes[0] == sizes[1]), -float(abs(sizes[0] - sizes[1]))]
     return tuple(found)

@@ -101,24 +101,34 @@ def threshold_shares(values: Floats, thresholds: Floats) -> Floats:
     return np.asarray((values[..., None] >= thresholds - _ROUNDING).mean(axis=-1), np.float64)
 
 
-def soft_fbeta(shares: Floats, num_predicted: int, num_targets: int, beta: float = 1.0) -> float:
-    """F-beta of predictions and targets that meet one to one, each pair counting for the share of it that is right.
-
-    Where the shares are those of thresholds, it is the mean of F-beta over the thresholds for this one matching.
+def best_share(shares: Floats) -> float:
+    """The most that predictions and targets can share when they meet one to one.
 
     Args:
-        shares: [n, m] in 0..1, n <= num_predicted predictions that can be right, and m targets.
+        shares: [N, M], for each pair how much of it is right, in 0..1.
+
+    >>> best_share(np.array([[1.0, 0.5], [0.5, 0.0]]))
+    1.0
+    """
+    return sum(float(shares[pair]) for pair in match(-shares, "bipartite"))
+
+
+def fbeta(num_right: float, num_predicted: int, num_targets: int, beta: float = 1.0) -> float:
+    """F-beta of predictions and targets; 1 when there are none of either.
+
+    Args:
+        num_right: Pairs that are right. With a `best_share` of `threshold_shares` in their place, it is the mean of
+            F-beta over the thresholds for this one matching.
         num_predicted: All predictions, also those that cannot be right.
-        num_targets: m.
+        num_targets: All targets.
         beta: Recall weighs beta times as much as precision.
 
-    >>> soft_fbeta(np.array([[1.0, 0.5], [0.5, 0.0]]), 3, 2)
+    >>> fbeta(1.0, 3, 2)
     0.4
     """
     if not num_predicted and not num_targets:
         return 1.0
-    best = sum(float(shares[pair]) for pair in match(-shares, "bipartite"))
-    return (1 + beta**2) * best / (num_predicted + beta**2 * num_targets)
+    return (1 + beta**2) * num_right / (num_predicted + beta**2 * num_targets)
 
 
 def to_pixels(box: Box, image_size: ImageSize) -> list[float]:

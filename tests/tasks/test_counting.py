@@ -95,6 +95,11 @@ def test_figures_worked_by_hand(answer, metrics):
     assert tuple(found[name] for name in Counting.metric_names if name != "mean_f1") == metrics
 
 
+def test_any_count_alone_can_be_scored():
+    found = Counting(reward="mean_f1").score(prediction((0.1, 0.1)), CountingTarget(count=2**31 - 1))
+    assert found.reward == pytest.approx(2 / 2**31)  # no matrix of two billion entries
+
+
 def test_nothing_to_count_is_worth_nothing():
     assert Counting().score(prediction((0.3, 0.3)), CountingTarget(count=0, points=())).reward == 0
     assert Counting().score(None, CountingTarget(count=0)).reward == 0

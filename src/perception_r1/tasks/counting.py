@@ -14,11 +14,12 @@ from perception_r1.errors import UserError
 from perception_r1.geometry import (
     IOU_THRESHOLDS,
     Matching,
+    best_share,
     center,
+    fbeta,
     iou_matrix,
     match,
     point_distances,
-    soft_fbeta,
     threshold_shares,
     to_pixels,
 )
@@ -192,7 +193,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
                 "closeness": self._closeness(prediction.boxes, target) if prediction is not None else 0.0,
             }
         answer = prediction if is_well_formed else None
-        mean_f1, mean_fbeta = (self._mean_fbeta(answer, target, beta) for beta in (1, self.beta))
+        mean_f1 = _mean_fbeta(answer, target)
         metrics = {
             "count_accuracy": float(is_well_formed and count == target.count),
             "mean_f1": mean_f1,
@@ -201,7 +202,9 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             "false_positives": float(max(count - target.count, 0)),
             "false_negatives": float(max(target.count - count, 0)),
         }
-        reward = mean_fbeta if self.reward == "mean_f1" else prod(components.values())
+        reward = prod(components.values())
+        if self.reward == "mean_f1":
+            reward = mean_f1 if self.beta == 1 else _mean_fbeta(answer, target, self.beta)
         return Score(reward=reward, components=components, metrics=metrics)
 
     def num_objects(self, target: CountingTarget) -> int:
@@ -226,19 +229,6 @@ class Counting(Task[CountingTarget, CountingPrediction]):
             return None
         return {"count": prediction.count, "boxes": [to_pixels(box, image_size) for box in prediction.boxes]}
 
-    def _mean_fbeta(self, prediction: CountingPrediction | None, target: CountingTarget, beta: float) -> float:
-        """Of a well-formed answer; 0 without one."""
-        if prediction is None:
-            return 0.0
-        if target.boxes is not None:
-            shares = threshold_shares(iou_matrix(prediction.boxes, target.boxes), IOU_THRESHOLDS)
-        elif target.points is not None:
-            centers = [center(box) for box in prediction.boxes]
-            shares = threshold_shares(-point_distances(centers, target.points) / sqrt(2), -_DISTANCES)
-        else:
-            shares = np.ones((prediction.count, target.count))
-        return soft_fbeta(shares, prediction.count, target.count, beta)
-
     def _closeness(self, boxes: Sequence[Box], target: CountingTarget) -> float:
         """1 - mean distance of the matched centers and points, over the diagonal; 0 with nothing to match."""
         if not boxes or not target.count:
@@ -248,6 +238,20 @@ class Counting(Task[CountingTarget, CountingPrediction]):
         distances = point_distances([center(box) for box in boxes], target.points)
         pairs = match(distances, self.matching)
         return 1.0 - sum(float(distances[pair]) for pair in pairs) / len(pairs) / sqrt(2)
+
+
+def _mean_fbeta(prediction: CountingPrediction | None, target: CountingTarget, beta: float = 1) -> float:
+    """Of a well-formed answer; 0 without one."""
+    if prediction is None:
+        return 0.0
+    if target.boxes is not None:
+        num_right = best_share(threshold_shares(iou_matrix(prediction.boxes, target.boxes), IOU_THRESHOLDS))
+    elif target.points is not None:
+        centers = [center(box) for box in prediction.boxes]
+        num_right = best_share(threshold_shares(-point_distances(centers, target.points) / sqrt(2), -_DISTANCES))
+    else:
+        num_right = min(prediction.count, target.count)
+    return fbeta(num_right, prediction.count, target.count, beta)
 
 
 def _square(point: Point) -> Box:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torchmetrics import Metric
 
 from perception_r1.codecs import Codec, ParsedBoxes
@@ -14,11 +16,12 @@ from perception_r1.errors import UserError
 from perception_r1.geometry import (
     IOU_THRESHOLDS,
     Matching,
+    best_share,
+    fbeta,
     giou_matrix,
     iou_matrix,
     match,
     size_distances,
-    soft_fbeta,
     threshold_shares,
     to_pixels,
 )
@@ -238,7 +241,7 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             "iou": sum(overlaps) / num_pairs if num_pairs else float(is_rightly_empty),
             "missing": 1 - num_pairs / num_targets if num_targets else 0.0,
         }
-        mean_f1, mean_fbeta = (self._mean_fbeta(prediction, target, beta) for beta in (1, self.beta))
+        mean_f1 = _mean_fbeta(prediction, target)
         metrics = {
             "mean_f1": mean_f1,
             "precision": precision,
@@ -248,22 +251,14 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
             "false_negatives": float(num_targets - num_pairs),
         }
         if self.reward == "mean_f1":
-            return Score(reward=mean_fbeta, components=components, metrics=metrics)
+            reward = mean_f1 if self.beta == 1 else _mean_fbeta(prediction, target, self.beta)
+            return Score(reward=reward, components=components, metrics=metrics)
         gains = {name: weight for name, weight in self._weights.items() if name != "missing"}
         gain = sum(weight * components[name] for name, weight in gains.items())
         reward = min(max(gain - self.missing_weight * components["missing"], 0.0), sum(gains.values()))
         signed = self._weights | {"missing": -self.missing_weight}
         reward_terms = tuple((weight, components[name]) for name, weight in signed.items())
         return Score(reward=reward, components=components, metrics=metrics, reward_terms=reward_terms)
-
-    def _mean_fbeta(self, prediction: DetectionPrediction | None, target: DetectionTarget, beta: float) -> float:
-        if prediction is None or not prediction.is_exact:
-            return 0.0
-        overlaps = iou_matrix([item.box for item in prediction.objects], [item.box for item in target.objects])
-        for k, item in enumerate(prediction.objects):
-            overlaps[k] *= [item.label == other.label for other in target.objects]
-        shares = threshold_shares(overlaps, IOU_THRESHOLDS)
-        return soft_fbeta(shares, prediction.num_listed, len(target.objects), beta)
 
     def num_objects(self, target: DetectionTarget) -> int:
         """Those of the image."""
@@ -294,11 +289,27 @@ class Detection(Task[DetectionTarget, DetectionPrediction]):
         """Whether the labels agree, and the IoU, of each pair that stands."""
         boxes, target_boxes = [item.box for item in objects], [item.box for item in targets]
         overlaps = iou_matrix(boxes, target_boxes)
+        labels_agree = _labels_agree(objects, targets)
         cost = _SIZE_COST * size_distances(boxes, target_boxes) - _OVERLAP_COST * giou_matrix(boxes, target_boxes)
-        for k, item in enumerate(objects):
-            cost[k] -= [_LABEL_COST * (item.label == other.label) for other in targets]
-        pairs = [(k, j) for k, j in match(cost, self.matching) if overlaps[k, j] > self.iou_threshold]
-        return [objects[k].label == targets[j].label for k, j in pairs], [float(overlaps[pair]) for pair in pairs]
+        cost -= _LABEL_COST * labels_agree
+        pairs = [pair for pair in match(cost, self.matching) if overlaps[pair] > self.iou_threshold]
+        return [bool(labels_agree[pair]) for pair in pairs], [float(overlaps[pair]) for pair in pairs]
+
+
+def _labels_agree(objects: Sequence[LabelledBox], targets: Sequence[LabelledBox]) -> NDArray[np.bool_]:
+    """Whether those of each pair do, [N, M]."""
+    labels, target_labels = (np.array([item.label for item in items], dtype=object) for items in (objects, targets))
+    return np.asarray(labels[:, None] == target_labels, np.bool_)
+
+
+def _mean_fbeta(prediction: DetectionPrediction | None, target: DetectionTarget, beta: float = 1) -> float:
+    """F-beta of boxes of the right label, the mean over COCO's thresholds."""
+    if prediction is None or not prediction.is_exact:
+        return 0.0
+    objects, targets = prediction.objects, target.objects
+    overlaps = iou_matrix([item.box for item in objects], [item.box for item in targets])
+    shares = threshold_shares(overlaps * _labels_agree(objects, targets), IOU_THRESHOLDS)
+    return fbeta(best_share(shares), prediction.num_listed, len(targets), beta)
 
 
 def _format(prediction: DetectionPrediction | None) -> float:
