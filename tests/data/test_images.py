@@ -60,6 +60,8 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         check_image(tmp_path / "nope.jpg")
     with pytest.raises(ImageError, match="cannot read"):
         check_image(tmp_path)
+    with pytest.raises(ImageError, match=r"no such file: .{200}\.\.\. of 9,999 characters$"):
+        check_image(Path("a" * 9_999))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

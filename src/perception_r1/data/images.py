@@ -1,5 +1,6 @@
 """Images from files. Everywhere, an image's size and pixels are those after its EXIF orientation is applied."""
 
+import errno
 import io
 import os
 import warnings
@@ -32,6 +33,8 @@ _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";"}
 """How files end that were not cut off. Of PNG it would not help: its EXIF may come behind the pixels."""
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What a file may be: images only. Pillow would hand others to programs (EPS to Ghostscript)."""
+_NUM_SHOWN = 200
+"""Characters of a path that no file can have."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # comes at half of what Pillow refuses
 
@@ -148,6 +151,8 @@ def _explained(source: ImageSource, error: Exception) -> ImageError:
     """Decoders raise errors of many kinds on damaged files: OSError, SyntaxError, ValueError, struct.error and more."""
     if isinstance(error, ImageError):
         return error
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # it can be as long as a row of the data
+        return ImageError(f"no such file: {str(source)[:_NUM_SHOWN]}... of {len(str(source)):,} characters")
     if isinstance(error, FileNotFoundError):
         return ImageError(f"no such file: {source}")
     if isinstance(error, Image.DecompressionBombError):
