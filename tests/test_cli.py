@@ -36,7 +36,8 @@ OWN_COMMANDS = ("data", "predict", "export", "score")
 """What is not a verb of the trainer."""
 
 
-COUNTING = ["--task", "counting"]
+FEW = ["--data.num_val", "2", "--data.num_test", "2"]
+COUNTING = ["--task", "counting", *FEW]
 
 
 def print_config(capsys, *arguments):
@@ -61,7 +62,7 @@ def fitted(monkeypatch, tmp_path, folder):
     def run(*arguments, command="fit", task="counting"):
         for name in ("fit", "validate", "test"):
             monkeypatch.setattr(Trainer, name, record)
-        assert main([command, "--task", task, "--model.policy.name", str(folder), *arguments]) == 0
+        assert main([command, "--task", task, *FEW, "--model.policy.name", str(folder), *arguments]) == 0
         return type("Seen", (), dict(seen))
 
     return run
