@@ -57,7 +57,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
 	$(VLLM_VENV)/bin/pip install --quiet $(VLLM)
-	$(VLLM_VENV)/bin/pip install --quiet --editable . pytest hypothesis
+	$(VLLM_VENV)/bin/pip install --quiet --editable . pytest pytest-xdist hypothesis
 	$(VLLM_VENV)/bin/python src/perception_r1/engines/repair_vllm.py
 	touch $@
 
@@ -113,7 +113,7 @@ test-slow: $(INSTALLED) ## Run the tests that start several processes or train f
 	$(BIN)/pytest -n 2 --dist loadfile -m 'slow and not hours'
 
 test-vllm: $(VLLM_VENV)/.installed ## Run the tests that need vLLM
-	$(VLLM_VENV)/bin/pytest -m vllm tests/engines
+	$(VLLM_VENV)/bin/pytest -n 2 -m vllm tests/engines
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

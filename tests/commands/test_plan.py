@@ -74,7 +74,7 @@ def test_advice_is_planned_too(shallow, capsys):
 
 
 def test_several_devices_exchange_gradients_in_buckets(shallow):
-    options = ["--task", "counting", "--model", "qwen2_vl_2b", "--trainer.devices", "2"]
+    options = ["--task", "counting", "--model", "qwen2_vl_2b", "--trainer.devices", "2", "--data.num_val", "2"]
     plan = read(options).plan()
     backward = next(peak for peak in plan.peaks if peak.phase == "backward")
     weights = backward.kinds["weights"]
@@ -120,7 +120,7 @@ def test_what_devices_divide_is_counted_by_its_share(shallow):
 
 
 def test_supervised_training_is_planned_without_generation(shallow):
-    plan = read(["--task", "counting", "--model", "qwen3_vl_2b", "--variant", "sft"]).plan()
+    plan = read(["--task", "counting", "--model", "qwen3_vl_2b", "--variant", "sft", "--data.num_val", "2"]).plan()
     assert [peak.phase for peak in plan.peaks] == ["evaluate", "forward", "backward", "update", "save"]
 
 

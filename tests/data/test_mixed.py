@@ -135,7 +135,7 @@ def test_options_of_tasks_stay_their_own():
 def test_the_largest_images_of_all_tasks_come_first_when_asked_for(tmp_path):
     files = write_sources(tmp_path, "grounding", {"rows": 12})
     Image.new("RGB", (400, 300)).save(tmp_path / "rows" / "7.png")
-    parts = {"a": GroundingData(num_train=12), "b": GroundingData(train_file=files["rows"])}
+    parts = {"a": GroundingData(num_train=12, num_val=2), "b": GroundingData(train_file=files["rows"])}
     data = MixedData(parts, longest_first=True, batch_size=2)
     data.setup("fit")
     assert len(data.num_train_pixels()) == len(data.samples("train"))
