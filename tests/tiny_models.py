@@ -1,5 +1,6 @@
 """Tiny models with random weights of the families outside Qwen-VL, in the hub's layout, with tokenizers like theirs."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ _INTERNVL_TEMPLATE = """\
 {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+_INTERNVL_NAMES = {
+    **{"start_image_token": "<img>", "end_image_token": "</img>"},
+    **{"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
+}
+"""As the hub's own processor asks for tokens."""
 _GEMMA_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else 'user' }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
@@ -164,6 +170,10 @@ def build_internvl(folder: Path, **text: Any) -> None:
     image_processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=4)
     ends = ("<|im_end|>", "<|endoftext|>")
     build_model_folder(folder, tokenizer, internvl_config(tokenizer, **text), image_processor, ends)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_special_tokens": _INTERNVL_NAMES}))
+    names = {"processor_class": "InternVLProcessor", "image_seq_length": TOKENS}
+    (folder / "processor_config.json").write_text(json.dumps(names))
 
 
 def build_gemma3(folder: Path) -> None:

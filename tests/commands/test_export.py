@@ -226,13 +226,18 @@ def test_bounds_on_pixels_are_those_of_the_run(folder, tmp_path):
         assert pixels["image_grid_thw"].tolist() == [grid]
 
 
-def test_settings_for_videos_are_kept(runs, tmp_path, copy_folder):
+def test_settings_of_the_base_model_s_processor_are_kept(runs, tmp_path, copy_folder):
     base, run = copy_folder("base"), tmp_path / "version_0"
     (base / "video_preprocessor_config.json").write_text('{"fps": 2}')
+    own = json.loads((base / "preprocessor_config.json").read_text())
+    settings = {"processor_class": "Qwen2VLProcessor", "image_processor": own}
+    (base / "processor_config.json").write_text(json.dumps(settings))
     shutil.copytree(runs["full"], run)
     for path in (run / "run.json", run / "config.yaml"):
         path.write_text(path.read_text().replace(open_run(runs["full"]).policy.name, str(base)))
-    assert (run_export(run, tmp_path / "written") / "video_preprocessor_config.json").read_text() == '{"fps": 2}'
+    written = run_export(run, tmp_path / "written")
+    assert json.loads((written / "video_preprocessor_config.json").read_text()) == {"fps": 2}
+    assert json.loads((written / "processor_config.json").read_text()) == {"processor_class": "Qwen2VLProcessor"}
 
 
 def test_every_setting_of_the_run_comes_along(runs, exported):

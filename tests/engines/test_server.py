@@ -79,6 +79,18 @@ def test_completions_are_those_of_our_own_engine(folder, policy, tmp_path, optio
         assert_same(*rollouts(policy, engine, **options))
 
 
+def test_pictures_that_cannot_be_restored_are_kept_and_sent(model_folders, tmp_path):
+    folder = model_folders["internvl"]
+    policy = Policy.load(PolicyConfig(name=str(folder))).eval()
+    with running(LikeVLLM(folder).app()) as url:
+        engine = connect(policy, [url], tmp_path)
+        assert_same(*rollouts(policy, engine))
+    sizes = [
+        picture.size for each in policy.processor.pictures(oracle.encode(policy.processor, [0, 1])) for picture in each
+    ]
+    assert sizes == [size for index in (0, 1) for size in oracle.CHATS[index][1]]
+
+
 def test_prompts_are_spread_over_servers(folder, policy, tmp_path):
     servers = [LikeVLLM(folder) for _ in range(3)]
     counts = []

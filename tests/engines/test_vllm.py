@@ -19,6 +19,7 @@ from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig, model_path
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
+from tests.tiny_models import build_internvl
 
 pytestmark = pytest.mark.vllm
 
@@ -37,6 +38,8 @@ def folders(tmp_path_factory):
     found = {family: tmp_path_factory.mktemp(family) for family in SAME}
     for family, folder in found.items():
         build_model_folder(folder, family=family, seed=0, size=BASE)
+    found["internvl"] = tmp_path_factory.mktemp("internvl")
+    build_internvl(found["internvl"], hidden_size=256, num_key_value_heads=2)
     return found
 
 
@@ -92,7 +95,7 @@ def gaps(policy, engine):
     return is_same, max(float((row[: len(told)] - told).abs().max()) for row, told in pairs)
 
 
-@pytest.mark.parametrize("family", SAME)
+@pytest.mark.parametrize("family", [*SAME, "internvl"])
 def test_tokens_and_log_probabilities_are_ours_before_and_after_an_update(folders, family, start):
     policy, config = load(folders[family])
     engine = start(policy, config)
@@ -124,8 +127,9 @@ def test_the_test_above_finds_what_is_forgotten(folders, start, monkeypatch, for
     assert gaps(policy, engine)[1] > 1e-2
 
 
-def test_an_adapter_is_handed_over_as_an_adapter(folders, start, monkeypatch):
-    policy, config = load(folders["qwen2_vl"], lora=LoraConfig(r=3))
+@pytest.mark.parametrize("family", ["qwen2_vl", "internvl"])
+def test_an_adapter_is_handed_over_as_an_adapter(folders, start, monkeypatch, family):
+    policy, config = load(folders[family], lora=LoraConfig(r=3))
     engine = start(policy, config)
     calls = []
     for seed in range(3):
@@ -151,8 +155,11 @@ def run(words, tmp_path, monkeypatch, capsys):
     return capsys.readouterr().out
 
 
-def test_a_model_is_evaluated_without_a_second_copy_of_its_weights(folders, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("family", [None, "internvl"])
+def test_a_model_is_evaluated_without_a_second_copy_of_its_weights(folders, tmp_path, monkeypatch, capsys, family):
     words = ["test", "--task=counting", "--data.num_test=12", "--model.max_new_tokens=40"]
+    if family:  # its workers send the pictures too
+        words += [f"--model.policy.name={folders[family]}", "--data.num_workers=2"]
     run(words, tmp_path, monkeypatch, capsys)
     engine = [f"--model.engine.{name}={json.dumps(value)}" for name, value in SMALL.items()]
     monkeypatch.setattr("perception_r1.policy.policy.load_model", None)

@@ -4,7 +4,7 @@ from multiprocessing.reduction import ForkingPickler
 
 import torch
 
-from perception_r1.policy.batch import move_together, to_device
+from perception_r1.policy.batch import PromptBatch, move_together, to_device
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy.oracle import encode
@@ -38,6 +38,17 @@ def test_a_selection_keeps_the_features_of_its_images(folder):
     plain = encode(processor_of(folder))
     batch = replace(plain, image_features=tuple(torch.full((1, 2, 3), float(image)) for image in range(4)))
     assert [float(features[0, 0, 0]) for features in batch.select([2, 1]).image_features] == [3, 1, 2]
+
+
+def test_pictures_that_are_kept_go_where_their_prompts_go(folder):
+    processor = processor_of(folder)
+    assert encode(processor).pictures is None
+    processor.keeps_pictures = True
+    batch = encode(processor)
+    joined = PromptBatch.concat([batch.select([2, 1]), pickle.loads(ForkingPickler.dumps(batch))])
+    assert [[picture.size for picture in each] for each in processor.pictures(joined)] == [
+        [(112, 56)], [(84, 28), (56, 56)], [(56, 84)], [(84, 28), (56, 56)], [(112, 56)]
+    ]  # fmt: skip
 
 
 def test_the_lengths_are_those_of_the_prompts_encoded_one_by_one(folder):

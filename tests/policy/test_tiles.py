@@ -26,10 +26,6 @@ def hub_processor(folder, family, monkeypatch):
     image_processor = load_processor(folder).image_processor
     if family == "gemma3":
         return Gemma3Processor(image_processor, tokenizer, tokenizer.chat_template, image_seq_length=TOKENS)
-    names = {"start_image": "<img>", "end_image": "</img>", "context_image": "<IMG_CONTEXT>", "video": "<video>"}
-    for name, token in names.items():
-        setattr(tokenizer, f"{name}_token", token)
-        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *args, **kwargs: None)
     return InternVLProcessor(image_processor, tokenizer, None, TOKENS, tokenizer.chat_template)
 

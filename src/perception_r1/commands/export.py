@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import VIDEO_PROCESSOR_NAME
+from transformers.utils import PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
 from perception_r1.commands.card_metadata import Export
@@ -66,7 +66,7 @@ def _write(run: Run, checkpoint: Path, to: Path, *, dtype: torch.dtype | None, i
             save_adapter(policy, folder, dtype=dtype)
         else:
             save_merged(policy, folder, dtype=dtype)
-            _copy_video_settings(model_path(run.policy.name), folder)
+            _copy_processor_settings(model_path(run.policy.name), folder)
         export = Export(
             run=run,
             checkpoint=checkpoint,
@@ -112,13 +112,15 @@ def _name_special_tokens(file: Path) -> None:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_video_settings(name: str, folder: Path) -> None:
-    """Keep the base model's settings for videos, which its own processor reads beside those for pictures."""
-    try:
-        path = cached_file(name, VIDEO_PROCESSOR_NAME)
-    except OSError:  # the older families have none, and take those for pictures
-        return
-    shutil.copyfile(cast(str, path), folder / VIDEO_PROCESSOR_NAME)
+def _copy_processor_settings(name: str, folder: Path) -> None:
+    """Keep what the base model's own processor reads besides: its name and lengths, and the settings for videos."""
+    for file in (PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):
+        try:
+            settings = json.loads(Path(cast(str, cached_file(name, file))).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not every family has it
+            continue
+        settings.pop("image_processor", None)  # written already, with the bounds of the run
+        (folder / file).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -69,11 +69,7 @@ class ServerEngine(GenerationEngine):
 
     def connect(self, policy: Policy, context: EngineContext) -> None:
         """See `GenerationEngine`; at least one server answers."""
-        if not policy.processor.sends_pictures:
-            raise UserError(
-                f"Models of the family {policy.family.name} cannot be served from elsewhere here: a server would cut "
-                "their pictures into other tiles; leave out the engine."
-            )
+        policy.processor.keeps_pictures = not policy.processor.restores_pictures
         if self.weights_folder is not None:
             self._weights = Weights(self.weights_folder, context)
         for server in self._servers:

@@ -15,8 +15,6 @@ from perception_r1.engines.vllm_worker import WORKER
 from perception_r1.engines.weights import named_weights, save_adapter
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch, to_device
-from perception_r1.policy.families import QWEN_FAMILIES
-from perception_r1.policy.families.qwen_vl import QwenVLProcessor
 from perception_r1.policy.load import Dtype, model_path
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.precision import at_least_fp32
@@ -78,12 +76,10 @@ class VLLMEngine(GenerationEngine):
                 "vLLM is not installed beside this program: see `make install-vllm`, or leave out the engine."
             )
         processor = policy.processor
-        if not isinstance(processor, QwenVLProcessor):
-            raise UserError(
-                f"vLLM in this process works with {', '.join(QWEN_FAMILIES)}, not with {policy.family.name}; leave out "
-                "the engine."
-            )
-        self._llm = self._start(processor, context)
+        if processor.hub_options is None:
+            raise UserError(f"vLLM in this process does not work with {policy.family.name}; leave out the engine.")
+        processor.keeps_pictures = not processor.restores_pictures
+        self._llm = self._start(processor.hub_options, context)
 
     def invalidate(self) -> None:
         """See `GenerationEngine`."""
@@ -145,7 +141,7 @@ class VLLMEngine(GenerationEngine):
         self._adapter = LoRARequest(f"adapter-{self._num_adapters}", self._num_adapters, folder.name)
         self._folder = folder  # the one before is removed; vLLM has read it
 
-    def _start(self, processor: QwenVLProcessor, context: EngineContext) -> Any:
+    def _start(self, processor_options: dict[str, Any], context: EngineContext) -> Any:
         """An `LLM` of vLLM, with the weights of the model's folder."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -153,7 +149,7 @@ class VLLMEngine(GenerationEngine):
         from lightning.pytorch.utilities.seed import isolate_rng  # vLLM seeds the whole process
         from vllm import LLM
 
-        config, size = context.config, processor.image_processor.size
+        config = context.config
         arguments: dict[str, Any] = {
             "dtype": self.dtype or context.dtype,
             "gpu_memory_utilization": self.gpu_memory_utilization,
@@ -163,7 +159,7 @@ class VLLMEngine(GenerationEngine):
             "enable_sleep_mode": self._can_sleep,
             "logprobs_mode": "processed_logprobs",
             "limit_mm_per_prompt": {"image": self.max_images, "video": 0},
-            "mm_processor_kwargs": {"size": {name: size[name] for name in ("shortest_edge", "longest_edge")}},
+            "mm_processor_kwargs": processor_options,
             "worker_extension_cls": WORKER,
             "disable_log_stats": True,
         }

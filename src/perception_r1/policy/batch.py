@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from perception_r1.records import ImageSize
@@ -42,6 +43,7 @@ class PromptBatch:
             `Processor.normalize`.
         image_features: Of each image, I entries [1 + L, tokens, H]: what stands in its place, then what (Qwen3-VL) is
             added after each of the first L layers; None until the vision tower has run.
+        pictures: What the pixels were made of, I entries, where `Processor.keeps_pictures`; None elsewhere.
     """
 
     input_ids: tuple[Tensor, ...]
@@ -53,6 +55,7 @@ class PromptBatch:
     image_grids: tuple[Grid, ...]
     pixel_values: tuple[Tensor, ...]
     image_features: tuple[Tensor, ...] | None = None
+    pictures: tuple[Image.Image, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -83,17 +86,14 @@ class PromptBatch:
             image_grids=_pick(self.image_grids, images),
             pixel_values=_pick(self.pixel_values, images),
             image_features=None if self.image_features is None else _pick(self.image_features, images),
+            pictures=None if self.pictures is None else _pick(self.pictures, images),
         )
 
     @staticmethod
     def concat(parts: "Sequence[PromptBatch]") -> "PromptBatch":
-        """Several batches as one, all with image features or all without; nothing is copied."""
-        found = {
-            field.name: tuple(value for part in parts for value in getattr(part, field.name) or ())
-            for field in fields(PromptBatch)
-        }
-        features = found.pop("image_features")
-        return PromptBatch(**found, image_features=None if parts[0].image_features is None else features)
+        """Several batches as one, all with image features or all without, as with pictures; nothing is copied."""
+        names = [field.name for field in fields(PromptBatch) if getattr(parts[0], field.name) is not None]
+        return PromptBatch(**{name: tuple(value for part in parts for value in getattr(part, name)) for name in names})
 
     def to(self, device: torch.device | str) -> "PromptBatch":
         """The same batch with pixels and features on another device."""

@@ -32,7 +32,10 @@ class Processor(ABC):
         other_placeholders: Tokens in whose place the model sees something else, as a video.
         end_of_turn: Closes the model's turn, where the tokenizer's own end token is another.
         image_processor_class: That of transformers, without torchvision.
-        sends_pictures: Whether another program that is sent a picture as the model sees it sees the same.
+        restores_pictures: Whether what the model sees of a picture can be made a picture again, of which an image
+            processor makes the same.
+        keeps_pictures: Let prompts have the pictures themselves too, for another program that is to see them; set by a
+            generation engine.
     """
 
     image_token: ClassVar[str]
@@ -40,7 +43,8 @@ class Processor(ABC):
     other_placeholders: ClassVar[tuple[str, ...]] = ()
     end_of_turn: ClassVar[str | None] = None
     image_processor_class: ClassVar[Any]
-    sends_pictures: ClassVar[bool] = True
+    restores_pictures: ClassVar[bool] = True
+    keeps_pictures: bool = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
         if tokenizer.chat_template is None:
@@ -138,6 +142,11 @@ class Processor(ABC):
     def picture(self, pixels: Tensor, grid: Grid) -> Image.Image:
         """A picture as the model sees it, from its pixels as `normalize` leaves them."""
 
+    @property
+    def hub_options(self) -> dict[str, Any] | None:
+        """Options with which the hub's own processor makes the same of a picture, for vLLM; None: not seen to work."""
+        return None
+
     def placeholder(self, num_tokens: int) -> str:
         """What stands for a picture in the text of a prompt."""
         return self.feature_token * num_tokens
@@ -183,7 +192,8 @@ class Processor(ABC):
         sizes = [[self.image_size(*image.size) for image in group] for group in images]
         grids_of = [[self.grid(image_size) for image_size in own] for own in sizes]
         grids = [grid for own in grids_of for grid in own]
-        pixels = self.encode_pictures([image for group in images for image in group], grids)
+        pictures = [image for group in images for image in group]
+        pixels = self.encode_pictures(pictures, grids)
         options: dict[str, Any] = {"add_generation_prompt": True, **self.template_options}
         texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, **options)
         expanded = [self._expand(text, own) for text, own in zip(texts, sizes, strict=True)]
@@ -200,6 +210,7 @@ class Processor(ABC):
             image_sizes=tuple(group[0] for group in sizes),
             image_grids=tuple(grids),
             pixel_values=tuple(pixels),
+            pictures=tuple(pictures) if self.keeps_pictures else None,
         )
 
     def normalize(self, prompts: PromptBatch) -> PromptBatch:
@@ -215,11 +226,13 @@ class Processor(ABC):
         return replace(prompts, pixel_values=values.split([len(image) for image in prompts.pixel_values]))
 
     def pictures(self, prompts: PromptBatch) -> list[list[Image.Image]]:
-        """The pictures of each prompt as the model sees them, at their resized sizes: `normalize` undone.
+        """The pictures of each prompt: what it has kept, else what the model sees, which is `normalize` undone.
 
-        An image processor with the same bounds leaves such a picture as it is, so others see the same pixels too.
+        The latter have their resized sizes. An image processor with the same bounds leaves such a picture as it is, so
+        others see the same pixels too.
         """
-        pictures = (self.picture(*each) for each in zip(prompts.pixel_values, prompts.image_grids, strict=True))
+        seen = zip(prompts.pixel_values, prompts.image_grids, strict=True)
+        pictures = iter(prompts.pictures) if prompts.pictures else (self.picture(*each) for each in seen)
         return [list(islice(pictures, count)) for count in prompts.num_images]
 
     def to_bytes(self, values: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from perception_r1.policy.families.base import Family, VisionLanguageModel
 from perception_r1.policy.families.tiles import TileProcessor
 from perception_r1.records import ImageSize
 
+_TAGS = ("<img>", "</img>")
+"""Around the features of a picture."""
 _TEXT_MODELS = ("qwen2", "qwen3")
 """Language models that the engine knows; the family has others, with experts too."""
 
@@ -30,7 +32,7 @@ class InternVLProcessor(TileProcessor):
     image_token = feature_token = "<IMG_CONTEXT>"
     image_processor_class = GotOcr2ImageProcessorPil
     call_options: ClassVar[dict[str, Any]] = {"crop_to_patches": True}  # as the family's own processor does
-    sends_pictures = False  # the last tile is made of the picture itself, which is not kept
+    restores_pictures = False  # the last tile is made of the picture itself
 
     @classmethod
     def image_options(cls, config: Any) -> dict[str, Any]:
@@ -61,6 +63,13 @@ class InternVLProcessor(TileProcessor):
         tile, images = self.tile_size**2, self.image_processor
         return images.min_patches * tile, images.max_patches * tile
 
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """See `Processor`; torchvision would resize pictures a little otherwise."""
+        images = self.image_processor
+        bounds = {"min_patches": images.min_patches, "max_patches": images.max_patches}
+        return {"use_fast": False, **self.call_options, **bounds}
+
     def canvas(self, width: int, height: int) -> tuple[int, int]:
         """See `TileProcessor`."""
         low, high = self.image_processor.min_patches, self.image_processor.max_patches
@@ -80,7 +89,13 @@ class InternVLProcessor(TileProcessor):
 
     def placeholder(self, num_tokens: int) -> str:
         """See `Processor`."""
-        return f"<img>{self.feature_token * num_tokens}</img>"
+        start, end = _TAGS
+        return f"{start}{self.feature_token * num_tokens}{end}"
+
+    def without_repeats(self, input_ids: Tensor) -> list[int]:
+        """See `Processor`; the tags belong to what stands for the placeholder."""
+        tags = [self.tokenizer.convert_tokens_to_ids(tag) for tag in _TAGS]
+        return [token for token in super().without_repeats(input_ids) if token not in tags]
 
 
 class InternVL(Family):
@@ -89,7 +104,7 @@ class InternVL(Family):
     name = "internvl"
     codec = InternVLCodec()
     processor = InternVLProcessor
-    vision_tokens = ("<img>", "</img>")
+    vision_tokens = _TAGS
     no_mask: ClassVar[Any] = {"full_attention": None}
 
     def check(self, name: str, config: Any) -> None:

@@ -56,6 +56,12 @@ class QwenVLProcessor(Processor):
         size = self.image_processor.size
         return size["shortest_edge"], size["longest_edge"]
 
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """See `Processor`."""
+        low, high = self.pixel_bounds
+        return {"size": {"shortest_edge": low, "longest_edge": high}}
+
     def image_size(self, width: int, height: int) -> ImageSize:
         """See `Processor`."""
         if max(width, height) > MAX_ASPECT * min(width, height):
