@@ -1,10 +1,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from perception_r1.policy import decoder as decoder_module
 from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
+from perception_r1.policy.decoder_layers import FusedLinear
 from perception_r1.policy.load import TEXT_LINEARS, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle
@@ -180,3 +182,21 @@ def test_switching_an_adapter_on_changes_no_base_weight(adapted):
         decoder = Decoder(adapted.model)
     decoder.sync_weights()
     assert all(torch.equal(value, before[name]) for name, value in adapted.network.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_rows", [1, 12, 100])
+def test_large_weights_are_packed_and_renewed(num_rows):
+    layers = [nn.Linear(256, 1024), nn.Linear(256, 512)]
+    fused, rows = FusedLinear(layers, torch.float32), torch.randn(2, num_rows, 256)
+
+    def gap():
+        return (fused(rows) - torch.cat([layer(rows) for layer in layers], -1)).abs().max()
+
+    assert gap() < 1e-5
+    for layer in layers:
+        layer.weight.mul_(2)
+        layer.bias.add_(1)
+    assert gap() > 0.1
+    fused.sync_weights()
+    assert gap() < 1e-5

@@ -6,13 +6,17 @@ Legend: B prompts, S rows of each, H heads, K key-value heads, D head size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from perception_r1.policy.cache import DecodeCache
+
+_PACKED_WEIGHTS = 2**18
+"""Joined weights of at least so many are packed on a CPU: oneDNN multiplies few rows with them up to twice as fast."""
 
 
 class DecoderLayer:
@@ -162,6 +166,7 @@ class FusedLinear:
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype | None) -> None:
         self._layers, self._dtype = layers, dtype
         self._weight: Tensor | None = None
+        self._packed_weight: Tensor | None = None
         self._bias: Tensor | None = None
         self.sync_weights()
 
@@ -173,6 +178,9 @@ class FusedLinear:
         weight = _join([_merged_weight(layer) for layer in self._layers], self._dtype)
         biases = [_base(layer).bias for layer in self._layers if _base(layer).bias is not None]
         bias = _join(biases, self._dtype) if biases else None
+        if _is_packed(weight):
+            self._packed_weight, self._bias = torch.ops.mkldnn._reorder_linear_weight(weight), bias
+            return
         if self._weight is None:
             self._weight, self._bias = weight, bias
         elif weight.data_ptr() != self._weight.data_ptr():
@@ -182,10 +190,25 @@ class FusedLinear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[..., out] from [..., in]."""
+        if self._packed_weight is not None:
+            rows = rows.to(self._packed_weight.dtype)
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed_weight, self._bias, "none", [], "")
+            return product
         if self._weight is not None:
             return F.linear(rows.to(self._weight.dtype), self._weight, self._bias)
         outputs = [layer(rows) for layer in self._layers]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether a product has its weight in oneDNN's own layout; one on fake tensors, of a plan, has not."""
+    is_real = type(weight) in (Tensor, nn.Parameter) and weight.is_cpu
+    return is_real and weight.dtype == torch.float32 and weight.numel() >= _PACKED_WEIGHTS and _has_kernels()
+
+
+@cache
+def _has_kernels() -> bool:
+    return torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
 def _base(layer: Any) -> Any:
