@@ -6,7 +6,7 @@ from torch import nn
 from perception_r1.policy import decoder as decoder_module
 from perception_r1.policy.cache import ContiguousCache, SharedPromptCache
 from perception_r1.policy.decoder import Decoder
-from perception_r1.policy.decoder_layers import FusedLinear
+from perception_r1.policy.fused_linear import FusedLinear
 from perception_r1.policy.load import TEXT_LINEARS, PolicyConfig
 from perception_r1.policy.policy import Policy
 from tests.policy import oracle

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from perception_r1.policy.batch import to_device
 from perception_r1.policy.cache import DecodeCache, PositionEmbeddings
-from perception_r1.policy.decoder_layers import FusedLinear
 from perception_r1.policy.families import VisionLanguageModel, family_of
+from perception_r1.policy.fused_linear import FusedLinear
 from perception_r1.policy.precision import at_least_fp32, autocast_device
 from perception_r1.policy.prompt_cache import PromptCache
 
@@ -24,7 +24,7 @@ _MAX_COPIED_WEIGHTS = 2**28
 class Decoder:
     """The next token's logits from each row's last token.
 
-    The model's weights are copied where they are joined, merged or cast: after an update `sync_weights` copies again.
+    The model's weights are copied where they are joined, merged, packed or cast: after an update `sync_weights` copies again.
     """
 
     def __init__(self, model: VisionLanguageModel) -> None:
