@@ -134,7 +134,7 @@ def shown(folder: Path) -> dict[str, list[Any]]:
     """What TensorBoard shows of a run, without times: its metrics and images with their steps."""
     events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0, "images": 0}, purge_orphaned_data=True)
     tags = events.Reload().Tags()
-    scalars = [tag for tag in tags["scalars"] if "seconds" not in tag]
+    scalars = [tag for tag in tags["scalars"] if "seconds" not in tag and "memory" not in tag]
     metrics = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in scalars}
     images = {tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)] for tag in tags["images"]}
     return {tag: sorted(values) for tag, values in (metrics | images).items()}

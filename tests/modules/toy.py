@@ -102,7 +102,7 @@ class Log(Callback):
         self.steps[trainer.global_step] = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
-            if "seconds" not in name and "per_second" not in name
+            if not any(word in name for word in ("seconds", "per_second", "memory"))
         }
 
 

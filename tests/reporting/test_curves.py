@@ -68,4 +68,4 @@ def test_every_tag_is_in_one_group():
     assert sorted(tag for found in groups.values() for tag in found) == sorted(tags)
     assert groups["Validation"] == ["val/reward", "val/ocr/edit_distance"]
     assert groups["Reward of sampled completions"] == ["train/ocr/reward", "train/reward/iou"]
-    assert groups["Time and tokens"] == ["val/seconds", "train/seconds/reward"]
+    assert groups["Time, tokens and memory"] == ["val/seconds", "train/seconds/reward"]

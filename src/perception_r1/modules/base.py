@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics
 from perception_r1.modules.evaluation import EvaluationModule
+from perception_r1.modules.memory import peak_memory_gb
 from perception_r1.modules.strategies import ZeRO1Strategy
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.checkpoint import check_entries, check_origin, trained_entries
@@ -253,7 +254,7 @@ class PolicyModule(EvaluationModule):
             loss: Value of the loss whose gradients are in place.
 
         Returns:
-            The gradient norm before clipping and the learning rate used, for the log.
+            What the log tells of the update: the gradient norm before clipping, the learning rate used, and the like.
 
         Raises:
             UserError: Too many updates in a row were skipped.
@@ -281,7 +282,12 @@ class PolicyModule(EvaluationModule):
         optimizer.zero_grad(set_to_none=True)
         self.engine.invalidate()
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        return {"grad_norm": float(norm), "lr": learning_rate, "skipped_steps": float(self.num_skipped_steps)}
+        return {
+            "grad_norm": float(norm),
+            "lr": learning_rate,
+            "skipped_steps": float(self.num_skipped_steps),
+            "peak_memory_gb": peak_memory_gb(self.device),
+        }
 
     # ----------------------------------------------------------------------------------------------- logging
 

@@ -24,7 +24,8 @@ _MAX_COPIED_WEIGHTS = 2**28
 class Decoder:
     """The next token's logits from each row's last token.
 
-    The model's weights are copied where they are joined, merged, packed or cast: after an update `sync_weights` copies again.
+    The model's weights are copied where they are joined, merged, packed or cast: after an update `sync_weights` copies
+    again.
     """
 
     def __init__(self, model: VisionLanguageModel) -> None:

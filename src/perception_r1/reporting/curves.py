@@ -19,7 +19,10 @@ _GROUPS = (
     ("Completions", r"train/(completion_length|truncation_rate|answer_length)$"),
     ("Groups", r"train/(reward_std|advantage_std|frac_\w+|group_size|num_prompts)$"),
     ("Update", r"train/(loss|grad_norm|lr|skipped_steps)$"),
-    ("Time and tokens", r"(train|val)/(seconds(/.+)?|frac_seconds|tokens_per_second|tokens/.+)$"),
+    (
+        "Time, tokens and memory",
+        r"(train|val)/(seconds(/.+)?|frac_seconds|tokens_per_second|tokens/.+|peak_memory_gb)$",
+    ),
     ("Other metrics of sampled completions", r"train/"),
 )
 
