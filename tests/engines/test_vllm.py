@@ -216,8 +216,8 @@ def last_metrics(folder):
 class VLLMServer:
     """vLLM's own server in a process that can be killed and started again."""
 
-    def __init__(self, folder, log):
-        self.folder, self.log = folder, log
+    def __init__(self, folder, log, *words):
+        self.folder, self.log, self.words = folder, log, words
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -230,6 +230,7 @@ class VLLMServer:
         words += ["--kv-cache-memory-bytes", "500000000", "--logprobs-mode", "processed_logprobs"]
         words += ["--worker-extension-cls", "perception_r1.engines.vllm_worker.PolicyWorker", "--enable-lora"]
         words += ["--max-lora-rank", "8", "--limit-mm-per-prompt", '{"image": 2}', "--host", "127.0.0.1"]
+        words += self.words
         variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "OMP_NUM_THREADS": "1"}
         environment = os.environ | variables
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -247,6 +248,20 @@ def server(folders, tmp_path):
     server.start()
     yield server
     server.stop()
+
+
+def test_a_server_cuts_the_tiles_of_pictures_that_are_kept(folders, tmp_path):
+    server = VLLMServer(folders["internvl"], tmp_path / "log", "--mm-processor-kwargs", '{"use_fast": false}')
+    server.start()
+    try:
+        policy, config = load(folders["internvl"])
+        engine = ServerEngine([server.url], weights_folder=tmp_path / "weights")
+        engine.connect(policy, EngineContext(config=config, dtype="float32", run_id="run"))
+        is_same, gap = gaps(policy, engine)
+    finally:
+        server.stop()
+    assert is_same
+    assert gap < 1e-4
 
 
 def test_a_server_takes_over_weights_and_adapters_and_survives_a_restart(folders, server, tmp_path):
