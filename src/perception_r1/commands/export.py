@@ -22,6 +22,7 @@ from perception_r1.commands.evaluations import evaluations_of
 from perception_r1.commands.model_card import CONFIG, model_card
 from perception_r1.commands.options import check_unused, known, new_parser, parse, run_command
 from perception_r1.commands.runs import Run, checkpoint_path, load_checkpoint, open_run
+from perception_r1.engines.weights import save_adapter
 from perception_r1.errors import UserError
 from perception_r1.locks import locked
 from perception_r1.policy.families import family_of
@@ -63,7 +64,7 @@ def _write(run: Run, checkpoint: Path, to: Path, *, dtype: torch.dtype | None, i
     policy, step = load_checkpoint(run.policy, checkpoint)
     with _whole_folder(to) as folder:
         if is_adapter:
-            save_adapter(policy, folder, dtype=dtype)
+            save_adapter(policy if dtype is None else policy.to(dtype), folder)
         else:
             save_merged(policy, folder, dtype=dtype)
             _copy_processor_settings(model_path(run.policy.name), folder)
@@ -93,12 +94,6 @@ def save_merged(policy: Policy, folder: Path, *, dtype: torch.dtype | None = Non
     family_of(network).save(network.to(dtype), folder)
     policy.processor.save(folder)
     _name_special_tokens(folder / TOKENIZER_CONFIG_FILE)
-
-
-def save_adapter(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the adapter of a policy in the layout of peft; the policy is used up."""
-    network = cast(Any, policy.network)
-    (network if dtype is None else network.to(dtype)).save_pretrained(folder)
 
 
 def _name_special_tokens(file: Path) -> None:
