@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -446,6 +447,14 @@ def test_the_trainer_s_own_predict_is_no_subcommand(capsys):
     assert set(PerceptionCLI.subcommands()) == {"fit", "validate", "test"}
     assert main(["--help"]) == 0
     assert "{fit,validate,test}" in capsys.readouterr().out
+
+
+def test_an_error_is_told_without_warnings_before_it(capsys):
+    with warnings.catch_warnings(record=True) as told:
+        status, text = fails(capsys, "fit", *COUNTING, "--model.init_args.optimizer=${model}")
+    assert (status, text.count("\n")) == (2, 1)
+    assert "Interpolation key 'model' not found" in text
+    assert not [warning for warning in told if "serialize" in str(warning.message)]
 
 
 def test_scoring_needs_no_trainer(capsys):
