@@ -46,9 +46,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the reference, rightly
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the parts are put in their place
-    warnings.filterwarnings(
-        "ignore", message=r"\s*Unable to serialize instance"
-    )  # that it cannot be used is told anyway
+    warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")  # an error tells why
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
