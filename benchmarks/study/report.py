@@ -246,6 +246,24 @@ def report(folder: Path, docs: Path) -> None:
     print(f"wrote {page} and {docs / 'learning.png'} from {len(results)} runs")
 
 
+def _rows_of_plot(results: Sequence[Result], task: str, metric: str) -> list[dict[str, list[float]]]:
+    """Gains of a task by what they are of: trainings, trainings at levels, and trainings on few labels."""
+    counts = sorted({result["labels"] for result in results if result["labels"]})
+    return [
+        {label: gains(results, task, kind, 0, at_level("training", metric)) for kind, label in MAIN.items()},
+        {
+            f"{level}, {MAIN[kind]}": gains(results, task, kind, 0, at_level(level, metric))
+            for level in LEVELS
+            for kind in COLOURS
+        },
+        {
+            f"{count} images, {title}": gains(results, task, kind, count, at_level("training", metric))
+            for count in counts
+            for kind, title in FEW.items()
+        },
+    ]
+
+
 def plot(results: Sequence[Result], path: Path) -> None:
     """Gains with intervals: a row for trainings, one for levels, one for few labels; a column for each task."""
     import matplotlib
@@ -253,34 +271,26 @@ def plot(results: Sequence[Result], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, len(PRIMARY), figsize=(14, 9), squeeze=False)
-    for column, (task, (metric, name)) in enumerate(PRIMARY.items()):
-        groups = [
-            {label: gains(results, task, kind, 0, at_level("training", metric)) for kind, label in MAIN.items()},
-            {
-                f"{level}, {MAIN[kind]}": gains(results, task, kind, 0, at_level(level, metric))
-                for level in LEVELS
-                for kind in COLOURS
-            },
-            {
-                f"{count} images, {title}": gains(results, task, kind, count, at_level("training", metric))
-                for count in sorted({r["labels"] for r in results if r["labels"]})
-                for kind, title in FEW.items()
-            },
-        ]
-        for row, group in enumerate(groups):
-            shown = {label: values for label, values in group.items() if values}
-            axis = axes[row][column]
-            for height, (label, values) in enumerate(reversed(shown.items())):
-                center, half = interval(values)
+    columns = [_rows_of_plot(results, task, metric) for task, (metric, _) in PRIMARY.items()]
+    shown = [[label for label in rows[0] if any(row[label] for row in rows)] for rows in zip(*columns, strict=True)]
+    figure, axes = plt.subplots(
+        *(len(shown), len(columns)),
+        **{"figsize": (12, 9), "sharey": "row", "squeeze": False, "layout": "constrained"},
+        height_ratios=[max(1, len(labels)) for labels in shown],
+    )
+    for column, (rows, (task, (_, name))) in enumerate(zip(columns, PRIMARY.items(), strict=True)):
+        for axis, row, labels in zip(axes[:, column], rows, shown, strict=True):
+            for height, label in enumerate(reversed(labels)):
+                if not row[label]:
+                    continue
+                center, half = interval(row[label])
                 colour = COLOURS["sft" if "SFT" in label and "GRPO" not in label else "grpo"]
                 axis.errorbar(center, height, xerr=0 if half != half else half, fmt="o", color=colour, capsize=3)
-                axis.plot(values, [height] * len(values), ".", color=colour, alpha=0.35)
+                axis.plot(row[label], [height] * len(row[label]), ".", color=colour, alpha=0.35)
             axis.axvline(0, color="grey", linewidth=0.8)
-            axis.set_yticks(range(len(shown)), list(reversed(shown)), fontsize=7)
-            axis.tick_params(axis="x", labelsize=7)
-            if row == 0:
-                axis.set_title(f"{task}: gain in {name}", fontsize=9)
-    figure.tight_layout()
+            axis.set_yticks(range(len(labels)), list(reversed(labels)), fontsize=8)
+            axis.set_ylim(-0.6, max(1, len(labels)) - 0.4)
+            axis.tick_params(axis="x", labelsize=8)
+        axes[0, column].set_title(f"{task}: gain in {name}", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
