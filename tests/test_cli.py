@@ -472,7 +472,7 @@ def test_threads_that_wait_leave_their_core_to_others_soon_unless_the_user_decid
     """What libgomp itself says that it has read."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run(
-        [sys.executable, "-c", "from perception_r1.cli import main; main(['push', '--help']); import torch"],
+        [sys.executable, "-m", "perception_r1", "export", "--help"],
         env=kept | {"OMP_DISPLAY_ENV": "VERBOSE", **given},
         capture_output=True,
         text=True,

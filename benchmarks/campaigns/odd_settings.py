@@ -66,11 +66,8 @@ def _run(argv: list[str]) -> tuple[int | None, str, str | None]:
             with redirect_stderr(errors), _without_fit(), _in_time():
                 return perception_r1(argv), errors.getvalue(), None
         except Hang:
-            return (
-                None,
-                errors.getvalue(),
-                f"has not ended after {_CPU_SECONDS} seconds of work or {_SECONDS} of waiting",
-            )
+            told = f"has not ended after {_CPU_SECONDS} seconds of work or {_SECONDS} of waiting"
+            return None, errors.getvalue(), told
         except (Exception, SystemExit) as error:
             return None, errors.getvalue(), " ".join(f"{type(error).__name__}: {error}".split())[:500]
         finally:
