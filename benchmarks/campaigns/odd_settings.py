@@ -65,9 +65,8 @@ def _run(argv: list[str]) -> tuple[int | None, str, str | None]:
         try:
             with redirect_stderr(errors), _without_fit(), _in_time():
                 return perception_r1(argv), errors.getvalue(), None
-        except Hang:
-            told = f"has not ended after {_CPU_SECONDS} seconds of work or {_SECONDS} of waiting"
-            return None, errors.getvalue(), told
+        except Hang as hang:
+            return None, errors.getvalue(), f"has not ended after {hang}"
         except (Exception, SystemExit) as error:
             return None, errors.getvalue(), " ".join(f"{type(error).__name__}: {error}".split())[:500]
         finally:
@@ -108,19 +107,20 @@ def _without_fit() -> Iterator[None]:
 
 @contextmanager
 def _in_time() -> Iterator[None]:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Hang
-
     timers = {
-        signal.SIGPROF: (signal.ITIMER_PROF, _CPU_SECONDS),
-        signal.SIGALRM: (signal.ITIMER_REAL, _SECONDS),
+        signal.SIGPROF: (signal.ITIMER_PROF, _CPU_SECONDS, "of work"),
+        signal.SIGALRM: (signal.ITIMER_REAL, _SECONDS, "on the clock"),
     }
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Hang(f"{timers[number][1]} seconds {timers[number][2]}")
+
     before = {number: signal.signal(number, stop) for number in timers}
-    for timer, seconds in timers.values():
+    for timer, seconds, _ in timers.values():
         signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        for number, (timer, _) in timers.items():
+        for number, (timer, _, _) in timers.items():
             signal.setitimer(timer, 0)
             signal.signal(number, before[number])
