@@ -238,6 +238,8 @@ def test_settings_of_the_base_model_s_processor_are_kept(runs, tmp_path, copy_fo
     written = run_export(run, tmp_path / "written")
     assert json.loads((written / "video_preprocessor_config.json").read_text()) == {"fps": 2}
     assert json.loads((written / "processor_config.json").read_text()) == {"processor_class": "Qwen2VLProcessor"}
+    (base / "processor_config.json").write_text("[]")  # nothing that could be kept
+    assert not (run_export(run, tmp_path / "again") / "processor_config.json").exists()
 
 
 def test_every_setting_of_the_run_comes_along(runs, exported):

@@ -114,6 +114,8 @@ def _copy_processor_settings(name: str, folder: Path) -> None:
             settings = json.loads(Path(cast(str, cached_file(name, file))).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # not every family has it
             continue
+        if not isinstance(settings, dict):
+            continue
         settings.pop("image_processor", None)  # written already, with the bounds of the run
         (folder / file).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
