@@ -17,6 +17,8 @@ _CHECKPOINT = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "
 """Parts of a checkpoint that an interruption must not change; others hold seconds."""
 _CARD = ("status", "steps", "num_skipped_steps", "before", "after", "margins_of_error")
 """The same of run.json."""
+_OF_THE_MACHINE = ("second", "memory")
+"""Words in the tags of metrics that no two runs have alike."""
 
 
 def digest(data: bytes) -> str:
@@ -49,10 +51,11 @@ def training(runs: Path) -> Result:
 
 
 def logged(folder: Path) -> Result:
-    """The metrics and pictures that TensorBoard shows, with their steps, but for those in seconds."""
+    """The metrics and pictures that TensorBoard shows, with their steps, but for what tells of the machine."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}, purge_orphaned_data=True)
     tags = events.Reload().Tags()
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"] if "second" not in tag}
+    computed = (tag for tag in tags["scalars"] if not any(word in tag for word in _OF_THE_MACHINE))
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in computed}
     images = {
         tag: [(e.step, digest(e.encoded_image_string)) for e in events.Images(tag)]
         for tag in tags["images"]  # one of each step
