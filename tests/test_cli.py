@@ -401,6 +401,25 @@ def test_the_embedded_model_is_trained_at_once_and_a_run_goes_on(tmp_path, monke
     assert card["resumed_from"].endswith("last.ckpt")
 
 
+def test_a_run_that_cannot_go_on_stays_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["fit", *COUNTING, *SMALL, "--trainer.max_steps", "1"]
+    assert main(options) == 0
+    files = [tmp_path / "logs" / "counting" / "version_0" / name for name in ("config.yaml", "run.json")]
+    before = [file.read_bytes() for file in files]
+    capsys.readouterr()
+    for other, words in {
+        "--data.num_train=9": "num_samples=9",
+        "--data.world.skew=0.5": "these training samples, it was written with others",
+        "--model.policy.freeze_vision=true": "has unexpected",
+    }.items():
+        assert main([*options[:-1], "2", "--ckpt_path", "last", other]) == 2
+        assert words in capsys.readouterr().err
+        assert [file.read_bytes() for file in files] == before
+    assert main([*options, "--ckpt_path", "last"]) == 0  # no step is left
+    assert [file.read_bytes() for file in files] == before
+
+
 def test_a_run_keeps_its_settings_and_they_make_another_run(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     policy = ["--model.policy.name", str(folder), "--trainer.max_steps", "1"]

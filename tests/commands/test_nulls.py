@@ -21,3 +21,12 @@ def test_null_is_taken_where_it_means_something(tmp_path, monkeypatch, capsys):
     rows.write_text("")
     assert main(["data", "check", "--task", "counting", "--data.train_file", str(rows), *options]) == 2
     assert "is empty, it needs at least one row" in capsys.readouterr().err
+
+
+def test_types_that_only_a_checker_knows_are_no_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--task", "counting", "--trainer.logger", "WandbLogger"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("perception-r1 fit: error: ")
+    assert "wandb" in error
+    assert error.count("\n") == 1

@@ -128,6 +128,9 @@ def test_a_state_of_other_data_or_another_batch_size_is_refused():
     with pytest.raises(ValueError, match="with samples_per_step=2, it was written with 4"):
         train_loader(batch_size=2).load_state_dict(state)
     train_loader(batch_size=2, world_size=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="with these training samples, it was written with others: restore the data"):
+        train_loader().load_state_dict(state | {"fingerprint": "another"})
+    train_loader().load_state_dict({key: value for key, value in state.items() if key != "fingerprint"})
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -326,6 +326,11 @@ def test_fingerprint_changes_with_scenes_and_with_file_contents(task, write_rows
     prints.append(data(task, train_file=path).fingerprint())
     assert len(set(prints)) == len(prints)
     assert data(task).fingerprint() == data(task, num_workers=2, batch_size=5).fingerprint()
+    assert data(task).fingerprint("train") == data(task, num_val=3).fingerprint("train")
+    assert data(task).fingerprint("train") != data(task, num_train=20).fingerprint("train")
+    ours, other = (data(task, train_file=path, test_file=file) for file in (path, write_rows(rows(4), "other.jsonl")))
+    assert ours.fingerprint("train") == other.fingerprint("train")
+    assert ours.fingerprint("test") != other.fingerprint("test")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
 from rich.console import Console
@@ -182,4 +183,5 @@ def _files(trainer: Trainer) -> dict[str, str]:
     if folder is None:
         return {}
     found = {name: str(folder / name) for name in ("checkpoints", "samples", "run.json") if (folder / name).exists()}
-    return {"TensorBoard": f"tensorboard --logdir {folder}"} | found
+    has_events = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    return {"TensorBoard": f"tensorboard --logdir {folder}"} | found if has_events else found

@@ -23,7 +23,10 @@ _MAX_REASON = 300
 
 
 class RunCard(Callback):
-    """Write `run.json` into the run's folder when a fit starts, and complete it when it ends, however it ends."""
+    """Write `run.json` into the run's folder when a fit starts, and complete it when it ends, however it ends.
+
+    A run that goes on keeps the one that it has until it trains: what is refused or has no step left changes nothing.
+    """
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -31,6 +34,16 @@ class RunCard(Callback):
         self._started = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin that of a new run."""
+        if trainer.ckpt_path is None:
+            self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin that of a run that goes on."""
+        if self._path is None:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is known before the first step."""
         folder = run_folder(trainer)
         if folder is None or not trainer.is_global_zero:

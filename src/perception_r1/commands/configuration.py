@@ -80,10 +80,18 @@ class ConfiguredCLI(LightningCLI):
         """Make the data module and the module.
 
         Raises:
-            UserError: A setting is null that must not be, or one of them refuses its own.
+            UserError: A setting is null that must not be, one of them refuses its own, or needs another package.
         """
         for name in ("trainer", "model", "data"):
             check_nulls(name, self._get(self.config, name))
-        self.config_init = self.parser.instantiate_classes(self.config)
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ImportError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise UserError(" ".join(str(cause).split())) from error
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")

@@ -39,11 +39,17 @@ def check_nulls(name: str, value: Any) -> None:
 
 
 def _types(path: str) -> dict[str, Any]:
-    """Types of a class's options, those of its bases among them, but for those that are null unless given."""
+    """Types of a class's options, those of its bases among them, but for those that are null unless given.
+
+    Types that are not known outside of a type checker count as none.
+    """
     found: dict[str, Any] = {}
     for base in reversed(inspect.getmro(resolve_name(path))[:-1]):
         if constructor := vars(base).get("__init__"):
-            types = get_type_hints(constructor)
+            try:
+                types = get_type_hints(constructor)
+            except NameError:
+                continue
             options = inspect.signature(constructor).parameters.values()
             found |= {
                 each.name: types[each.name] for each in options if each.name in types and each.default is not None

@@ -65,7 +65,19 @@ _IS_FIRST = getattr(rank_zero_only, "rank", 0) == 0
 
 
 class SaveSettings(SaveConfigCallback):
-    """Write the configuration of a run to config.yaml, to go on from, and to the logger, which shows it."""
+    """Write the configuration of a run to config.yaml, to go on from, and to the logger, which shows it.
+
+    A run that goes on keeps what it has until its checkpoint and its data are found to fit the new one.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write that of a run that begins."""
+        if stage != "fit" or self.config.get("ckpt_path") is None:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of a run that goes on."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand the configuration to the loggers; checkpoints hold none of it, they must not change later options."""

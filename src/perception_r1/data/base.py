@@ -104,8 +104,8 @@ class BaseDataModule(LightningDataModule, ABC):
         """Pixels of the image of each training sample; 0 for scenes, which are all small and are not drawn for this."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """A hex digest of everything that determines the samples of all splits; it needs no setup."""
+    def fingerprint(self, split: Split | None = None) -> str:
+        """A hex digest of everything that determines the samples of a split, or of all; it needs no setup."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -134,7 +134,8 @@ class BaseDataModule(LightningDataModule, ABC):
         settings = {"batch_size": self._device_batch_size(world_size), "rank": rank, "world_size": world_size}
         batches = TrainBatchSampler(len(samples), order=self._order, **settings)
         dataset, pin_memory = self._dataset(samples), self._is_on_cuda()
-        return ResumableLoader(dataset, batches, self.num_workers, self._num_done, pin_memory=pin_memory)
+        options = {"fingerprint": self.fingerprint("train"), "pin_memory": pin_memory}
+        return ResumableLoader(dataset, batches, self.num_workers, self._num_done, **options)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""

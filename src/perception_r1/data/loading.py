@@ -211,11 +211,13 @@ class ResumableLoader(DataLoader[Batch]):
         num_workers: int = 0,
         num_done: Callable[[], int] = int,
         *,
+        fingerprint: str = "",
         pin_memory: bool = False,
     ) -> None:
         super().__init__(dataset, sampler=sampler, **_options(num_workers, pin_memory))
         self._batches = sampler
         self._num_done = num_done
+        self._fingerprint = fingerprint
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self._batches.start = self._num_done()
@@ -225,21 +227,25 @@ class ResumableLoader(DataLoader[Batch]):
             yield batch
             started = time.perf_counter()
 
-    def state_dict(self) -> dict[str, int]:
-        """What the order of the samples depends on, but for the seed; `load_state_dict` compares it."""
-        return {"num_samples": self._batches.size, "samples_per_step": self._batches.samples_per_step}
+    def state_dict(self) -> dict[str, int | str]:
+        """What the samples and their order depend on, but for the seed; `load_state_dict` compares it."""
+        numbers = {"num_samples": self._batches.size, "samples_per_step": self._batches.samples_per_step}
+        return numbers | {"fingerprint": self._fingerprint}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Make sure that the batches are those of the run that is resumed.
 
         Raises:
             UserError: The state belongs to other data or another number of samples per step.
         """
         for key, value in self.state_dict().items():
-            if state[key] != value:
+            given = state.get(key, value)  # early checkpoints have no fingerprint
+            if given != value:
+                told = f"{key}={value}, it was written with {given}"
+                told = "these training samples, it was written with others" if key == "fingerprint" else told
                 raise UserError(
-                    f"the checkpoint cannot be resumed with {key}={value}, it was written with {state[key]}:"
-                    " restore the data and batch settings (batch_size x devices), or start from its weights only"
+                    f"the checkpoint cannot be resumed with {told}: restore the data and batch settings "
+                    "(batch_size x devices), or start from its weights only"
                 )
 
 

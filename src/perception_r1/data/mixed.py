@@ -109,9 +109,9 @@ class MixedData(BaseDataModule):
         """Those of all tasks."""
         return [pixels for part in self.parts.values() for pixels in part.num_train_pixels()]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, split: Split | None = None) -> str:
         """A hex digest of the samples of all tasks and of their weights."""
-        parts = [f"{name} {self.weights[name]!r} {part.fingerprint()}" for name, part in self.parts.items()]
+        parts = [f"{name} {self.weights[name]!r} {part.fingerprint(split)}" for name, part in self.parts.items()]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
     def describe(self) -> dict[str, Any]:

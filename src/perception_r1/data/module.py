@@ -175,15 +175,15 @@ class TaskDataModule(BaseDataModule):
         shown = track(samples, "Looking for the largest images", disable=is_silent)
         return [sample.width * sample.height for sample in shown]
 
-    def fingerprint(self) -> str:
-        """A hex digest of everything that determines the samples of all splits; it needs no setup."""
+    def fingerprint(self, split: Split | None = None) -> str:
+        """A hex digest of everything that determines the samples of a split, or of all; it needs no setup."""
+        splits = get_args(Split) if split is None else (split,)
         if self.sources:
-            named = [(split, name, source) for split, group in self.sources.items() for name, source in group.items()]
-            parts = [f"{split} {name} {source.fingerprint()}" for split, name, source in named]
+            named = [(each, *item) for each in self.sources if each in splits for item in self.sources[each].items()]
+            parts = [f"{each} {name} {source.fingerprint()}" for each, name, source in named]
             parts += [str(self.held_out_share), self.on_bad_row, self.train_take]
         else:
-            sizes = self.num_scenes.items()
-            parts = [scene_fingerprint(self.world, split, self.seed, size) for split, size in sizes]
+            parts = [scene_fingerprint(self.world, each, self.seed, self.num_scenes[each]) for each in splits]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
     def describe(self) -> dict[str, Any]:
