@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import LightningDataModule
@@ -9,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
 from perception_r1.callbacks.before_after import BeforeAfter, before_after_table
+from perception_r1.callbacks.files import read_card
+from perception_r1.callbacks.run_card import RunCard
 from tests.callbacks.toy import ToyData, ToyModule, toy_trainer
 
 
@@ -65,6 +68,29 @@ def test_a_resumed_run_keeps_the_metrics_from_before(tmp_path: Path, console: Co
     assert list(callback.margins["before"]) == ["reward", "reward/format", "accuracy"]
     assert module.num_evaluated == [6]
     assert str(tmp_path / "run" / "checkpoints") in console.file.getvalue()
+
+
+def test_a_run_that_was_killed_in_its_last_evaluation_does_it_when_it_goes_on(tmp_path: Path, console: Console):
+    class Killed(ToyModule):
+        def on_test_start(self) -> None:
+            if self.global_step:
+                raise RuntimeError("killed")
+            super().on_test_start()
+
+    checkpoint = ModelCheckpoint(tmp_path / "run" / "checkpoints", save_last=True, every_n_train_steps=4)
+    length: Any = {"max_epochs": -1, "max_steps": 4}
+    with pytest.raises(RuntimeError, match="killed"):
+        toy_trainer(tmp_path, [BeforeAfter(), RunCard(), checkpoint], enable_checkpointing=True, **length).fit(
+            Killed(), datamodule=ToyData()
+        )
+    options: Any = {"ckpt_path": tmp_path / "run/checkpoints/last.ckpt", "weights_only": False}
+    for expected in ([6], []):  # once more it has all that it needs
+        module = ToyModule()
+        toy_trainer(tmp_path, [BeforeAfter(), RunCard()], **length).fit(module, datamodule=ToyData(), **options)
+        assert module.num_evaluated == expected
+        card = read_card(tmp_path / "run")
+        assert (card["status"], card["steps"]) == ("finished", 4)
+        assert (card["before"]["accuracy"], card["after"]["accuracy"]) == (0.0, 1.0)
 
 
 def test_limit_test_batches_holds(tmp_path: Path, console: Console):

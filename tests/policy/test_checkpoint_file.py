@@ -155,6 +155,31 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(path, tmp_path, 
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("is_handling", [False, True])
+def test_what_breaks_off_the_writing_is_what_is_raised(tmp_path, monkeypatch, error, is_handling):
+    write, sizes = checkpoint_file.HashingWriter.write, []
+
+    def broken(self, data):
+        sizes.append(len(data))
+        if len(sizes) == 3:
+            raise error
+        return write(self, data)
+
+    def save():
+        save_file({"weights": torch.zeros(1000)}, tmp_path / "a.ckpt")
+
+    def save_while_handling():
+        try:
+            raise ValueError
+        except ValueError:
+            save()
+
+    monkeypatch.setattr(checkpoint_file.HashingWriter, "write", broken)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        (save_while_handling if is_handling else save)()
+
+
 def test_shards_are_read_as_they_were_written(shards):
     loaded = load_shards(shards)
     assert torch.equal(loaded["state_dict"].pop("weight"), CHECKPOINT["state_dict"]["weight"])

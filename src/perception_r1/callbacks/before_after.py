@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from perception_r1.callbacks.files import PREDICTIONS, run_folder
+from perception_r1.callbacks.files import PREDICTIONS, read_card, run_folder
 from perception_r1.callbacks.kept_predictions import keep_telling_images, keeping
 from perception_r1.data.base import BaseDataModule
 from perception_r1.errors import UserError
@@ -53,6 +54,14 @@ class BeforeAfter(Callback):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.margins: dict[str, dict[str, float]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let a run that was stopped in its last evaluation come to its end again."""
+        folder = run_folder(trainer)
+        if stage == "fit" and self.enabled and folder is not None:
+            is_missing = trainer.is_global_zero and not read_card(folder).get("after")
+            if trainer.strategy.broadcast(is_missing):
+                trainer.fit_loop.__class__ = _EndingLoop
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the untrained policy, unless this run goes on from a checkpoint."""
@@ -92,6 +101,15 @@ class BeforeAfter(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the metrics from before training up again."""
         self.before, self.margins["before"] = dict(state_dict["before"]), dict(state_dict["margins"])
+
+
+class _EndingLoop(_FitLoop):
+    """Comes to the hooks at the end of a training also where no step is left to do."""
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to train with."""
+        return self.max_batches == 0
 
 
 def before_after_table(

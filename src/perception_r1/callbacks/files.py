@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a report reads the same files, and starts at once without it
     from lightning.pytorch import Trainer
@@ -40,6 +40,15 @@ def run_folder(trainer: "Trainer") -> Path | None:
     """
     folder = trainer.log_dir if trainer.loggers else None  # without a logger it would be the working directory
     return Path(folder) if folder else None
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card of a run; empty where there is none, or none that can be read."""
+    try:
+        card = json.loads((folder / RUN_CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def write_json(path: Path, data: Json) -> None:

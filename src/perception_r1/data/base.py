@@ -133,9 +133,14 @@ class BaseDataModule(LightningDataModule, ABC):
         rank, world_size = self._ranks()
         settings = {"batch_size": self._device_batch_size(world_size), "rank": rank, "world_size": world_size}
         batches = TrainBatchSampler(len(samples), order=self._order, **settings)
-        dataset, pin_memory = self._dataset(samples), self._is_on_cuda()
-        options = {"fingerprint": self.fingerprint("train"), "pin_memory": pin_memory}
-        return ResumableLoader(dataset, batches, self.num_workers, self._num_done, **options)
+        return ResumableLoader(
+            self._dataset(samples),
+            batches,
+            self.num_workers,
+            self._num_done,
+            fingerprint=self.fingerprint("train"),
+            pin_memory=self._is_on_cuda(),
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches for this device."""

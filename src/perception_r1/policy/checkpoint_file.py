@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -94,8 +95,14 @@ class HashingWriter(io.BufferedIOBase):
 
 def save_file(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint."""
+    handled = sys.exception()
     with path.open("wb") as file, HashingWriter(file) as writer:
-        torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it wants no more than to write
+        try:
+            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it wants no more than to write
+        except RuntimeError as error:  # what torch says of an archive that it cannot end, whatever broke it off
+            if error.__context__ is None or error.__context__ is handled:
+                raise
+            raise error.__context__ from None
         comment = _MARK + writer.hexdigest().encode()
         file.seek(-len(_NO_COMMENT), os.SEEK_END)
         file.write(len(comment).to_bytes(2, "little") + comment)
