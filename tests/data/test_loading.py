@@ -1,6 +1,11 @@
 import itertools
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,3 +154,29 @@ def test_pictures_are_loaded_into_the_batch_but_not_into_the_samples(tmp_path):
     assert (sample.image.mode, sample.image.size, sample.image.getpixel((0, 0))) == ("RGB", (5, 3), (7, 7, 7))
     assert (sample.id, sample.query, sample.target) == ("a", "q", "t")
     assert dataset.samples[0].image == path
+
+
+_KILLED = """
+import os, signal, time
+from PIL import Image
+from perception_r1.data.loading import BatchDataset, EvalBatchSampler, eval_loader
+from perception_r1.records import Sample
+image = Image.effect_noise((500, 500), 50).convert("RGB")
+samples = [Sample(id=str(i), image=image, width=500, height=500, query="", target="") for i in range(40)]
+loader = iter(eval_loader(BatchDataset(samples), EvalBatchSampler(40, batch_size=4), 1))
+next(loader)
+print(loader._workers[0].pid, flush=True)
+time.sleep(1)  # the next batches are more than a pipe holds
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    with (tmp_path / "output").open("w") as output:  # a pipe would be held open by the worker
+        done = subprocess.run([sys.executable, "-c", _KILLED], stdout=output, stderr=output, check=False)
+    assert done.returncode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    worker = Path(f"/proc/{int((tmp_path / 'output').read_text())}")
+    end = time.monotonic() + 20
+    while worker.exists() and "Z" not in (worker / "stat").read_text().rpartition(")")[2].split()[0]:
+        assert time.monotonic() < end
+        time.sleep(0.1)

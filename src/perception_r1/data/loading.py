@@ -4,9 +4,11 @@ Both samplers yield whole batches of indices. They are `DistributedSampler`s, so
 device gets the same number of batches.
 """
 
+import ctypes
 import heapq
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +23,9 @@ from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.records import ImageBytes, LoadedSample, Sample, TargetT
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux: which signal a process gets when its parent ends."""
 
 Encoder: TypeAlias = Callable[[Sequence[Sample[Any]]], PromptBatch]
 """Makes prompts of samples; see `PromptEncoder`."""
@@ -258,12 +263,17 @@ def _without_table(sample: Sample[TargetT]) -> Sample[TargetT]:
 
 def _options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
     options = {"batch_size": None, "num_workers": num_workers, "pin_memory": pin_memory}
-    return options | {"generator": torch.Generator(), "worker_init_fn": _ignore_interrupts}
+    return options | {"generator": torch.Generator(), "worker_init_fn": _bind_to_parent}
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the training process: it ends its workers itself."""
+def _bind_to_parent(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the training process: it ends its workers itself.
+
+    Where it is killed they end with it: else one whose batch is larger than a pipe would wait for ever for a reader.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def load_sample_image(sample: Sample[TargetT]) -> LoadedSample[TargetT]:
