@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,6 +307,16 @@ def test_ctrl_c_is_no_traceback_wherever_it_comes(capsys, monkeypatch, command):
     monkeypatch.setattr(cli, "import_module", interrupted)
     assert main([command]) == 130
     assert capsys.readouterr().err == "Stopped by Ctrl-C.\n"
+
+
+def test_ctrl_c_is_not_lost_where_python_cannot_raise_it(capsys):
+    def interrupted():
+        cli._interrupt_again(SimpleNamespace(exc_type=KeyboardInterrupt))
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_traceback_is_there_for_who_asks(tmp_path, monkeypatch):

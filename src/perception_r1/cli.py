@@ -4,8 +4,10 @@ import logging
 import os
 import sys
 import warnings
+from _thread import interrupt_main
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 _COMMANDS = ("data", "export", "plan", "predict", "push", "report", "score", "serve")
 """All but the trainer's own verbs, which belong together."""
@@ -21,6 +23,8 @@ wait for each other's idle threads: see benchmarks/two_runs.py."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the result is the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _interrupt_again
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when torch is imported
     name, rest = (args[0], args[1:]) if args and args[0] in _COMMANDS else ("training", args)
@@ -31,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # in a fit the trainer heeds it, and saves
         sys.stderr.write("Stopped by Ctrl-C.\n")
         return _SIGINT_STATUS
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Let a Ctrl-C that comes where Python cannot raise it, as in a fork, come once more instead of being lost."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        interrupt_main()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _quieten() -> None:
