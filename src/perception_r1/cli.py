@@ -7,6 +7,7 @@ import warnings
 from _thread import interrupt_main
 from collections.abc import Sequence
 from importlib import import_module
+from threading import Timer
 from typing import Any
 
 _COMMANDS = ("data", "export", "plan", "predict", "push", "report", "score", "serve")
@@ -14,6 +15,8 @@ _COMMANDS = ("data", "export", "plan", "predict", "push", "report", "score", "se
 _WITHOUT_TRAINER = ("push", "report", "score")
 """Those that need none, and start in a fraction of the time."""
 _SIGINT_STATUS = 130
+_MOMENT = 0.05
+"""Seconds after which a Ctrl-C that was lost comes again."""
 _SPIN_COUNT = "1000"
 """How often a thread of GNU OpenMP looks whether there is work before it sleeps; libgomp's own value for a process with
 more threads than processors. Its default for others keeps a core busy for milliseconds, so that two runs on one machine
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _interrupt_again(unraisable: Any) -> None:
     """Let a Ctrl-C that comes where Python cannot raise it, as in a fork, come once more instead of being lost."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        interrupt_main()
+        Timer(_MOMENT, interrupt_main).start()  # at once, it would come in here
     else:
         sys.__unraisablehook__(unraisable)
 

@@ -130,7 +130,7 @@ def test_a_slope_is_that_of_a_line_and_its_interval_holds_the_true_one():
         for index, step in enumerate(steps)
     ]
     found = soak.slopes(points)
-    assert found["num_points"] == 400
+    assert found["num_points"] == 250
     assert found["private"]["low"] < 700 < found["private"]["high"]
     assert found["private"]["slope"] == pytest.approx(700, abs=30)
     assert soak.faults(found) == []
