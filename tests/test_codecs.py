@@ -258,6 +258,8 @@ def test_hostile_text_never_raises(codec, text):
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_worst_cases_take_no_time(codec, text):
     assert len(codec.parse_boxes(text, FRAME).items) <= MAX_OBJECTS
+    tries = timeit.repeat(lambda: codec.parse_prefixes(text, FRAME), timer=time.process_time, number=1, repeat=3)
+    assert min(tries) < 0.05
     tries = timeit.repeat(lambda: codec.parse_boxes(text, FRAME), timer=time.process_time, number=1, repeat=3)
     assert min(tries) < 0.05  # measured: below 10 ms; the garbage collector is off
 
@@ -276,9 +278,12 @@ def test_an_answer_that_is_cut_behind_a_box_says_what_stands_before(codec, wrap)
         LabelledBox(label=label, box=(0.1, 0.2, 0.3, side)) for label, side in (("a], [b", 0.4), ("c", 0.5), ("c", 0.9))
     ]
     text = wrap.format(codec.format_boxes(objects, FRAME))
-    ends, items = codec.box_ends(text), codec.parse_boxes(text, FRAME).items
+    items = codec.parse_boxes(text, FRAME).items
+    ends = [end for end, _ in codec.parse_prefixes(text, FRAME)]
+    assert tuple(item for _, item in codec.parse_prefixes(text, FRAME)) == items
     assert len(ends) == len(items) == 3
     for count, end in enumerate(ends, 1):
+        assert codec.parse_prefixes(text[:end], FRAME) == codec.parse_prefixes(text, FRAME)[:count]
         rest = {"qwen2_vl": "", "internvl": "]</box>"}.get(codec.name, "]")  # whatever has to close the form
         head = text[:end] if codec.name == "qwen2_vl" else text[:end].removeprefix("```json") + rest
         assert codec.parse_boxes(head, FRAME).items == items[:count]
@@ -291,15 +296,32 @@ def test_an_answer_that_is_cut_behind_a_box_says_what_stands_before(codec, wrap)
         "",
         "[]",
         "nothing",
-        "[1, {}, [2]]",
+        "[{}, {}, {}",
+        "[{}, 1, {}]",
         "[" * 40_000,
         "<|box_start|>(9,9),(1,1)<|box_end|>",
         "<box>[[9, 9, 1, 1]]</box>",
+        "<ref>a</ref><box>[[9, 9, 11, 11], [1, 2, 3, 4], [5",
+        "```json [{}, {}",
         "9" * 5000,
+        *WORST.values(),
     ],
 )
-def test_there_are_as_many_ends_as_boxes(codec, text):
-    ends = codec.box_ends(text)
-    assert len(ends) == len(codec.parse_boxes(text, FRAME).items)
+def test_boxes_before_a_place_depend_on_the_text_before_it_alone(codec, text):
+    found = codec.parse_prefixes(text, FRAME)
+    ends = [end for end, _ in found]
     assert ends == sorted(set(ends))
-    assert all(0 < end <= len(text) for end in ends)
+    assert len(ends) <= MAX_OBJECTS
+    for count, end in list(enumerate(ends, 1))[:5]:
+        for behind in ("", "[", "1", "}", "]</box>"):
+            assert codec.parse_prefixes(text[:end] + behind, FRAME)[:count] == found[:count]
+
+
+def test_a_fault_hides_no_box_before_it():
+    for codec, text, expected in (
+        ("qwen3_vl", '[{"bbox_2d": [0, 0, 500, 500], "label": "a"}, {"bbox_2d": [1, 1', [("a", (0.0, 0.0, 0.5, 0.5))]),
+        ("qwen3_vl", '[{"bbox_2d": [0, 0, 500, 500], "label": "a"}] or so', [("a", (0.0, 0.0, 0.5, 0.5))]),
+        ("internvl", "<ref>a</ref><box>[[0, 0, 500, 500], [1", [("a", (0.0, 0.0, 0.5, 0.5))]),
+    ):
+        assert [(item.label, item.box) for _, item in CODECS[codec].parse_prefixes(text, FRAME)] == expected
+        assert CODECS[codec].parse_boxes(text, FRAME).items == ()

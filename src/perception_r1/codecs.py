@@ -32,11 +32,16 @@ _QWEN2_TOKEN = re.compile(
 _INTERNVL_TAG = re.compile(r"</?(?:ref|box)>")
 _INTERNVL_BOX = re.compile(r"\[" + r"\s*+,".join([rf"\s*+({_NUMBER})"] * 4) + r"\s*+\]")
 _ANY_BOX = _INTERNVL_BOX.pattern.replace(f"({_NUMBER})", _NUMBER)
+_INTERNVL_LABEL = r"<ref>(?P<label>[^<]*+(?:<(?!/?(?:ref|box)>)[^<]*+)*+)</ref>"
 _INTERNVL_TOKEN = re.compile(
-    r"<ref>(?P<label>[^<]*+(?:<(?!/?(?:ref|box)>)[^<]*+)*+)</ref>"
-    rf"|<box>\[(?P<boxes>\s*+{_ANY_BOX}(?:\s*+,\s*+{_ANY_BOX})*+\s*+)\]</box>"
+    rf"{_INTERNVL_LABEL}|<box>\[(?P<boxes>\s*+{_ANY_BOX}(?:\s*+,\s*+{_ANY_BOX})*+\s*+)\]</box>"
 )
+_INTERNVL_START = re.compile(rf"{_INTERNVL_LABEL}|<box>\[")
+_INTERNVL_FIRST = re.compile(rf"\s*+{_INTERNVL_BOX.pattern}")
+_INTERNVL_NEXT = re.compile(rf"\s*+,\s*+{_INTERNVL_BOX.pattern}")
 _FENCE_START, _FENCE_END = "```json", "```"
+_JSON_START = re.compile(rf"\s*+(?:{_FENCE_START})?[ \t\n\r]*+\[[ \t\n\r]*+")
+_JSON_NEXT = re.compile(r"[ \t\n\r]*+,[ \t\n\r]*+")
 _DECODER = json.JSONDecoder(parse_int=float)
 """int() refuses thousands of digits by an error and is slow on fewer; float() gives infinity."""
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -85,8 +90,12 @@ class Codec(ABC):
         """Objects found in any text whatever; never raises."""
 
     @abstractmethod
-    def box_ends(self, text: str) -> list[int]:
-        """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
+    def parse_prefixes(self, text: str, image_size: ImageSize) -> list[tuple[int, ParsedBox]]:
+        """Each object of an answer, with where in the text it ends, in characters.
+
+        They are those of `parse_boxes` where the answer is in good form. In any other they are those up to the fault:
+        what is found depends on the text before it alone, never on what follows.
+        """
 
 
 class Qwen2VLCodec(Codec):
@@ -143,15 +152,25 @@ class Qwen2VLCodec(Codec):
             if len(items) == MAX_OBJECTS:
                 return _NOTHING
             is_exact = is_exact and label is not None
-            numbers = [float(token[side]) for side in ("x1", "y1", "x2", "y2")]
-            items.append(ParsedBox(label=label, box=_from_units(numbers, _PER_MILLE, _PER_MILLE)))
+            items.append(self._item(label, token))
             awaits_box = False
         return ParsedBoxes(items=tuple(items), is_exact=is_exact and end == len(text) and not awaits_box)
 
-    def box_ends(self, text: str) -> list[int]:
-        """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
-        ends = [token.end() for token in _QWEN2_TOKEN.finditer(text) if token["label"] is None]
-        return ends if len(ends) <= MAX_OBJECTS else []
+    def parse_prefixes(self, text: str, image_size: ImageSize) -> list[tuple[int, ParsedBox]]:
+        """See `Codec`."""
+        found: list[tuple[int, ParsedBox]] = []
+        label: str | None = None
+        for token in _QWEN2_TOKEN.finditer(text):
+            if token["label"] is not None:
+                label = token["label"]
+            elif len(found) < MAX_OBJECTS:
+                found.append((token.end(), self._item(label, token)))
+        return found
+
+    def _item(self, label: str | None, token: re.Match[str]) -> ParsedBox:
+        """A box behind a label."""
+        numbers = [float(token[side]) for side in ("x1", "y1", "x2", "y2")]
+        return ParsedBox(label=label, box=_from_units(numbers, _PER_MILLE, _PER_MILLE))
 
 
 class InternVLCodec(Codec):
@@ -206,18 +225,30 @@ class InternVLCodec(Codec):
                 is_exact = is_exact and token["label"] != label
                 label = token["label"]
             else:
-                boxes = [[float(number) for number in box.groups()] for box in _INTERNVL_BOX.finditer(token["boxes"])]
-                items += [ParsedBox(label=label, box=_from_units(box, _PER_MILLE, _PER_MILLE)) for box in boxes]
+                items += [self._item(label, box) for box in _INTERNVL_BOX.finditer(token["boxes"])]
             awaits_boxes = is_label
             if len(items) > MAX_OBJECTS:
                 return _NOTHING
         return ParsedBoxes(items=tuple(items), is_exact=is_exact and end == len(text) and not awaits_boxes)
 
-    def box_ends(self, text: str) -> list[int]:
-        """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
-        lists = [token for token in _INTERNVL_TOKEN.finditer(text) if token["label"] is None]
-        ends = [box.end() + token.start("boxes") for token in lists for box in _INTERNVL_BOX.finditer(token["boxes"])]
-        return ends if len(ends) <= MAX_OBJECTS else []
+    def parse_prefixes(self, text: str, image_size: ImageSize) -> list[tuple[int, ParsedBox]]:
+        """See `Codec`."""
+        found: list[tuple[int, ParsedBox]] = []
+        label: str | None = None
+        for token in _INTERNVL_START.finditer(text):
+            if token["label"] is not None:
+                label = token["label"]
+                continue
+            box = _INTERNVL_FIRST.match(text, token.end())
+            while box is not None and len(found) < MAX_OBJECTS:
+                found.append((box.end(), self._item(label, box)))
+                box = _INTERNVL_NEXT.match(text, box.end())
+        return found
+
+    def _item(self, label: str | None, box: re.Match[str]) -> ParsedBox:
+        """A box behind a label."""
+        numbers = [float(number) for number in box.groups()]
+        return ParsedBox(label=label, box=_from_units(numbers, _PER_MILLE, _PER_MILLE))
 
 
 class _JsonCodec(Codec):
@@ -253,16 +284,21 @@ class _JsonCodec(Codec):
         units = self.units(image_size)
         return ParsedBoxes(items=tuple(self._item(entry, units) for entry in entries), is_exact=True)
 
-    def box_ends(self, text: str) -> list[int]:
-        """Where each of the objects that `parse_boxes` finds ends in the text, in characters."""
-        inside = _without_fence(text)
-        count = len(_json_list(inside) or [])
-        start = text.find(inside)
-        ends, end = [], inside.find("[") + 1
-        for _ in range(count):  # each behind blanks, and a comma but for the first
-            _, end = _DECODER.raw_decode(inside, len(inside) - len(inside[end:].lstrip(" \t\n\r,")))
-            ends.append(start + end)
-        return ends
+    def parse_prefixes(self, text: str, image_size: ImageSize) -> list[tuple[int, ParsedBox]]:
+        """See `Codec`; the first entry that is no object ends them, for where a number ends is told by what follows."""
+        found: list[tuple[int, ParsedBox]] = []
+        units = self.units(image_size)
+        mark = _JSON_START.match(text)
+        while mark is not None and len(found) < MAX_OBJECTS:
+            try:
+                entry, end = _DECODER.raw_decode(text, mark.end())
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(entry, dict):
+                break
+            found.append((end, self._item(entry, units)))
+            mark = _JSON_NEXT.match(text, end)
+        return found
 
     def _item(self, entry: object, units: tuple[int, int]) -> ParsedBox:
         """One entry of a parsed list, whatever it is."""

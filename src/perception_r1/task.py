@@ -101,10 +101,12 @@ class Task(ABC, Generic[TargetT, PredictionT]):
             the first is that of no box, at 0. It is the only one of answers that are no list of boxes.
         """
         text = _without_end_tokens(text) if len(text) <= MAX_TEXT else ""
-        ends = [0, *codec.box_ends(text)]
-        items = codec.parse_boxes(text, image_size).items
+        has_boxes = type(self).read_boxes is not Task.read_boxes
+        found = codec.parse_prefixes(text, image_size) if has_boxes else []
+        items = tuple(item for _, item in found)
         return [
-            (end, self.read_boxes(ParsedBoxes(items=items[:count], is_exact=True))) for count, end in enumerate(ends)
+            (end, self.read_boxes(ParsedBoxes(items=items[:count], is_exact=True)))
+            for count, end in enumerate([0, *(end for end, _ in found)])
         ]
 
     def parse_published(self, text: str, codec: Codec, image_size: ImageSize) -> PredictionT | None:

@@ -178,7 +178,15 @@ def test_the_gradient_of_the_penalty_beside_that_of_the_divergence(options, is_r
     assert torch.allclose(leaf.grad, exact.grad, rtol=1e-10, atol=1e-12) is is_right
 
 
-@pytest.mark.parametrize("options", [{"kl_coef": -0.1}, {"clip_eps_low": 1.0}, {"sapo_temperature_neg": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_coef": -0.1},
+        {"clip_eps_low": 1.1},
+        {"sapo_temperature_neg": 0.0},
+        {"kl_bias_correction": True, "kl_estimator": "k2"},
+    ],
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         LossConfig(**options)
@@ -243,6 +251,31 @@ def test_all_objectives_pull_alike_on_the_first_update(objective, level):
     mask = is_token()
     grpo_loss(leaf, policy, None, advantages=advantages, weights=weights, is_token=mask, config=config).loss.backward()
     torch.testing.assert_close(leaf.grad, (-advantages * weights)[:, None].expand_as(policy).masked_fill(~mask, 0.0))
+
+
+@pytest.mark.parametrize("objective", ["clip", "cispo", "sapo"])
+def test_tokens_keep_advantages_of_their_own_where_a_completion_has_one_ratio(objective):
+    """GSPO-token: all tokens of a completion have its ratio, each has its own gradient."""
+    policy, old, _, _ = make_batch(seed=1)
+    gains = torch.randn(4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    weights = token_weights(torch.tensor(LENGTHS), loss_type="grpo", max_new_tokens=10).double()
+    leaf = policy.clone().requires_grad_()
+    config = LossConfig(
+        clip_eps_low=0.02, clip_eps_high=0.03, objective=objective, importance_sampling_level="sequence"
+    )
+    options = {"advantages": gains, "weights": weights, "is_token": is_token(), "config": config}
+    output = grpo_loss(leaf, old, None, **options)
+    output.loss.backward()
+    loss, slopes = 0.0, torch.zeros_like(policy)
+    for row, length in enumerate(LENGTHS):
+        ratio = math.exp(sum(float(policy[row, k] - old[row, k]) for k in range(length)) / length)
+        for k in range(length):
+            gain, logp = float(gains[row, k]), float(policy[row, k])
+            value, slope = naive_objective(objective, ratio, logp, gain, 0.02, 0.03)
+            loss -= float(weights[row]) * value
+            slopes[row, k] -= weights[row] * slope
+    assert output.loss.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(leaf.grad, slopes, rtol=1e-10, atol=1e-12)
 
 
 def test_advantages_of_tokens_equal_a_loop_over_tokens():

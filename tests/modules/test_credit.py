@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
+from perception_r1.grpo.advantages import reward_to_go_advantages
 from perception_r1.modules import GRPO
+from perception_r1.modules.advantages import box_advantages
 from perception_r1.modules.resampling import Round
 from perception_r1.policy.load import load_processor
 from perception_r1.policy.policy import Policy
@@ -154,3 +157,57 @@ def test_counting_gains_box_by_box():
     (parsed,) = parse_completions(task, codec, samples=[sample], image_sizes=[SIZE], completions=[text])
     rewards = [reward for _, reward in prefix_rewards(task, codec, parsed)]
     assert rewards == pytest.approx([0.0, 0.5, 1.0, 2 / 3], abs=0.01)
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_a_token_that_ends_a_box_and_goes_on_behind_it_belongs_to_that_box(codec):
+    texts = [codec.format_boxes(objects, SIZE) for objects in ([FALSE, FALSE], [CAT, FALSE])]
+    sample = Sample(id="a", image=Path(), width=200, height=100, query="", target=DetectionTarget(objects=(CAT, DOG)))
+    task = Detection(categories=("cat", "dog"))
+    sizes = {"samples": [sample] * 2, "image_sizes": [SIZE] * 2}
+    scored = score_completions(task, parse_completions(task, codec, completions=texts, **sizes))
+    (first, _), (second, _) = codec.parse_prefixes(texts[0], SIZE)
+    places = [[first - 1, first + 1, second, len(text) + 1] for text in texts]  # "...4", "]," or the like, rest, end
+    rows = [torch.arange(4)] * 2
+    rollout = Rollout(completions=rows, logprobs=rows, is_truncated=[False] * 2, entropies=rows)
+    processor = SimpleNamespace(token_ends=lambda row: places[0])
+    policy = SimpleNamespace(codec=codec, processor=processor)
+    found = Round(samples=[sample], prompts=None, rollout=rollout, scored_completions=scored)
+    gains = box_advantages(task, policy, found, scale="none", dtype=torch.float64)
+    assert gains[0, 0] == gains[0, 1] < 0
+    assert gains[0, 1] != gains[0, 2]
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_the_gradient_is_that_of_the_expected_reward_where_answers_break_off(codec):
+    """Over all groups of two completions: the first box is one of two, the second one is there or breaks off."""
+    task = Detection(categories=("cat", "dog"))
+    sample = Sample(id="a", image=Path(), width=200, height=100, query="", target=DetectionTarget(objects=(CAT, DOG)))
+    pairs = [(first, second) for first in (0, 1) for second in (0, 1)]
+    rewards = {}
+    for first, second in pairs:
+        text = codec.format_boxes([[CAT, FALSE][first], DOG], SIZE)
+        places = [end for end, _ in codec.parse_prefixes(text, SIZE)]
+        text = text[: places[1] - 6] if second else text
+        (parsed,) = parse_completions(task, codec, samples=[sample], image_sizes=[SIZE], completions=[text])
+        prefixes = [reward for _, reward in prefix_rewards(task, codec, parsed)]
+        (scored,) = score_completions(task, [parsed])
+        rewards[first, second] = [*prefixes, scored.score.reward]
+        assert len(prefixes) == 3 - second
+    logits = torch.randn(3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def logprobs(leaf, pair):
+        return torch.stack([leaf[0].log_softmax(0)[pair[0]], leaf[1 + pair[0]].log_softmax(0)[pair[1]]])
+
+    exact = logits.clone().requires_grad_()
+    sum(logprobs(exact, pair).sum().exp() * rewards[pair][-1] for pair in pairs).backward()
+    expected = torch.zeros_like(logits)
+    for one in pairs:
+        for other in pairs:
+            gains = reward_to_go_advantages([rewards[one], rewards[other]], 2, scale="none")
+            leaf = logits.clone().requires_grad_()
+            rows = torch.stack([logprobs(leaf, one), logprobs(leaf, other)])
+            gain = torch.tensor([row[:2] for row in gains], dtype=torch.float64)
+            (rows.sum().exp().detach() * (gain * rows).sum() / 2).backward()
+            expected += leaf.grad
+    torch.testing.assert_close(expected, exact.grad / 2, rtol=1e-12, atol=1e-12)

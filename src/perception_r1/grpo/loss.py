@@ -88,14 +88,15 @@ class LossConfig:
     sapo    4 / tau * sigmoid(tau * (ratio - 1)) * A                arXiv 2511.20347: a gate in place of the clip
 
     Attributes:
-        clip_eps_low: eps_low.
+        clip_eps_low: eps_low; 1 is no bound below, as CISPO has it.
         clip_eps_high: eps_high.
         kl_coef: beta.
         kl_estimator: See `kl_estimate`.
         kl_bias_correction: The estimates are multiplied by the ratio.
         objective: One of the above.
         importance_sampling_level: Ratios are those of tokens, or their geometric mean over the completion for all of
-            its tokens: with the clip that is GSPO (arXiv 2507.18071), whose eps are some ten thousandths.
+            its tokens: with the clip that is GSPO (arXiv 2507.18071), whose eps are some ten thousandths, and where
+            tokens have advantages of their own its GSPO-token.
         sapo_temperature_pos: tau where the advantage is positive.
         sapo_temperature_neg: tau elsewhere.
 
@@ -114,8 +115,10 @@ class LossConfig:
     sapo_temperature_neg: float = 1.05
 
     def __post_init__(self) -> None:
-        if self.kl_coef < 0 or not 0 <= self.clip_eps_low < 1 or self.clip_eps_high < 0:
-            raise UserError("kl_coef and clip_eps_high must not be negative, and clip_eps_low must lie in [0, 1).")
+        if self.kl_coef < 0 or not 0 <= self.clip_eps_low <= 1 or self.clip_eps_high < 0:
+            raise UserError("kl_coef and clip_eps_high must not be negative, and clip_eps_low must lie in [0, 1].")
+        if self.kl_bias_correction and self.kl_estimator == "k2":
+            raise UserError("kl_bias_correction is of the kl_estimator k3; the gradient of k2 needs none.")
         if not (self.sapo_temperature_pos > 0 and self.sapo_temperature_neg > 0):
             raise UserError("sapo_temperature_pos and sapo_temperature_neg must be above 0.")
 
@@ -161,6 +164,8 @@ def grpo_loss(
     log_ratio = logprobs - old_logprobs  # [N, T]
     if config.importance_sampling_level == "sequence":
         log_ratio = log_ratio.masked_fill(~is_token, 0.0).sum(1, keepdim=True) / is_token.sum(1, keepdim=True)  # [N, 1]
+        if advantages.ndim == 2:  # the same ratio, but each token's own gradient: GSPO-token
+            log_ratio = log_ratio.detach() + logprobs - logprobs.detach()  # [N, T]
     ratio, gain = log_ratio.exp(), advantages[:, : logprobs.shape[1]] if advantages.ndim == 2 else advantages[:, None]
     clipped_ratio = ratio.clamp(1 - config.clip_eps_low, 1 + config.clip_eps_high)
     if config.objective == "clip":

@@ -164,6 +164,6 @@ def box_advantages(task: AnyTask, policy: Policy, found: Round, *, scale: GroupS
     advantages = reward_to_go_advantages(gained, found.group_size, scale=scale)
     for completion, each, parts in zip(found.rollout.completions, prefixes, advantages, strict=True):
         ends = torch.tensor([end for end, _ in each[1:]])
-        token_ends = torch.tensor(policy.processor.token_ends(completion))
-        rows.append(torch.tensor(parts, dtype=dtype)[torch.searchsorted(ends, token_ends)])
+        starts = torch.tensor([0, *policy.processor.token_ends(completion)[:-1]])  # it may hold the end of its box
+        rows.append(torch.tensor(parts, dtype=dtype)[torch.searchsorted(ends, starts, right=True)])
     return pad_sequence(rows, batch_first=True)

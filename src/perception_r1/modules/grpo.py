@@ -70,8 +70,8 @@ class GRPO(PolicyModule):
         mask_truncated_completions: Learn nothing from completions that ran into the length limit (DAPO).
         reference_dtype: Type of the reference's weights; null: that of the policy's. With passes in mixed precision
             bfloat16 halves their memory, and moves the reference's log-probabilities by about as much as rounding does
-            in these passes anyway.
-        clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low.
+            in these passes anyway. An adapter has no reference beside it.
+        clip_eps_low: The probability ratio is clipped below at 1 - clip_eps_low; 1: not at all.
         clip_eps_high: The probability ratio is clipped above at 1 + clip_eps_high.
         sampler_correction: Importance weights for an engine that does not compute what training computes (see
             `train/logprob_mismatch`): of tokens or of sequences, truncated or masked beyond the cap; null for none,
@@ -81,7 +81,7 @@ class GRPO(PolicyModule):
         objective: What ratio and advantage make of a token: clip (GRPO, PPO), cispo, or sapo; see `grpo_loss`.
         importance_sampling_level: Ratios of tokens, or one for each completion (sequence: GSPO, with clip_eps_low and
             clip_eps_high of some ten thousandths). It matters from the second update on a batch on.
-        sapo_temperature_pos: Of the gate of sapo where the advantage is positive.
+        sapo_temperature_pos: Of the gate of the objective sapo where the advantage is positive.
         sapo_temperature_neg: Of the gate of sapo elsewhere.
         loss_type: How token losses are averaged: per completion and then over completions (grpo), over all tokens
             (dapo), or summed over a constant length (dr_grpo).
