@@ -32,7 +32,7 @@ def test_advantages_agree_with_worked_values(row):
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 5, 7, 8, 16])
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", ["group", "none"])
 def test_equal_rewards_give_zero_advantage_whatever_the_rounding(group_size, scale):
     rewards = torch.rand(200, generator=torch.Generator().manual_seed(0)).repeat_interleave(group_size)
     assert torch.equal(group_advantages(rewards, group_size, scale=scale), torch.zeros(len(rewards)))
@@ -69,17 +69,6 @@ def test_rloo_compares_with_the_mean_of_the_others():
         assert float(found[index]) == pytest.approx(reward - sum(others) / 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
-def test_a_batch_has_one_scale(estimator):
-    rewards = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    plain = group_advantages(rewards, 4, estimator=estimator, scale="none")
-    deviation = statistics.stdev(rewards.tolist())
-    scaled = group_advantages(rewards, 4, estimator=estimator, scale="batch")
-    torch.testing.assert_close(scaled, plain / (deviation + 1e-4))
-    told = group_advantages(rewards, 4, estimator=estimator, scale="batch", batch_std=torch.tensor(3.0))
-    torch.testing.assert_close(told, plain / (3 + 1e-4))
-
-
 def naive_to_go(rewards, group_size, scale):
     """Part by part, in plain Python."""
     left = [[row[-1] - row[part] for part in range(len(row) - 1)] for row in rewards]
@@ -91,14 +80,14 @@ def naive_to_go(rewards, group_size, scale):
         )
     scaled = []
     for index, row in enumerate(found):
-        group = found[index // group_size * group_size :][:group_size] if scale == "group" else found
+        group = found[index // group_size * group_size :][:group_size]
         values = [value for other in group for value in other]
         size = 1 if scale == "none" else math.sqrt(statistics.mean(value**2 for value in values)) + 1e-4
         scaled.append([value / size for value in row])
     return scaled
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", ["group", "none"])
 def test_rewards_to_go_equal_a_loop_over_parts(scale):
     draw = random.Random(0)
     rewards = [[draw.random() for _ in range(draw.randrange(2, 7))] for _ in range(12)]
@@ -107,7 +96,7 @@ def test_rewards_to_go_equal_a_loop_over_parts(scale):
         assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", ["group", "none"])
 def test_a_group_in_which_nothing_differs_has_no_advantage(scale):
     assert reward_to_go_advantages([[0.1, 0.3, 0.7, 0.6]] * 3, 3, scale=scale) == [[0.0] * 3] * 3
 

@@ -1,5 +1,6 @@
 """Advantages of a step by the options of GRPO: terms of the reward, and running scales of tasks."""
 
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from perception_r1.errors import UserError
-from perception_r1.grpo.advantages import group_advantages
+from perception_r1.grpo.advantages import group_advantages, reward_to_go_advantages
 from perception_r1.modules import GRPO
+from perception_r1.modules import advantages as advantages_module
 from perception_r1.modules.advantages import Advantages
 from perception_r1.modules.resampling import Round
 from perception_r1.records import LabelledBox, Score
@@ -21,7 +23,7 @@ from perception_r1.tasks.grounding import Grounding, GroundingPrediction, Ground
 from perception_r1.tasks.ocr import Ocr, OcrTarget
 from tests.modules.toy import Lottery, fit, make_module
 
-ALONE = SimpleNamespace(mean_over_devices=torch.tensor, std_over_devices=torch.std)
+ALONE = SimpleNamespace(mean_over_devices=torch.tensor, trainer=SimpleNamespace(world_size=1), policy=None)
 """What a module knows of the other devices where there are none."""
 
 
@@ -36,11 +38,29 @@ def scored(rewards, sources, reward_terms=()):
     ]
 
 
-def compute(advantages, completions, group_size):
+def compute(advantages, completions, group_size, module=ALONE):
     """As in a run in double precision."""
     samples = completions[::group_size]
     found = Round(samples=samples, prompts=None, rollout=None, scored_completions=completions)
-    return advantages.compute(ALONE, found, advantages.task)
+    return advantages.compute(module, found, advantages.task)
+
+
+def compute_on_two(make, halves, group_size):
+    """The same where each half of the completions is on a device of its own."""
+    told: list[list[float]] = [[], []]
+    for _ in range(5):  # until what one tells the other depends on nothing that it does not know yet
+        found, before = [], [list(numbers) for numbers in told]
+        for device in (0, 1):
+            told[device].clear()
+
+            def mean(number, device=device, before=before):
+                told[device].append(number)
+                others, place = before[1 - device], len(told[device]) - 1
+                return torch.tensor((number + (others[place] if place < len(others) else number)) / 2)
+
+            module = SimpleNamespace(mean_over_devices=mean, trainer=SimpleNamespace(world_size=2), policy=None)
+            found.append(compute(make(), halves[device], group_size, module))
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -90,11 +110,70 @@ def test_tasks_with_other_numbers_of_terms_go_side_by_side():
     assert found[2:].tolist() == [0.0, 0.0]  # its terms are the same
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+def test_a_batch_has_one_scale_for_each_task_whatever_the_number_of_devices(estimator):
+    task = Mixture(tasks={"a": Ocr(), "b": Counting()})
+    rewards = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    rewards[4:8] *= 50
+    names = ["a"] * 4 + ["b"] * 4 + ["a"] * 4
+    completions = scored(rewards.tolist(), names)
+    plain = group_advantages(rewards, 2, estimator=estimator, scale="none")
+    stds = {
+        name: statistics.stdev(r for r, n in zip(rewards.tolist(), names, strict=True) if n == name) for name in "ab"
+    }
+    expected = plain / (torch.tensor([stds[name] for name in names]) + 1e-4)
+
+    def make():
+        return Advantages(task, **options(scale_rewards="batch", estimator=estimator))
+
+    torch.testing.assert_close(compute(make(), completions, 2), expected)
+    halves = completions[:6], completions[6:]  # the second device has no completion of b
+    torch.testing.assert_close(torch.cat(compute_on_two(make, halves, 2)), expected)
+
+
+def test_boxes_have_one_scale_for_the_batch_of_all_devices(monkeypatch):
+    gained = [[0.0, 1.0, 1.5], [0.0, 0.5, 0.25], [0.0, 0.1, 0.2, 0.3], [0.0, 0.15, 0.1]]
+    completions = scored([row[-1] for row in gained], range(4))
+
+    def boxes(task, policy, found, *, scale, dtype):
+        rows = [gained[each.sample.source] for each in found.scored_completions]
+        assert scale == "none"
+        parts = reward_to_go_advantages(rows, 2, scale="none")
+        return [torch.tensor(row) for row in parts], [torch.arange(len(row)) for row in parts]
+
+    monkeypatch.setattr(advantages_module, "box_advantages", boxes)
+    monkeypatch.setattr(advantages_module, "part_of", lambda task, source: "")
+
+    def make():
+        return Advantages(Counting(), **options(scale_rewards="batch", credit_assignment="box"))
+
+    plain = reward_to_go_advantages(gained, 2, scale="none")
+    size = math.sqrt(statistics.mean(value**2 for row in plain for value in row)) + 1e-4
+    expected = [[value / size for value in row] for row in plain]
+    one = compute(make(), completions, 2)
+    two = [row for half in compute_on_two(make, (completions[:2], completions[2:]), 2) for row in half]
+    for found in (one, two):
+        for row, numbers in zip(found, expected, strict=True):
+            assert row[: len(numbers)].tolist() == pytest.approx(numbers, rel=1e-6)
+
+
+def test_a_first_step_of_equal_rewards_does_not_blow_up_later_ones():
+    advantages = Advantages(Ocr(), **options(scale_rewards="task"))
+    compute(advantages, scored([0.5, 0.5], ["", ""]), 2)
+    draw, rewards = torch.Generator().manual_seed(0), [0.5, 0.5]
+    for _ in range(10):
+        new = torch.rand(2, generator=draw).tolist()
+        rewards += new
+        found = compute(advantages, scored(new, ["", ""]), 2)
+    assert float(found[0]) == pytest.approx((new[0] - new[1]) / 2 / statistics.pstdev(rewards), rel=1e-3)
+
+
 def test_the_scale_of_a_task_is_the_running_deviation_of_its_rewards():
     task = Mixture(tasks={"a": Ocr(), "b": Counting()})
     advantages = Advantages(task, **options(scale_rewards="task"))
     draw = torch.Generator().manual_seed(1)
     moments: dict[str, list[float]] = {}
+    shown: dict[str, list[list[float]]] = {}
     for step in range(4):
         names = ["a", "a", "b", "b", "a", "a"] if step != 2 else ["a"] * 6
         rewards = torch.rand(6, generator=draw, dtype=torch.float64) * torch.tensor(
@@ -103,8 +182,8 @@ def test_the_scale_of_a_task_is_the_running_deviation_of_its_rewards():
         for name in set(names):
             own = [reward for reward, each in zip(rewards.tolist(), names, strict=True) if each == name]
             new = [statistics.mean(own), statistics.mean(value**2 for value in own)]
-            old = moments.get(name, new)
-            moments[name] = [0.99 * before + 0.01 * now for before, now in zip(old, new, strict=True)]
+            shown.setdefault(name, []).append(new)
+            moments[name] = [statistics.mean(each) for each in zip(*shown[name], strict=True)]  # so few weigh the same
         if step == 2:  # a resume in between
             state = advantages.state_dict()
             advantages = Advantages(task, **options(scale_rewards="task"))

@@ -2,9 +2,10 @@
 
     advantage   A_i = (r_i - mean(r_group)) / (std(r_group) + 1e-4), std unbiased           GRPO, arXiv 2402.03300
 
-Besides it there are other estimators and scales (`group_advantages`), terms of the reward on scales of their own
+There are also another estimator and no scale (`group_advantages`), terms of the reward on scales of their own
 (`normalized_terms`), advantages for parts of a completion (`reward_to_go_advantages`), and what depends on the entropy
-of tokens (`entropy_bonus`, `is_uncertain`).
+of tokens (`entropy_bonus`, `is_uncertain`). Scales that depend on other groups are those of a run, which knows its
+tasks and its devices: `perception_r1/modules/advantages.py`.
 
 Legend: B prompts, G completions per prompt, N = B*G completions, M tokens of all completions.
 """
@@ -16,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 GroupEstimator = Literal["grpo", "rloo"]
-GroupScale = Literal["group", "batch", "none"]
+GroupScale = Literal["group", "none"]
 
 STD_FLOOR = 1e-4
 """Added to every standard deviation that something is divided by."""
@@ -28,7 +29,6 @@ def group_advantages(
     *,
     estimator: GroupEstimator = "grpo",
     scale: GroupScale = "group",
-    batch_std: Tensor | None = None,
 ) -> Tensor:
     """How much better each completion is than its group.
 
@@ -37,9 +37,7 @@ def group_advantages(
         group_size: G, at least 2.
         estimator: What a reward is compared with: the mean of its group (grpo), or that of the others in its group,
             which makes it G / (G - 1) times as large (rloo, arXiv 2402.14740).
-        scale: Divide by the standard deviation of the group, of all rewards of the batch (arXiv 2508.08221), or not at
-            all (arXiv 2503.20783).
-        batch_std: That of the rewards of all devices; of `rewards` unless given.
+        scale: Divide by the standard deviation of the group, or not at all (arXiv 2503.20783).
 
     Returns:
         [N] advantages; zero throughout a group of equal rewards.
@@ -61,8 +59,6 @@ def group_advantages(
         centred = centred * (group_size / (group_size - 1))
     if scale == "group":
         centred = centred / (groups.std(1, keepdim=True) + STD_FLOOR)
-    elif scale == "batch":
-        centred = centred / ((rewards.std() if batch_std is None else batch_std) + STD_FLOOR)
     return centred.masked_fill(has_zero_std(rewards, group_size)[:, None], 0.0).flatten()
 
 
@@ -95,16 +91,16 @@ def reward_to_go_advantages(
 ) -> list[list[float]]:
     """Advantages of the parts of completions: what the reward still gained from a part on, compared with its group.
 
-    The reward of a completion is the sum of what its parts added to it, so a part has no influence on what was added
-    before it, and the gradient of the expected reward needs only what was added from there on: the policy gradient with
-    rewards to go, of which `baseline` takes the mean over the completions of the group that have a part of this number.
-    It depends on the completion itself by one part in the number of these, as GRPO's does by one in G.
+    The reward of a completion is the sum of what its parts added to it. A part has no influence on what was added
+    before it, so the gradient of the expected reward needs only what was added from there on: this is the policy
+    gradient with rewards to go. Their baseline is the mean over those completions of the group that have a part of this
+    number. The completion itself is one of these, as it is one of G in GRPO's.
 
     Args:
         rewards: Of each of N completions, n + 2 numbers: the reward after none, one, ..., n boxes, and that of the
             whole. The last of its n + 1 parts is what stands behind the boxes.
         group_size: G, the completions of a prompt after one another.
-        scale: Divide by the root mean square of what is left in a group or in all, or not at all.
+        scale: Divide by the root mean square of what is left in a group, or not at all.
 
     Returns:
         Advantages of each completion's n + 1 parts.
@@ -122,10 +118,9 @@ def reward_to_go_advantages(
         centred.append([[value - baseline[number] for number, value in enumerate(row)] for row in to_go])
     if scale == "none":
         return [row for group in centred for row in group]
-    batch = [value for group in centred for row in group for value in row]
     scaled = []
     for group in centred:
-        values = batch if scale == "batch" else [value for row in group for value in row]
+        values = [value for row in group for value in row]
         size = math.sqrt(sum(value * value for value in values) / len(values)) + STD_FLOOR
         scaled += [[value / size for value in row] for row in group]
     return scaled

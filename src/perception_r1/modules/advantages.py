@@ -1,6 +1,7 @@
 """From scored completions to advantages, by the options of `GRPO`; the arithmetic is in `perception_r1/grpo/`."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -67,7 +68,7 @@ class Advantages:
         self.task = task
         self.entropy_coef, self.top_entropy_quantile = entropy_coef, top_entropy_quantile
         self.estimator, self.scale_rewards, self.credit_assignment = estimator, scale_rewards, credit_assignment
-        self._moments: dict[str, tuple[float, float]] = {}
+        self._moments: dict[str, tuple[float, float, int]] = {}
 
     def compute(self, module: PolicyModule, found: Round, task: AnyTask) -> Tensor:
         """[N] advantages of completions, or [N, T] of their tokens, on the CPU.
@@ -79,23 +80,26 @@ class Advantages:
         """
         dtype = at_least_fp32(torch.get_default_dtype())  # that of a trainer in pure bf16 would round rewards
         rewards, scored_completions = torch.tensor(found.rewards, dtype=dtype), found.scored_completions
-        scale: GroupScale = "none" if self.scale_rewards == "task" else self.scale_rewards
+        names = [part_of(self.task, scored.sample.source) for scored in scored_completions]
+        scale: GroupScale = "group" if self.scale_rewards == "group" else "none"
+        spreads: Mapping[str, float] = {}
         if self.credit_assignment == "box":
-            advantages = box_advantages(task, module.policy, found, scale=scale, dtype=dtype)
+            parts, owners = box_advantages(task, module.policy, found, scale=scale, dtype=dtype)
+            advantages = pad_sequence([row[owner] for row, owner in zip(parts, owners, strict=True)], batch_first=True)
+            if self.scale_rewards == "batch":
+                spreads = batch_spreads(module, tasks_of(self.task), names, parts, is_centred=True)
         elif self.estimator == "gdpo":
-            compared = normalized_terms(*_terms(scored_completions, dtype), found.group_size)
-            advantages = compared / (module.std_over_devices(compared) + STD_FLOOR)
+            advantages = normalized_terms(*_terms(scored_completions, dtype), found.group_size)
+            spreads = batch_spreads(module, tasks_of(self.task), names, advantages)
         else:
-            advantages = group_advantages(
-                rewards,
-                found.group_size,
-                estimator=self.estimator,
-                scale=scale,
-                batch_std=module.std_over_devices(rewards) if scale == "batch" else None,
-            )
+            advantages = group_advantages(rewards, found.group_size, estimator=self.estimator, scale=scale)
+            if self.scale_rewards == "batch":
+                spreads = batch_spreads(module, tasks_of(self.task), names, rewards)
         if self.scale_rewards == "task":
-            stds = self._task_stds(module, scored_completions, rewards)
-            advantages = advantages / (stds + STD_FLOOR).view(-1, *[1] * (advantages.ndim - 1))
+            spreads = self._running_spreads(module, names, rewards)
+        if spreads:
+            divisors = torch.tensor([spreads[name] + STD_FLOOR if spreads[name] else 1.0 for name in names])
+            advantages = advantages / divisors.to(dtype).view(-1, *[1] * (advantages.ndim - 1))
         if self.entropy_coef or self.top_entropy_quantile < 1:
             advantages = self._by_entropy(advantages, found.rollout)
         return advantages
@@ -120,24 +124,21 @@ class Advantages:
         flat = flat + self.entropy_coef * entropy_bonus(logprobs, entropies)
         return pad_sequence(flat.split(lengths), batch_first=True)
 
-    def _task_stds(
-        self, module: PolicyModule, scored_completions: Sequence[ScoredCompletion], rewards: Tensor
-    ) -> Tensor:
-        """[N] running standard deviation of the rewards of each completion's task, this step included."""
-        names = [part_of(self.task, scored.sample.source) for scored in scored_completions]
+    def _running_spreads(self, module: PolicyModule, names: Sequence[str], rewards: Tensor) -> Mapping[str, float]:
+        """Running standard deviation of the rewards of each task, this step included: a mean over steps at first."""
         for name in tasks_of(self.task):
             own = rewards[torch.tensor([each == name for each in names])].double()
             sums = [float(own.sum()), float(own.square().sum()), float(len(own))]
             first, second, count = (float(module.mean_over_devices(value)) for value in sums)
             if count > 0:
-                new = first / count, second / count
-                old = self._moments.get(name, new)
+                old_first, old_second, num_steps = self._moments.get(name, (0.0, 0.0, 0))
+                decay = min(_DECAY, 1 - 1 / (num_steps + 1))
                 self._moments[name] = (
-                    _DECAY * old[0] + (1 - _DECAY) * new[0],
-                    _DECAY * old[1] + (1 - _DECAY) * new[1],
+                    decay * old_first + (1 - decay) * first / count,
+                    decay * old_second + (1 - decay) * second / count,
+                    num_steps + 1,
                 )
-        stds = {name: max(0.0, second - first**2) ** 0.5 for name, (first, second) in self._moments.items()}
-        return torch.tensor([stds[name] for name in names], dtype=rewards.dtype)
+        return {name: max(0.0, second - first**2) ** 0.5 for name, (first, second, _) in self._moments.items()}
 
 
 def _terms(scored_completions: Sequence[ScoredCompletion], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -148,8 +149,40 @@ def _terms(scored_completions: Sequence[ScoredCompletion], dtype: torch.dtype) -
     return pad_sequence(values, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
-def box_advantages(task: AnyTask, policy: Policy, found: Round, *, scale: GroupScale, dtype: torch.dtype) -> Tensor:
-    """[N, T] advantages of tokens, on the CPU: each has that of the box to which it belongs.
+def batch_spreads(
+    module: PolicyModule,
+    tasks: Iterable[str],
+    names: Sequence[str],
+    values: Iterable[Tensor],
+    *,
+    is_centred: bool = False,
+) -> Mapping[str, float]:
+    """Standard deviation of the values of each task in this step, on all devices.
+
+    Args:
+        module: It knows the other devices.
+        tasks: Names of all tasks.
+        names: N of them: whose each completion is.
+        values: Those of each completion.
+        is_centred: They have mean 0 in every group, so this is their root mean square.
+    """
+    found, rows = {}, list(values)
+    for task in tasks:
+        own = torch.cat(
+            [torch.zeros(0), *(row.flatten() for row, name in zip(rows, names, strict=True) if name == task)]
+        )
+        count = float(module.mean_over_devices(float(len(own))))
+        mean = 0.0 if is_centred or not count else float(module.mean_over_devices(float(own.sum()))) / count
+        squares = float(module.mean_over_devices(float((own - mean).square().sum())))
+        lost = 0.0 if is_centred else 1 / module.trainer.world_size  # what the mean has cost
+        found[task] = math.sqrt(squares / (count - lost)) if count > lost else 0.0
+    return found
+
+
+def box_advantages(
+    task: AnyTask, policy: Policy, found: Round, *, scale: GroupScale, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Advantages of each box, and to which box each token belongs, on the CPU.
 
     Args:
         task: What scored.
@@ -157,13 +190,16 @@ def box_advantages(task: AnyTask, policy: Policy, found: Round, *, scale: GroupS
         found: N completions.
         scale: See `reward_to_go_advantages`.
         dtype: Of the advantages.
+
+    Returns:
+        Of each of N completions the advantages of its parts, and the part of each of its tokens, counted from 0.
     """
     prefixes = [prefix_rewards(task, policy.codec, scored) for scored in found.scored_completions]
     gained = [[*(reward for _, reward in each), total] for each, total in zip(prefixes, found.rewards, strict=True)]
-    rows = []
-    advantages = reward_to_go_advantages(gained, found.group_size, scale=scale)
-    for completion, each, parts in zip(found.rollout.completions, prefixes, advantages, strict=True):
+    owners = []
+    for completion, each in zip(found.rollout.completions, prefixes, strict=True):
         ends = torch.tensor([end for end, _ in each[1:]])
         starts = torch.tensor([0, *policy.processor.token_ends(completion)[:-1]])  # it may hold the end of its box
-        rows.append(torch.tensor(parts, dtype=dtype)[torch.searchsorted(ends, starts, right=True)])
-    return pad_sequence(rows, batch_first=True)
+        owners.append(torch.searchsorted(ends, starts, right=True))
+    advantages = reward_to_go_advantages(gained, found.group_size, scale=scale)
+    return [torch.tensor(row, dtype=dtype) for row in advantages], owners

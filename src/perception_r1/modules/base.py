@@ -240,13 +240,6 @@ class PolicyModule(EvaluationModule):
         value = to_device(torch.tensor(number, dtype=torch.float32), self.device)
         return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="mean"))
 
-    def std_over_devices(self, values: Tensor) -> Tensor:
-        """Unbiased standard deviation of the values of all devices, as many on each, where `values` are."""
-        count = len(values) * self.trainer.world_size
-        mean = self.mean_over_devices(float(values.mean())).to(values)
-        variance = self.mean_over_devices(float((values - mean).square().mean())).to(values)
-        return (variance * count / (count - 1)).sqrt()
-
     def apply_gradients(self, loss: float) -> dict[str, float]:
         """Clip, step the optimiser and the learning rate; skip an update that is not finite, count it and name it.
 
