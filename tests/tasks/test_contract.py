@@ -15,7 +15,7 @@ from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics
 from perception_r1.records import ImageSize, LabelledBox, Sample, Score
-from perception_r1.scoring import parse_completions, prefix_rewards
+from perception_r1.scoring import parse_completions, prefix_rewards, score_completions
 from perception_r1.task import MAX_TEXT, Task
 from perception_r1.tasks import TASKS
 from perception_r1.tasks.counting import CountingTarget
@@ -46,6 +46,16 @@ TARGETS: dict[str, tuple[float, list[tuple[str, Any]]]] = {
     "ocr": (1.0, [("", OcrTarget(text="two\nlines")), ("", OcrTarget(text=""))]),
 }
 """Full marks and samples of every task."""
+REWARDS: list[tuple[str, dict[str, Any], float]] = [
+    *(("grounding", {"reward": reward}, 1.0) for reward in ("thresholds", "giou")),
+    ("grounding", {"iou_threshold": 0.75}, 2.0),
+    ("counting", {"matching": "sequential"}, 1.0),
+    *((name, {"reward": "mean_f1"} | beta, 1.0) for name in ("counting", "detection") for beta in ({}, {"beta": 2.0})),
+    ("detection", {"iou_threshold": 0.75, "matching": "sequential"}, 3.0),
+    *(("ocr", {"reward": reward}, 1.0) for reward in ("lines", "unit_tests")),
+    *((name, {}, full) for name, (full, _) in TARGETS.items()),
+]
+"""Task, options and full marks of every reward."""
 GARBAGE = ["hello", "\x00", "{}", "null", "[1", "<|box_start|>(1,2,3,4)<|box_end|>", "9" * 5000, "[" * 5000, "<answer>"]
 
 CASES = [(name, *case) for name, (_, cases) in TARGETS.items() for case in cases]
@@ -174,6 +184,33 @@ def test_prefixes_of_the_ideal_answer_gain_up_to_its_reward(case, codec, end):
         ) * bool(task.num_objects(target))
         assert rewards == sorted(rewards)
         assert rewards[-1] == pytest.approx(TARGETS[name][0])
+
+
+@codecs
+@pytest.mark.parametrize(("name", "options", "full"), REWARDS)
+def test_every_reward_is_best_for_the_right_answer_and_none_pays_for_length(name, options, full, codec):
+    task = TASKS[name](**options)
+    for query, target in TARGETS[name][1]:
+        sample = make(name, query, target)
+        right = task.format_target(sample, codec, FRAME)
+        objects = codec.parse_boxes(right, FRAME).items
+        again = [LabelledBox(label=item.label, box=item.box) for item in objects]
+        false = LabelledBox(label="cup", box=(0.9, 0.01, 0.95, 0.05))
+        longer = [right + "\n" + right, right + "\nzzz", right + "\n" * 50] if name == "ocr" else []
+        if name != "ocr":
+            longer = [codec.format_boxes([*again, *more], FRAME) for more in ([false], again, [false] * 9) if more]
+        answers = [right, *longer, *GARBAGE, *WORST.values(), ""]
+        parsed = parse_completions(
+            task,
+            codec,
+            samples=[sample] * len(answers),
+            image_sizes=[FRAME] * len(answers),
+            completions=answers,
+        )
+        rewards = [each.score.reward for each in score_completions(task, parsed)]
+        assert rewards[0] == pytest.approx(full)
+        assert all(0 <= reward <= full + 1e-12 for reward in rewards)
+        assert all(reward < full - 1e-6 for text, reward in zip(answers, rewards, strict=True) if text in longer)
 
 
 @given(text=texts)

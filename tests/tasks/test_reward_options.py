@@ -248,18 +248,19 @@ PAGE = "a quick brown fox\njumps over\nthe lazy dog"
 @pytest.mark.parametrize(
     ("text", "passed"),
     [
-        (PAGE, 6),
-        (PAGE.replace("fox", "fix"), 6),  # nearly
-        ("jumps over\na quick brown fox\nthe lazy dog", 5),  # one pair out of order
-        ("a quick brown fox\nthe lazy dog", 3),  # a line and both of its pairs are missing
-        (PAGE + "\nand runs", 5),  # a line too many
+        (PAGE, 1),
+        (PAGE.replace("fox", "fix"), (4 + 16 / 17) / 5),  # nearly: one of 17 characters
+        ("jumps over\na quick brown fox\nthe lazy dog", 4 / 5),  # one pair out of order
+        ("a quick brown fox\nthe lazy dog", 2 / 5),  # a line and both of its pairs are missing
+        (PAGE + "\nand runs", 5 / 6),  # a line too many
+        (PAGE + "\n" + PAGE, 5 / 8),
         ("\n".join([PAGE] * 3), 0),  # more than twice the lines
-        ("", 1),
+        ("", 0),
     ],
 )
 def test_unit_tests_of_a_page_pass_or_fail(text, passed):
     target = OcrTarget(text=PAGE)
-    assert Ocr(reward="unit_tests").score(text, target).reward == pytest.approx(passed / 6)
+    assert Ocr(reward="unit_tests").score(text, target).reward == pytest.approx(passed)
     assert Ocr(reward="unit_tests").score(None, target).reward == 0
 
 

@@ -49,8 +49,8 @@ class Ocr(Task[OcrTarget, str]):
 
     With `reward` lines it is the mean of the similarity and of the share of lines that are right, in their order, of
     which one too many or too few counts as wrong. With unit_tests it is the share of tests that the answer passes, as
-    in olmOCR 2 (arXiv 2510.19817): each line of the page is there, or nearly so; so are two neighbours, in their order;
-    and there are no more lines than on the page.
+    in olmOCR 2 (arXiv 2510.19817): each line of the page is there, or nearly so, which counts as its similarity; so are
+    two neighbours, in their order; and every line beyond the number of the page's is a test that fails.
 
     Attributes:
         reward: "similarity", that of Perception-R1, "lines" or "unit_tests".
@@ -131,21 +131,22 @@ class Ocr(Task[OcrTarget, str]):
 def _passed_tests(lines: Sequence[str], targets: Sequence[str]) -> float:
     """Share of the tests that an answer's lines pass; of equal lines of a page the order is not tested.
 
-    >>> _passed_tests(["a quick brown fix", "dog", "dog"], ["a quick brown fox", "cat", "dog"])
-    0.5
+    >>> _passed_tests(["a quick brown fox", "dog", "dog"], ["a quick brown fox", "cat", "dog"])
+    0.4
+    >>> _passed_tests(["one", "two", "two", "two"], ["one", "two"])
+    0.6
     """
     if len(lines) > 2 * len(targets):
         return 0.0
     similarities = cdist(targets, lines, scorer=Levenshtein.normalized_similarity)  # [targets, lines]
-    is_there: list[bool] = (similarities.max(axis=1) >= _NEARLY).tolist()
-    positions = similarities.argmax(axis=1)
-    tests = [*is_there, len(lines) <= len(targets)]
+    best, positions = similarities.max(axis=1).tolist(), similarities.argmax(axis=1).tolist()
+    tests = [float(value) if value >= _NEARLY else 0.0 for value in best]
     tests += [
-        is_there[k] and is_there[k + 1] and bool(positions[k] < positions[k + 1])
+        float(min(best[k : k + 2]) >= _NEARLY and positions[k] < positions[k + 1])
         for k in range(len(targets) - 1)
         if targets.count(targets[k]) == targets.count(targets[k + 1]) == 1
     ]
-    return sum(tests) / len(tests)
+    return sum(tests) / (len(tests) + max(0, len(lines) - len(targets)))
 
 
 class OcrData(TaskDataModule):
