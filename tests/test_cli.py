@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import re
@@ -330,7 +331,8 @@ def make_checkpoint(folder, version, name, *, age):
     path = folder / f"version_{version}" / "checkpoints" / f"{name}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     loops = {"epoch_loop.batch_progress": {"total": {"completed": version}}}
-    save_file({"global_step": 2 * version, "loops": {"fit_loop": loops}, "callbacks": {"Checkpoints": {}}}, path)
+    content = {"run": {}, "global_step": 2 * version, "loops": {"fit_loop": loops}, "callbacks": {"Checkpoints": {}}}
+    save_file(content, path)
     os.utime(path, (1e9 - age, 1e9 - age))
     return path
 
@@ -386,6 +388,40 @@ def test_without_a_checkpoint_before_a_damaged_one_is_refused(tmp_path, monkeypa
         error = capsys.readouterr().err
         assert "last.ckpt is empty, cut off or no checkpoint at all." in error
         assert error.count("\n") == 1
+
+
+def _spoilt(last):
+    """Contents of files that are no checkpoints of ours, by what each is."""
+    whole = last.read_bytes()
+    buffer = io.BytesIO()
+    torch.save({"hyper_parameters": {"_class_path": "perception_r1.modules.GRPO", "kl_coef": 0.77}}, buffer)
+    return {"cut off": whole[: len(whole) // 2], "empty": b"", "text": b"weights", "foreign": buffer.getvalue()}
+
+
+def test_a_checkpoint_that_is_none_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last = make_checkpoint(tmp_path / "other", 0, "last", age=0)
+    ours = {"run": {}, "global_step": 1, "loops": {}, "state_dict": {}, "callbacks": {}}
+    odd = [{"run": 3}, {"global_step": "y"}, {"loops": []}, {"state_dict": {"a": 1}}]
+    for content in _spoilt(last).values():
+        (tmp_path / "a.ckpt").write_bytes(content)
+        for command in ("fit", "test", "validate"):
+            assert main([command, *COUNTING, "--ckpt_path", "a.ckpt"]) == 2
+            error = capsys.readouterr().err
+            assert "a.ckpt" in error
+            assert error.count("\n") == 1
+    for part in odd:
+        save_file(ours | part, tmp_path / "b.ckpt")
+        assert main(["fit", *COUNTING, "--ckpt_path", "b.ckpt"]) == 2
+        assert "was not written by a run of this program" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt", "other"]
+
+
+def test_a_checkpoint_changes_no_setting(fitted, tmp_path):
+    content = {"run": {}, "global_step": 1, "loops": {}, "state_dict": {}, "callbacks": {}}
+    settings = {"_class_path": "perception_r1.modules.GRPO", "kl_coef": 0.77}
+    save_file(content | {"hyper_parameters": settings}, tmp_path / "b.ckpt")
+    assert fitted("--ckpt_path", str(tmp_path / "b.ckpt"), "--model.kl_coef", "0.01").model.kl_coef == 0.01
 
 
 def test_checkpoints_are_looked_for_where_the_logger_writes(fitted, tmp_path):

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from perception_r1.callbacks.log_samples import LogSamples
 from perception_r1.callbacks.online_curriculum import OnlineCurriculum
+from perception_r1.callbacks.run_card import RunCard
 from perception_r1.modules import GRPO, SFT
 from tests.modules.test_mixture import mixed
 from tests.modules.test_resampling import Rarely
@@ -60,7 +61,7 @@ def train(model: str, folder: Path, kind: str) -> None:
     samples, log, gradients, curriculum = Samples(), Log(), Gradients(), OnlineCurriculum(enabled=kind == "uneven")
     trainer = make_trainer(
         folder,
-        [samples, log, gradients, curriculum, Checkpoints(), LogSamples(1, 64)],
+        [samples, log, gradients, curriculum, Checkpoints(), LogSamples(1, 64), RunCard()],
         strategy="ddp",
         devices=2,
         limit_val_batches=1.0,

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from perception_r1.callbacks.files import run_folder
 from perception_r1.engines.base import EngineError
 from perception_r1.errors import UserError
 from perception_r1.modules.evaluation import EvaluationModule
@@ -189,8 +190,8 @@ class Checkpoints(Checkpoint):
 
     def _folder(self, trainer: Trainer) -> Path | None:
         """Where checkpoints are written, if they are."""
-        is_kept = self.enabled and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        return Path(trainer.log_dir) / FOLDER if is_kept and trainer.log_dir is not None else None
+        is_kept, folder = self.enabled and not trainer.fast_dev_run, run_folder(trainer)  # type: ignore[attr-defined]
+        return folder / FOLDER if is_kept and folder is not None else None
 
 
 def replace(path: Path, new: Path, *, kept: Path | None = None) -> None:

@@ -29,22 +29,25 @@ class RunCard(Callback):
     """
 
     def __init__(self) -> None:
+        self._has_begun = False
         self._path: Path | None = None
         self._card: dict[str, Any] = {}
         self._started = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin that of a new run."""
+        self._has_begun = False
         if trainer.ckpt_path is None:
             self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin that of a run that goes on."""
-        if self._path is None:
+        if not self._has_begun:
             self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is known before the first step."""
+        """Write what is known before the first step; all devices come here together."""
+        self._has_begun = True
         folder = run_folder(trainer)
         if folder is None or not trainer.is_global_zero:
             return
@@ -91,7 +94,7 @@ def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "versions": versions(),
-        "git": git_state(Path.cwd()),
+        "git": git_state(Path(__file__).parent),
         "hardware": hardware(),
         "trainer": {
             "strategy": type(trainer.strategy).__name__,

@@ -76,6 +76,9 @@ class ConfiguredCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise UserError(" ".join(str(error).split())) from error
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint, which Lightning's own would read before it is known whose it is."""
+
     def instantiate_classes(self) -> None:
         """Make the data module and the module.
 

@@ -17,8 +17,12 @@ from perception_r1.task import Task
 
 ValueT = TypeVar("ValueT")
 _SIGTERM_STATUS = 143
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of a disk that is full or may not be written to."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk that is full or cannot be written to."""
+_PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of a path that may not be used, or cannot."""
+_MOST_TOLD = 300
+"""Characters of a path."""
 _UNION = re.compile(
     r"Does not validate against any of the Union subtypes .*? Errors: - (.*?)"
     r"(?: - Expected a (?:<class 'NoneType'>|NoneType))* Given value type: .*"
@@ -54,10 +58,11 @@ def _sentence(error: BaseException | None) -> str | None:
     told = (UserError, lightning.MisconfigurationException) if lightning else UserError
     refused = None
     while error is not None and not isinstance(error, told):
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            refused = (
-                f"{error.filename or 'a file'} cannot be written ({error.strerror}); make room or give another folder"
-            )
+        if isinstance(error, OSError) and error.errno in (*_DISK_ERRORS, *_PATH_ERRORS):
+            name = os.fsdecode(error.filename)[:_MOST_TOLD] if error.filename else "a file"
+            refused = f"{name} cannot be opened ({error.strerror})"
+            if error.errno in _DISK_ERRORS:
+                refused = f"{name} cannot be written ({error.strerror}); make room or give another folder"
         error = error.__cause__ or error.__context__
     return refused if error is None else " ".join(str(error).split())
 

@@ -1,7 +1,9 @@
 """`perception-r1 report`: what runs left behind, in one HTML page."""
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from perception_r1.commands.options import new_parser, parse, run_command
@@ -59,9 +61,12 @@ def check_output(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
+    draft = path.with_name(f".{path.name}-{os.getpid()}.part")
     try:
         draft.write_text(text, encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)

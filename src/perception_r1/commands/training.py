@@ -30,6 +30,7 @@ from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION, evaluation_key
 from perception_r1.locks import claim_version, locked
 from perception_r1.planning.report import check_memory
+from perception_r1.policy.checkpoint import check_origin, read_meta
 
 _VERBS = {"fit": "Training", "validate": "Validating", "test": "Evaluating"}
 _DESCRIPTION = "Post-train and evaluate vision-language models on visual perception."
@@ -100,11 +101,15 @@ class PerceptionCLI(ConfiguredCLI):
         return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in _VERBS}
 
     def before_instantiate_classes(self) -> None:
-        """Turn the checkpoint names `last` and `best` into files; what goes on does so in its own folder."""
+        """Turn the checkpoint names `last` and `best` into files; what goes on does so in its own folder.
+
+        Raises:
+            UserError: There is no such checkpoint, or it is damaged or that of another program.
+        """
         config = self.config[self.subcommand]
         name = config.get("ckpt_path")
-        settings: Any = getattr(config.trainer.logger, "init_args", None)
-        has_folder = settings is not None and "save_dir" in settings and "name" in settings
+        settings = _with_folder(config.trainer.logger)
+        has_folder = settings is not None
         if name == "best" and self.subcommand == "fit":
             raise UserError("--ckpt_path best has no state of the optimiser; training goes on from last")
         if name in ("last", "best"):
@@ -122,6 +127,8 @@ class PerceptionCLI(ConfiguredCLI):
                 settings.version = checkpoint.parents[1].name
                 if "purge_step" in settings:  # TensorBoard forgets what came after the checkpoint
                     settings.purge_step = next_log_step(checkpoint)
+        if config.get("ckpt_path") is not None:
+            check_origin(read_meta(Path(config.ckpt_path)))
         if has_folder and self.subcommand == "test" and settings.get("version") is None:
             settings.version = EVALUATION + evaluation_key(config.as_dict())
 
@@ -134,7 +141,7 @@ class PerceptionCLI(ConfiguredCLI):
             UserError: Another process is at work in the folder, or the trainer refuses its settings.
         """
         config = self.config[self.subcommand]
-        settings: Any = getattr(config.trainer.logger, "init_args", {})
+        settings: Any = _with_folder(config.trainer.logger) or {}
         given = {name: settings.get(name) for name in ("name", "version") if name in settings}
         if given.get("name", "") is None:
             settings.name = config.run_name
@@ -196,6 +203,13 @@ class PerceptionCLI(ConfiguredCLI):
                 check_memory(self.model, round(device.total_memory * (1 - self.model.engine.memory_share)))
         if self.trainer.is_global_zero:
             get_console().print(told, highlight=False)
+
+
+def _with_folder(loggers: Any) -> Any:
+    """Options of the logger whose folder is that of the run, the first one of several; None if it has none."""
+    first = loggers[0] if isinstance(loggers, list) and loggers else loggers
+    settings = getattr(first, "init_args", None)
+    return settings if settings is not None and "save_dir" in settings and "name" in settings else None
 
 
 def _remove_if_empty(folder: Path) -> None:

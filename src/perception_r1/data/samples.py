@@ -7,6 +7,7 @@ for; it is never replaced by another row.
 
 import logging
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -211,6 +212,8 @@ def _new_id(row: SourceRow, ids: dict[str, str]) -> str:
     elif isinstance(value, bool) or not isinstance(value, str | int):
         raise RowError(f"id: must be a text or a whole number, got {short_repr(value)}")
     name = str(value)
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        raise RowError(f"id: must be a text without control characters, got {short_repr(value)}")
     if name in ids:
         raise RowError(f"id: must be unique, but {name!r} is also that of {ids[name]}")
     ids[name] = row.location

@@ -37,7 +37,15 @@ def check_entries(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
 
 def check_origin(checkpoint: Mapping[str, Any]) -> None:
     """Refuse, with a `UserError`, a checkpoint that another program has written."""
-    if "run" not in checkpoint:
+    state = checkpoint.get("state_dict", {})
+    is_ours = (
+        isinstance(checkpoint.get("run"), dict)
+        and type(checkpoint.get("global_step")) is int
+        and isinstance(checkpoint.get("loops", {}), dict)
+        and isinstance(state, dict)
+        and all(isinstance(value, Tensor) for value in state.values())
+    )
+    if not is_ours:
         raise UserError("The checkpoint was not written by a run of this program; give its last.ckpt or best.ckpt.")
 
 
@@ -81,7 +89,7 @@ def restore(policy: nn.Module, path: Path) -> int:
     checkpoint = load_shards(path, parts=["state_dict"]) if is_sharded(path) else load_file(path, is_mapped=True)
     check_origin(checkpoint)
     holder = nn.ModuleDict({"policy": policy})  # its entries have the names that they have in a training module
-    state: dict[str, Tensor] = checkpoint["state_dict"]
+    state: dict[str, Tensor] = checkpoint.get("state_dict", {})
     check_entries(trained_entries(holder, holder.state_dict()), state)
     if {value.dtype for value in state.values()} == {torch.bfloat16}:
         policy.to(torch.bfloat16)  # trained so by trainer.precision bf16-true, whatever the model was read in

@@ -10,7 +10,6 @@ numbers and text alone (`weights_only`), and no code in them is ever run.
 import hashlib
 import io
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -127,11 +126,11 @@ def load_file(path: Path, *, is_mapped: bool = False) -> dict[str, Any]:
                 break
         except OSError as error:
             raise unreadable(path, error) from error
-        except pickle.UnpicklingError as error:  # whole, but not by our hand
-            problem = f"The checkpoint {path} holds something else than numbers and text."
-            raise DamagedCheckpointError(problem) from error
         except RuntimeError as error:  # by our hand, there is no memory for it
             raise UserError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}.") from error
+        except Exception as error:  # whole, but not by our hand; what a reader of pickles raises has no end
+            problem = f"The checkpoint {path} holds something else than numbers and text."
+            raise DamagedCheckpointError(problem) from error
     if not isinstance(loaded, dict):
         raise DamagedCheckpointError(f"The checkpoint {path} was not written by a run of this program.")
     return loaded

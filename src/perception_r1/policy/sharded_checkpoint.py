@@ -111,7 +111,12 @@ def load_shards(
             tensors[name] = torch.empty_like(layout.detach(), dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads it all: export
-        load(tensors, storage_reader=_Reader(folder))
+        try:
+            load(tensors, storage_reader=_Reader(folder))
+        except UserError:
+            raise
+        except Exception as error:  # those of all devices in one, of many lines
+            raise DamagedCheckpointError(f"The checkpoint {folder} has an index that does not fit it.") from error
     rest = {key: value for key, value in load_meta(folder).items() if key not in _SHARDED or key in parts}
     return {key: _with(value, key, tensors) if key in parts else value for key, value in rest.items()}
 
@@ -186,7 +191,7 @@ class _Reader(filesystem.FileSystemReader):
         try:
             with path.open("rb") as file:
                 metadata = _IndexUnpickler(file).load()
-        except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, TypeError) as error:
+        except Exception as error:  # what a reader of pickles raises has no end
             raise DamagedCheckpointError(f"The checkpoint {self.path} has no usable index: {error}.") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

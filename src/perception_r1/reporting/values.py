@@ -1,8 +1,10 @@
 """Values of files that may be half written or edited: what is there, in the type that it must have."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
+
+_TOO_MUCH = 1e30
+"""Sums, squares and differences of smaller numbers stay finite."""
 
 
 def mapping(value: object) -> Mapping[str, Any]:
@@ -20,8 +22,12 @@ def numbers(value: object) -> dict[str, float]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number, and none with which nothing can be computed any more.
+
+    >>> is_number(10**400), is_number(1e308), is_number(float("nan")), is_number(True), is_number(-3)
+    (False, False, False, False, True)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_MUCH
 
 
 def class_name(settings: object) -> str:
