@@ -63,6 +63,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the parts are put in their place
     warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")  # an error tells why
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")  # peft still says it so
 
 
 if __name__ == "__main__":

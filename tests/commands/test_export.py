@@ -242,6 +242,16 @@ def test_settings_of_the_base_model_s_processor_are_kept(runs, tmp_path, copy_fo
     assert not (run_export(run, tmp_path / "again") / "processor_config.json").exists()
 
 
+def test_weights_may_be_read_by_whom_the_other_files_may(exported):
+    assert (exported / "model.safetensors").stat().st_mode == (exported / "config.json").stat().st_mode
+
+
+def test_the_working_directory_can_be_filled(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(runs["full"]), "--to", "."]) == 0
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_every_setting_of_the_run_comes_along(runs, exported):
     assert (exported / "training_config.yaml").read_bytes() == (runs["full"] / "config.yaml").read_bytes()
     assert main(["fit", "--config", str(exported / "training_config.yaml"), "--print_config"]) == 0

@@ -179,7 +179,8 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
-def test_code_in_a_model_s_folder_is_not_run(folder, tmp_path):
+def test_code_in_a_model_s_folder_is_not_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *words: "y")  # to whoever asks
     copy = shutil.copytree(folder, tmp_path / "model")
     (copy / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Own: pass\n")
     names = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
@@ -22,7 +23,7 @@ from perception_r1.commands.evaluations import evaluations_of
 from perception_r1.commands.model_card import CONFIG, model_card
 from perception_r1.commands.options import check_unused, known, new_parser, parse, run_command
 from perception_r1.commands.runs import Run, checkpoint_path, load_checkpoint, open_run
-from perception_r1.engines.weights import save_adapter
+from perception_r1.engines.weights import save_adapter, share_weights
 from perception_r1.errors import UserError
 from perception_r1.locks import locked
 from perception_r1.policy.families import family_of
@@ -123,13 +124,16 @@ def _copy_processor_settings(name: str, folder: Path) -> None:
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside another, which replaces it once all is written; a failure leaves nothing of it."""
+    folder = folder.absolute()
     draft = folder.with_name(f".{folder.name}-{os.getpid()}.part")
     try:
         draft.mkdir(parents=True)
         yield draft
+        share_weights(draft)
         os.replace(draft, folder)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"--to {folder} cannot be written: {error.strerror or error}") from error
+        if isinstance(error, OSError | SafetensorError):
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"--to {folder} cannot be written: {why}") from error
         raise

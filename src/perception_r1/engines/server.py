@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from perception_r1.engines.base import EngineContext, EngineError, GenerationEngine, Phase, unmeasured
 from perception_r1.engines.client import Completion, Server, ServerLostError, chat_request, read_completions
-from perception_r1.engines.weights import save_adapter, save_weights
+from perception_r1.engines.weights import save_adapter, save_weights, share_weights
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch, to_device
 from perception_r1.policy.policy import Policy
@@ -230,9 +231,11 @@ class Weights:
             try:
                 part.mkdir()
                 (save_adapter if self._has_adapter else save_weights)(policy, part)
+                share_weights(part)
                 part.rename(folder)
-            except OSError as error:
-                raise UserError(f"weights_folder {self._run.parent} cannot be written: {error.strerror}") from error
+            except (OSError, SafetensorError) as error:
+                why = getattr(error, "strerror", None) or error
+                raise EngineError(f"weights_folder {self._run.parent} cannot be written: {why}") from error
             if old is not None:
                 shutil.rmtree(self._run / old, ignore_errors=True)
         while not folder.is_dir():

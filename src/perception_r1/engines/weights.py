@@ -21,6 +21,12 @@ def save_weights(policy: Policy, folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in named_weights(policy)}, folder / "model.safetensors")
 
 
+def share_weights(folder: Path) -> None:
+    """Let others read the weights in a folder as they may read its other files; safetensors keeps them to oneself."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(folder.stat().st_mode & 0o666)
+
+
 def save_adapter(policy: Policy, folder: Path) -> None:
     """Write a policy's adapter in the layout of peft."""
     cast(Any, policy.network).save_pretrained(folder)

@@ -36,9 +36,9 @@ def read_config(name: str) -> Any:
     """
     path = _SHAPES / f"{name.rpartition('/')[2]}.json"
     if name.count("/") == 1 and path.is_file() and not Path(name).is_dir():
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     model_family(name)
-    return AutoConfig.from_pretrained(model_path(name))
+    return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
 
 
 def empty_model(config: PolicyConfig) -> Any:

@@ -22,6 +22,8 @@ from perception_r1.policy.processor import Processor
 
 EMBEDDED = "tiny"
 """Name of the model that comes with this package."""
+_MOST_TOLD = 300
+"""Characters of the reason why a model cannot be read."""
 _EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / EMBEDDED
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
@@ -91,6 +93,7 @@ def load_model(config: PolicyConfig) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model_path(config.name),
+            trust_remote_code=False,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
@@ -114,7 +117,7 @@ class WithoutWeights(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(model_path(name))
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
         try:
             self.generation_config = GenerationConfig.from_pretrained(model_path(name))
         except OSError:  # the file is not needed
@@ -137,11 +140,12 @@ def model_family(name: str) -> Family:
     if is_path and not Path(name).is_dir():
         raise UserError(f"There is no model folder {name}.")
     try:
-        family: str = AutoConfig.from_pretrained(model_path(name)).model_type
+        family: str = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:_MOST_TOLD]
         raise UserError(
             f"No model configuration that is known here could be read from {name}: give a hub id, a folder with a "
-            f"config.json, or tiny; known families: {', '.join(FAMILIES)}."
+            f"config.json, or tiny; known families: {', '.join(FAMILIES)} ({reason})."
         ) from error
     if family not in FAMILIES:
         raise UserError(f"{name} is of the family {family}; known families: {', '.join(FAMILIES)}.")

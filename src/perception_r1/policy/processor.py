@@ -71,9 +71,9 @@ class Processor(ABC):
                 `max_pixels`.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
             image_processor = cls.image_processor_class.from_pretrained(name)
-            layout = cls.read_layout(AutoConfig.from_pretrained(name))
+            layout = cls.read_layout(AutoConfig.from_pretrained(name, trust_remote_code=False))
         except (OSError, ValueError) as error:
             raise UserError(f"Tokenizer and image processor of {name} cannot be loaded: {error}") from error
         processor = cls(tokenizer, image_processor, **layout)
