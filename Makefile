@@ -38,7 +38,7 @@ OPTIONS := --seed_everything $(SEED) $(ARGS)
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables: TASK=counting|grounding|detection|ocr MODEL=tiny|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published ENGINE=vllm|server SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N RUNS='several of them' TO=folder FROM=folder REPO=user/name IMAGES='files or folders' ARGS='--any.option value'"
+	@echo; echo "Variables: TASK=counting|grounding|detection|ocr|all MODEL=tiny|name in configs/model|hub id|folder DATA=rows.jsonl|name in configs/data RECIPE=name VARIANT='names' PROTOCOL=strict|published ENGINE=vllm|server SEED=0 CKPT=best|last|file RUN=logs/TASK/version_N RUNS='several of them' TO=folder FROM=folder REPO=user/name IMAGES='files or folders' ARGS='--any.option value'"
 
 install: $(INSTALLED) ## Install everything into .venv
 

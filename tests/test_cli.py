@@ -176,7 +176,7 @@ def test_what_a_user_can_get_wrong_is_one_clear_sentence(capsys, tmp_path, monke
         (["fit", *COUNTING, "--model.group_size", "many"], "group_size"),
         (["fit", *COUNTING, "--model.loss_type", "median"], "loss_type"),
         (["fit", *COUNTING, "--trainer.precision", "7"], "precision"),
-        (["train"], "invalid choice: 'train'"),
+        (["train"], "there is no command train; there are fit, validate, test, data"),
     ],
 )
 def test_an_option_that_does_not_exist_or_fit_is_an_error(capsys, tmp_path, monkeypatch, arguments, message):

@@ -23,7 +23,7 @@ from perception_r1.tasks import TASKS
 from tests.readme import DOCUMENTS, PAGES, ROOT, blocks, names, prose, read, table
 
 PACKAGE = ROOT / "src" / "perception_r1"
-MADE_UP = {"NAME.py", "NAME.yaml", "kitchen.yaml", "colour.py", "colour.yaml"}
+MADE_UP = {"NAME.py", "NAME.yaml", "kitchen.yaml", "colour.py", "colour.yaml", "strict_grounding.py"}
 MADE_UP |= {"configs/task/colour.yaml", "src/perception_r1/tasks/colour.py"}
 """Paths of examples."""
 MADE_UP_OPTION = "data.task.strict"

@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 from perception_r1.cli import main
+from perception_r1.tasks.grounding import GroundingPrediction, GroundingTarget
 from tests.readme import ROOT, commands, file_blocks
 from tests.test_readme import SMALL, expanded
 
 PAGE = "docs/own-task.md"
 FILES = file_blocks(PAGE)
 SOURCE, CONFIG = "src/perception_r1/tasks/colour.py", "configs/task/colour.yaml"
+REWARD = "strict_grounding.py"
 RUN_ALL = """
 import json, sys
 from perception_r1.cli import main
@@ -28,7 +30,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_a_task_is_a_python_file_of_at_most_60_lines_and_a_yaml_file() -> None:
-    assert set(FILES) == {SOURCE, CONFIG}
+    assert set(FILES) == {SOURCE, CONFIG, REWARD}
     assert len(FILES[SOURCE].splitlines()) <= 60
 
 
@@ -37,8 +39,8 @@ def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
     """In a copy of the project, so that the files can lie where the documentation puts them."""
     for folder in ("src", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for path, text in FILES.items():
-        (tmp_path / path).write_text(text, encoding="utf-8")
+    for path in (SOURCE, CONFIG):
+        (tmp_path / path).write_text(FILES[path], encoding="utf-8")
     write_rows(tmp_path / "shapes.jsonl")
     (tmp_path / "answers.jsonl").write_text(
         '{"width": 8, "height": 8, "shape": "circle", "colour": "red", "completion": "red<|im_end|>"}\n'
@@ -64,6 +66,24 @@ def test_two_files_in_the_project_make_a_task(tmp_path: Path) -> None:
     assert [(card["status"], card["steps"]) for card in cards] == [("finished", 2)] * 2
     assert {"reward", "match", "accuracy"} <= {name.removeprefix("reward/") for name in cards[0]["after"]}
     assert [json.loads(line)["reward"] for line in done.stdout.splitlines() if line.startswith("{")] == [1.0, 0.0]
+
+
+def test_a_task_that_is_there_gets_a_reward_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / REWARD).write_text(FILES[REWARD], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.task", "strict_grounding.StrictGrounding", "--task", "grounding", *SMALL]
+    try:
+        assert main(["fit", *options]) == 0
+        task = sys.modules["strict_grounding"].StrictGrounding()
+    finally:
+        sys.modules.pop("strict_grounding", None)
+    target = GroundingTarget(box=(0.0, 0.0, 0.5, 0.5))
+    for width, reward in ((0.5, 1.0), (0.4, 1.0), (0.3, 0.0)):
+        found = GroundingPrediction(boxes=((0.0, 0.0, width, 0.5),), label="cup", is_well_formed=True)
+        assert task.score(found, target).reward == reward
+    card = json.loads((tmp_path / "logs/grounding/version_0/run.json").read_text(encoding="utf-8"))
+    assert card["steps"] == 2
 
 
 def test_the_files_may_lie_outside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

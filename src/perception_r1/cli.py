@@ -12,8 +12,9 @@ from typing import Any
 
 _COMMANDS = ("data", "export", "plan", "predict", "push", "report", "score", "serve")
 """All but the trainer's own verbs, which belong together."""
+_TRAINER_VERBS = ("fit", "validate", "test")
 _WITHOUT_TRAINER = ("push", "report", "score")
-"""Those that need none, and start in a fraction of the time."""
+"""Those that need none: it takes a second to import."""
 _SIGINT_STATUS = 130
 _MOMENT = 0.05
 """Seconds after which a Ctrl-C that was lost comes again."""
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.unraisablehook = _interrupt_again
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when torch is imported
+    if args and not args[0].startswith("-") and args[0] not in (*_TRAINER_VERBS, *_COMMANDS):
+        commands = ", ".join((*_TRAINER_VERBS, *_COMMANDS))
+        sys.stderr.write(f"perception-r1: error: there is no command {args[0]}; there are {commands}\n")
+        return 2
     name, rest = (args[0], args[1:]) if args and args[0] in _COMMANDS else ("training", args)
     try:
         if not args or args[0] not in _WITHOUT_TRAINER:

@@ -120,7 +120,7 @@ class Score:
     """What a completion is worth.
 
     Attributes:
-        reward: The weighted sum that GRPO maximises.
+        reward: What GRPO maximises.
         components: The unweighted reward components by name.
         metrics: Evaluation metrics of this one sample by name (0/1 for an accuracy, a count for a number of errors).
         reward_terms: Weights and values whose weighted sum, once bounded, is the reward; none where it is no sum.

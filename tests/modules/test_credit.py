@@ -167,10 +167,10 @@ def test_a_token_that_ends_a_box_and_goes_on_behind_it_belongs_to_that_box(codec
     sizes = {"samples": [sample] * 2, "image_sizes": [SIZE] * 2}
     scored = score_completions(task, parse_completions(task, codec, completions=texts, **sizes))
     (first, _), (second, _) = codec.parse_prefixes(texts[0], SIZE)
-    places = [[first - 1, first + 1, second, len(text) + 1] for text in texts]  # "...4", "]," or the like, rest, end
+    offsets = [[first - 1, first + 1, second, len(text) + 1] for text in texts]  # "...4", "]," or the like, rest, end
     rows = [torch.arange(4)] * 2
     rollout = Rollout(completions=rows, logprobs=rows, is_truncated=[False] * 2, entropies=rows)
-    processor = SimpleNamespace(token_ends=lambda row: places[0])
+    processor = SimpleNamespace(token_ends=lambda row: offsets[0])
     policy = SimpleNamespace(codec=codec, processor=processor)
     found = Round(samples=[sample], prompts=None, rollout=rollout, scored_completions=scored)
     parts, owners = box_advantages(task, policy, found, scale="none", dtype=torch.float64)
@@ -187,8 +187,8 @@ def test_the_gradient_is_that_of_the_expected_reward_where_answers_break_off(cod
     rewards = {}
     for first, second in pairs:
         text = codec.format_boxes([[CAT, FALSE][first], DOG], SIZE)
-        places = [end for end, _ in codec.parse_prefixes(text, SIZE)]
-        text = text[: places[1] - 6] if second else text
+        offsets = [end for end, _ in codec.parse_prefixes(text, SIZE)]
+        text = text[: offsets[1] - 6] if second else text
         (parsed,) = parse_completions(task, codec, samples=[sample], image_sizes=[SIZE], completions=[text])
         prefixes = [reward for _, reward in prefix_rewards(task, codec, parsed)]
         (scored,) = score_completions(task, [parsed])

@@ -37,8 +37,9 @@ _DESCRIPTION = "Post-train and evaluate vision-language models on visual percept
 _EPILOG = (
     "Besides these: `perception-r1 data --help`, data before a run; `perception-r1 plan --help`, the memory that a run "
     "needs; `perception-r1 predict --help`, answers to pictures; `perception-r1 export --help`, a checkpoint as a "
-    "model folder; `perception-r1 report --help`, a page about runs; `perception-r1 score --help`, reward and "
-    "components of completions that came from anywhere."
+    "model folder; `perception-r1 push --help`, such a folder to the hub; `perception-r1 serve --help`, a model at an "
+    "address of this machine; `perception-r1 report --help`, a page about runs; `perception-r1 score --help`, reward "
+    "and components of completions that came from anywhere."
 )
 _NUM_PROCESSES = 2
 """Processes on the CPU that any machine may start: training on several devices can be tried out everywhere."""

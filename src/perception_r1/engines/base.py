@@ -14,7 +14,8 @@ from perception_r1.policy.prompt_states import PromptStates
 from perception_r1.policy.rollout import Rollout, SamplingParams
 
 NEVER = -100.0
-"""Added to the logits of tokens that may not be written: the least that the others take, one in 10^43."""
+"""Added to the logits of tokens that may not be written. Servers and vLLM accept no lower bias; it makes such a token
+about 10^43 times less probable."""
 Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]
 """Measures a part of a step under a name."""
 
@@ -120,13 +121,13 @@ class NativeEngine(GenerationEngine):
     knows_entropies = True
 
     def connect(self, policy: Policy, context: EngineContext) -> None:
-        """It serves every run."""
+        """Nothing: it serves every run."""
 
     def invalidate(self) -> None:
-        """It reads the weights themselves."""
+        """Nothing: it reads the policy's own weights, and so always the present ones."""
 
     def sleep(self) -> None:
-        """The policy itself keeps no more than captured steps, which are to be kept."""
+        """Nothing: it holds no weights, and the steps that the policy has captured are needed again."""
 
     def generate(
         self,

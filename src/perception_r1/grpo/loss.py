@@ -7,7 +7,7 @@
 The loss is the negative objective, summed with the token weights of `token_weights`. Deviation from DeepSeekMath's
 GRPO (arXiv 2402.03300): none for the loss "grpo"; "dapo" and "dr_grpo" follow arXiv 2503.14476 and 2503.20783.
 
-Besides it there are other objectives, and ratios of whole completions (`grpo_loss`: CISPO, SAPO, GSPO).
+There are also other objectives, and ratios of whole completions (`grpo_loss`: CISPO, SAPO, GSPO).
 
 Legend: N completions, T completion tokens (longest).
 """
@@ -30,7 +30,7 @@ SamplerCorrection = Literal["token_truncate", "token_mask", "sequence_truncate",
 def token_weights(
     lengths: Tensor, *, loss_type: LossType, max_new_tokens: int, num_tokens: Tensor | None = None
 ) -> Tensor:
-    """Weight of each completion's every token in the loss of a whole batch.
+    """Weight of each token of each completion in the loss of a whole batch.
 
     The weights of a batch do not depend on how it is cut into micro-batches, so neither do its gradients.
 

@@ -78,7 +78,7 @@ def sample_until_informative(
     Args:
         roll_out: Rolls out the prompts with these numbers.
         num_available: How many prompts there are.
-        num_prompts: Groups that are wanted, at most as many.
+        num_prompts: Groups that are wanted; `num_available` or fewer.
         min_reward_std: Groups whose rewards have no larger standard deviation teach nothing.
 
     Returns:

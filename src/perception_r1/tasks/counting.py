@@ -76,7 +76,7 @@ class Counting(Task[CountingTarget, CountingPrediction]):
     Reward = format * ratio * closeness.
 
     - format: the whole answer is one label followed by one or more valid boxes.
-    - ratio: min(n, m) / max(n, m) for n boxes listed and m objects; 0 when there are none of either.
+    - ratio: min(n, m) / max(n, m) for n boxes listed and m objects; 0 when there are none of one of them.
     - closeness: 1 - mean distance between the centers of boxes and their points / sqrt(2), with both sides of the image
       taken as 1; it is 1 where the data gives a count without points.
 
