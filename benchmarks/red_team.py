@@ -3,9 +3,10 @@
     python benchmarks/red_team.py
 
 An answer is better than another if no metric of it is worse and one is better. The metrics are those that a table of
-results would show: of boxes F1 at IoU 0.5, at 0.75 and over COCO's thresholds, of counts whether they are right and how
-far off, of a single box IoU and accuracies, of texts similarity, words and exact matches. For each scene there are
-honest answers, which are the right one with errors of all sizes, and from many starts an answer is changed step by step
+results would show: of boxes F1 at each of COCO's thresholds, from 0.5 to 0.95, with the best matching at each; of
+counts whether they are right and how far off; of a single box IoU and accuracies; of texts similarity, words and exact
+matches. For each scene there are honest answers, which are the right one with errors of all sizes: sides that are off,
+objects that are missing, there twice, false or wrongly named. From many starts an answer is changed step by step
 so that it earns ever more beside the honest answers that are better. What is reported is the worst gap that was found,
 as a share of full marks, and the answer that made it; a search can miss a worse one, so it is a lower bound.
 
@@ -17,7 +18,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,7 +26,7 @@ from typing import Any, TypeAlias
 from pages import fill, table
 from rapidfuzz.distance import Levenshtein
 
-from perception_r1.geometry import IOU_THRESHOLDS, best_share, fbeta, iou, iou_matrix, threshold_shares
+from perception_r1.geometry import IOU_THRESHOLDS, best_share, fbeta, iou, iou_matrix
 from perception_r1.records import Box, LabelledBox
 from perception_r1.task import Task
 from perception_r1.tasks.counting import Counting, CountingPrediction, CountingTarget
@@ -123,7 +124,12 @@ def honest(right: Answer, draw: random.Random) -> Answer:
     if isinstance(right, str):
         return "".join(draw.choice("abcdef ") if draw.random() < size else letter for letter in right)
     answer = [item for item in right if draw.random() >= size]
-    return [change_box(item, draw, size / 4) if size else item for item in answer]
+    answer = [change_box(item, draw, size / 4) if size else item for item in answer]
+    if len(right) > 1:  # grounding has one box
+        answer += [draw.choice(right) for _ in range(draw.random() < size)]
+        answer += [LabelledBox(label=draw.choice(NAMES), box=some_box(draw)) for _ in range(draw.random() < size)]
+        answer = [replace(item, label=draw.choice(NAMES)) if draw.random() < size / 4 else item for item in answer]
+    return answer
 
 
 def change_box(item: LabelledBox, draw: random.Random, size: float) -> LabelledBox:
@@ -184,8 +190,8 @@ def metrics(answer: Answer, right: Answer, task: str) -> tuple[float, ...]:
         for row, item in enumerate(answer):
             overlaps[row] *= [item.label == other.label for other in right]
     sizes = len(answer), len(right)
-    found = [fbeta(best_share((overlaps >= threshold).astype(float)), *sizes) for threshold in (0.5, 0.75)]
-    found.append(fbeta(best_share(threshold_shares(overlaps, IOU_THRESHOLDS)), *sizes))
+    reached = [overlaps >= threshold for threshold in IOU_THRESHOLDS]
+    found = [fbeta(best_share(pairs.astype(float)) if pairs.any() else 0.0, *sizes) for pairs in reached]
     if task == "counting":
         found += [float(sizes[0] == sizes[1]), -float(abs(sizes[0] - sizes[1]))]
     return tuple(found)

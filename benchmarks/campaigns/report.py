@@ -13,10 +13,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "campaigns.md"
 
 
 def write_summary(campaign: Campaign, results: Path) -> dict[str, Any]:
-    """Write what came of a campaign so far, and show it."""
+    """Write what came of a campaign so far, and show it; whose machine it was is not told."""
     summary = campaign.summary()
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{campaign.name}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(summary, indent=1).replace(str(campaign.place.parent), "logs/campaigns")
+    (results / f"{campaign.name}.json").write_text(text + "\n", encoding="utf-8")
     print(summary_table(summary))
     return summary
 

@@ -10,6 +10,7 @@ from rapidfuzz.process import cdist
 from perception_r1.codecs import Codec
 from perception_r1.data.module import TaskDataModule
 from perception_r1.data.synthetic.pages import TextWorld
+from perception_r1.geometry import match
 from perception_r1.published import without_special_tokens
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.rows import Row
@@ -133,20 +134,25 @@ def _passed_tests(lines: Sequence[str], targets: Sequence[str]) -> float:
 
     >>> _passed_tests(["a quick brown fox", "dog", "dog"], ["a quick brown fox", "cat", "dog"])
     0.4
+    >>> _passed_tests(["two"], ["two", "two"])
+    0.5
     >>> _passed_tests(["one", "two", "two", "two"], ["one", "two"])
     0.6
     """
     if len(lines) > 2 * len(targets):
         return 0.0
     similarities = cdist(targets, lines, scorer=Levenshtein.normalized_similarity)  # [targets, lines]
-    best, positions = similarities.max(axis=1).tolist(), similarities.argmax(axis=1).tolist()
-    tests = [float(value) if value >= _NEARLY else 0.0 for value in best]
+    similarities[similarities < _NEARLY] = 0.0
+    positions = dict(match(-similarities, "bipartite"))  # no line is there for two
+    tests = [float(similarities[pair]) for pair in positions.items()]
+    found = {target for target, line in positions.items() if similarities[target, line]}
     tests += [
-        float(min(best[k : k + 2]) >= _NEARLY and positions[k] < positions[k + 1])
+        float({k, k + 1} <= found and positions[k] < positions[k + 1])
         for k in range(len(targets) - 1)
         if targets.count(targets[k]) == targets.count(targets[k + 1]) == 1
     ]
-    return sum(tests) / (len(tests) + max(0, len(lines) - len(targets)))
+    num_missing, num_extra = len(targets) - len(positions), max(0, len(lines) - len(targets))
+    return sum(tests) / (len(tests) + num_missing + num_extra)
 
 
 class OcrData(TaskDataModule):
