@@ -310,6 +310,16 @@ def test_ctrl_c_is_no_traceback_wherever_it_comes(capsys, monkeypatch, command):
     assert capsys.readouterr().err == "Stopped by Ctrl-C.\n"
 
 
+def test_a_reader_that_has_seen_enough_is_no_traceback(monkeypatch, capsys):
+    def closed(name):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "import_module", closed)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert main(["data"]) == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_ctrl_c_is_not_lost_where_python_cannot_raise_it(capsys):
     def interrupted():
         cli._interrupt_again(SimpleNamespace(exc_type=KeyboardInterrupt))

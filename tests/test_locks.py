@@ -169,3 +169,10 @@ def test_two_runs_at_once_do_each_other_no_harm(tmp_path, folder):
     answers = [json.loads(line)["id"] for line in (evaluated / "predictions.jsonl").read_text().splitlines()]
     assert set(Counter(answers).values()) == {1}
     assert not list(runs.glob(".*"))
+
+
+@pytest.mark.parametrize("folder", ["/", "a" * 300, "a\0b", "/proc/nowhere/x"])
+def test_a_folder_that_cannot_be_is_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="written to"), locked(Path(folder), "a test"):
+        pass

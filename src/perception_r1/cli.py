@@ -15,7 +15,7 @@ _COMMANDS = ("data", "export", "plan", "predict", "push", "report", "score", "se
 _TRAINER_VERBS = ("fit", "validate", "test")
 _WITHOUT_TRAINER = ("push", "report", "score")
 """Those that need none: it takes a second to import."""
-_SIGINT_STATUS = 130
+_SIGINT_STATUS, _SIGPIPE_STATUS = 130, 141
 _MOMENT = 0.05
 """Seconds after which a Ctrl-C that was lost comes again."""
 _SPIN_COUNT = "1000"
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args or args[0] not in _WITHOUT_TRAINER:
             _quieten()
         return int(import_module(f"perception_r1.commands.{name}").main(rest))
+    except BrokenPipeError:  # who reads the output has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - what is left is flushed at the end
+        return _SIGPIPE_STATUS
     except KeyboardInterrupt:  # in a fit the trainer heeds it, and saves
         sys.stderr.write("Stopped by Ctrl-C.\n")
         return _SIGINT_STATUS

@@ -4,6 +4,7 @@ The system gives the lock back when the process ends, however it ends. On a disk
 machines where the disk has locks (NFS as a rule); where it has none, a warning says so and the work goes on without.
 """
 
+import errno
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ def locked(folder: Path, work: str, *, name: str | None = None) -> Iterator[None
         UserError: Another process is at work there; it says which, on which machine, and since when.
     """
     folder = folder.absolute()
+    if not folder.name or "\0" in str(folder):
+        raise UserError(f"{str(folder)!r} is no folder that can be written to; give another")
     path = folder.with_name(f".{folder.name}.lock") if name is None else folder / name
     lock = FileLock(path)
     try:
@@ -43,7 +46,8 @@ def locked(folder: Path, work: str, *, name: str | None = None) -> Iterator[None
             f"{folder} is in use by {_holder(path)}; wait until it is done, or give another folder"
         ) from None
     except OSError as error:
-        if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
+        is_no_folder = isinstance(error, PermissionError | FileExistsError | NotADirectoryError | FileNotFoundError)
+        if is_no_folder or error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{folder} cannot be written to ({error.strerror})") from error
         _log.warning("%s: the disk has no locks (%s), so nothing keeps others out.", folder, error.strerror or error)
         yield

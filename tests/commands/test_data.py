@@ -101,6 +101,26 @@ def test_what_is_drawn_was_read_back_from_the_answer(run, tmp_path, monkeypatch,
     assert (tmp_path / "there" / "detection.png").is_file()
 
 
+@pytest.mark.parametrize("to", ["taken", "taken/below", "a" * 300, "a\0b"])
+def test_a_place_that_cannot_be_written_to_is_said_before_any_row_is_read(run, tmp_path, to):
+    (tmp_path / "taken").write_text("mine")
+    rows = write_rows(tmp_path, [{"question": "cup"}])
+    status, text, error = run("check", "--data.train_file", rows, "--to", to)
+    assert (status, text) == (2, "")
+    assert "cannot be written" in error
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("value", ["\\ud800x", "a\\u001b[2J", "a\\nb"])
+def test_ids_that_a_terminal_would_obey_are_bad_rows(run, tmp_path, value):
+    rows = write_rows(tmp_path, [GOOD])
+    rows.write_text(rows.read_text().replace('"image"', f'"id": "{value}", "image"'))
+    status, text, _ = run("check", "--data.train_file", rows)
+    assert status == 1
+    assert "id: must be a text without control characters" in text
+    assert "\x1b" not in text
+
+
 def test_check_names_every_bad_row_and_fails(run, tmp_path):
     rows = [GOOD, GOOD | {"box": [10, 20, 5, 80]}, {"question": "cup"}, GOOD, GOOD | {"image": "none.png"}]
     path = write_rows(tmp_path, rows)

@@ -102,6 +102,12 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check(cli: DataCLI) -> int:
+    to = cli.config.to
+    try:
+        if to is not None:
+            to.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--to {to} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     num_rows = num_bad = 0
     shown: list[tuple[Task[Any, Any], Sample[Any]]] = []
     sources, (_, processor) = cli.sources(), cli.reader
@@ -118,11 +124,11 @@ def _check(cli: DataCLI) -> int:
                 num_shown += 1
     sys.stdout.write(f"{num_rows} rows, {num_bad} of them bad\n")
     if shown:
-        _show(cli, shown)
+        _show(cli, shown, to or Path("logs") / "data")
     return int(num_bad > 0)
 
 
-def _show(cli: DataCLI, shown: Sequence[tuple[Task[Any, Any], Sample[Any]]]) -> None:
+def _show(cli: DataCLI, shown: Sequence[tuple[Task[Any, Any], Sample[Any]]], to: Path) -> None:
     """Write out and draw what the model is to answer; the drawn answer was read back from that text."""
     cards, (codec, processor) = [], cli.reader
     for task, sample in shown:
@@ -148,8 +154,8 @@ def _show(cli: DataCLI, shown: Sequence[tuple[Task[Any, Any], Sample[Any]]]) -> 
             )
         )
     if cards:
-        path = (cli.config.to or Path("logs") / "data") / f"{cli.datamodule.task.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        to.mkdir(parents=True, exist_ok=True)
+        path = to / f"{cli.datamodule.task.name}.png"
         contact_sheet(cards, num_columns=1).save(path)
         sys.stdout.write(f"drawn in {path}\n")
 
