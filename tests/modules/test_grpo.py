@@ -355,7 +355,7 @@ def test_an_optimiser_that_refuses_the_weights_of_the_model_is_one_sentence(fold
         ({"num_iterations": 0}, "num_iterations"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
         ({"kl_coef": -0.1}, "kl_coef"),
-        ({"clip_eps_low": 1.0}, "clip_eps_low"),
+        ({"clip_eps_low": 1.1}, "clip_eps_low"),
         ({"clip_eps_high": -0.1}, "clip_eps_high"),
     ],
 )
