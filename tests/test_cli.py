@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -325,8 +326,12 @@ def test_ctrl_c_is_not_lost_where_python_cannot_raise_it(capsys):
         cli._interrupt_again(SimpleNamespace(exc_type=KeyboardInterrupt))
         time.sleep(5)
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored here
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
 
 

@@ -1,6 +1,7 @@
 """Trains in one process or in one of two and writes what it ends with; started by `test_strategies.py`."""
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers.models.qwen2_vl import modeling_qwen2_vl as modeling
 
 from perception_r1.callbacks.log_samples import LogSamples
+from perception_r1.engines import NativeEngine
+from perception_r1.engines.base import EngineContext, EngineError
+from perception_r1.engines.weights import save_adapter
 from perception_r1.modules import GRPO, SFT
 from perception_r1.modules.strategies import FSDP2Strategy
 from perception_r1.policy.load import LoraConfig
@@ -48,6 +52,33 @@ class Failing(Counting):
     def manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         is_failing = self.global_step == 2 and self.global_rank == 0
         super().manual_backward(loss * float("nan") if is_failing else loss, *args, **kwargs)
+
+
+class Elsewhere(NativeEngine):
+    """Computes here as if it were elsewhere: the adapter is written for it, and one process loses it once.
+
+    Args:
+        folder: Where the first process writes the adapter before each rollout.
+        num_rollouts: So many succeed on the second process.
+    """
+
+    has_own_weights = True
+
+    def __init__(self, folder: Path, num_rollouts: int) -> None:
+        self.folder, self.num_rollouts, self.count = folder, num_rollouts, 0
+
+    def connect(self, policy: Policy, context: EngineContext) -> None:
+        self.rank = context.rank
+
+    def generate(self, policy: Policy, *args: Any, **kwargs: Any) -> Any:
+        if self.rank == 0:
+            folder = self.folder / f"adapter-{self.count}"
+            folder.mkdir(parents=True)
+            save_adapter(policy, folder)
+        elif self.count == self.num_rollouts:
+            raise EngineError("It is lost.")
+        self.count += 1
+        return super().generate(policy, *args, **kwargs)
 
 
 StrategyRegistry.register("shards", FSDP2Strategy, save_distributed_checkpoint=True)
@@ -95,6 +126,7 @@ def train(
     strategy: str = "auto",
     max_steps: int = NUM_STEPS,
     ckpt_path: str | None = None,
+    num_rollouts: int | None = None,
 ) -> tuple[Any, Any, Log]:
     """Steps of four prompts; with two devices the first computes each completion by itself."""
     log, num_devices = Log(), 1 if strategy == "auto" else 2
@@ -103,7 +135,8 @@ def train(
     trainer = make_trainer(Path(folder), [log, Checkpoints(), LogSamples(1, 64)], strategy=strategy, **settings)
     torch.manual_seed(0)  # of an adapter's first weights
     micro_batch_tokens = 1 if num_devices > 1 and trainer.global_rank == 0 else None
-    module = make_module(Path(model), micro_batch_tokens=micro_batch_tokens, decay="constant", **KINDS[kind])
+    engine = {} if num_rollouts is None else {"engine": Elsewhere(Path(folder), num_rollouts)}
+    module = make_module(Path(model), micro_batch_tokens=micro_batch_tokens, decay="constant", **KINDS[kind], **engine)
     with exact():
         trainer.fit(module, datamodule=make_data(module.task, global_batch_size=4), ckpt_path=ckpt_path)
     return module, trainer, log
@@ -114,6 +147,13 @@ def main(model: str, plan: str) -> None:
     torch.set_num_threads(1)
     for line in Path(plan).read_text().splitlines():
         options = json.loads(line)
+        if "num_rollouts" in options:
+            rank = os.environ["LOCAL_RANK"]
+            try:
+                train(model, **options)
+            except EngineError as error:
+                (Path(options["folder"]) / f"error{rank}.txt").write_text(str(error))
+            continue
         module, trainer, log = train(model, **options)
         shares = [_share(value) for value in module.policy.parameters()]
         found = {"log": log.steps, "shares": shares, "counts": getattr(module, "counts", [])}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from perception_r1.callbacks.checkpoints import replace
 from perception_r1.errors import UserError
@@ -22,6 +23,9 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-9
 SHARDED = [("full", "zero1"), ("lora", "zero1"), ("frozen", "zero1"), *((kind, "fsdp2") for kind in KINDS)]
 RESUMED = ["zero1", "fsdp2", "shards"]
+LOST = ["zero1", "fsdp2"]
+NUM_ROLLOUTS = 2
+"""Before an engine is lost; the next validation would come a step later."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,10 @@ def runs(folder, tmp_path_factory):
         common = {"kind": "full", "strategy": strategy}
         plan.append({"folder": f"half/{strategy}", "max_steps": NUM_STEPS // 2} | common)
         plan.append({"folder": f"rest/{strategy}", "ckpt_path": str(last(out / "half" / "auto"))} | common)
+    for strategy in LOST:
+        common = {"kind": "lora", "strategy": strategy}
+        plan.append({"folder": f"lost/{strategy}", "num_rollouts": NUM_ROLLOUTS} | common)
+        plan.append({"folder": f"found/{strategy}", "ckpt_path": str(last(out / "lost" / strategy))} | common)
     lines = [json.dumps(each | {"folder": str(out / each["folder"])}) for each in plan]
     (out / "plan.jsonl").write_text("\n".join(lines))
     two_processes.run("tests.modules.run_sharded", str(folder), str(out / "plan.jsonl"))
@@ -109,6 +117,23 @@ def test_an_update_that_is_not_finite_on_one_process_is_skipped_by_both(runs):
     for report in reports(runs / "frozen" / "fsdp2"):
         assert [report["log"][str(step)]["train/skipped_steps"] for step in (2, 3, NUM_STEPS)] == [0, 1, 1]
     assert load(runs / "frozen" / "fsdp2")["run"]["num_skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("strategy", LOST)
+def test_an_engine_that_one_process_loses_leaves_a_checkpoint_of_both(runs, strategy):
+    folder = runs / "lost" / strategy
+    errors = [(folder / f"error{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors == ["The engine of another device has failed.", "It is lost."]
+    checkpoint = load(folder)
+    assert checkpoint["global_step"] == NUM_ROLLOUTS
+    assert_same_end(load(runs / "lora" / "auto"), load(runs / "found" / strategy))
+    written = load_file(folder / f"adapter-{NUM_ROLLOUTS + 1}" / "adapter_model.safetensors")  # LogSamples had one
+    trained = {
+        name.removeprefix("policy.network.").replace(".default", ""): value.cpu()
+        for name, value in checkpoint["state_dict"].items()
+    }
+    torch.testing.assert_close(written, trained, rtol=0, atol=0)
+    assert json.loads((folder / "adapter-0" / "adapter_config.json").read_text())["r"] == 2
 
 
 def test_a_checkpoint_of_shards_is_restored_without_a_trainer(runs, folder):

@@ -122,8 +122,8 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where the run was stopped, if that was not within a step; a validation that was cut will be repeated."""
-        is_error = not isinstance(exception, KeyboardInterrupt | SystemExit)
-        if is_error and pl_module.device_mesh is not None:
+        is_everywhere = isinstance(exception, EngineError | KeyboardInterrupt | SystemExit)
+        if not is_everywhere and pl_module.device_mesh is not None:
             return  # the other devices, which have the rest of the weights, are still elsewhere
         if isinstance(exception, EngineError) and not self._is_exact and self._begun is not None and self._begun.total:
             self._position = self._begun

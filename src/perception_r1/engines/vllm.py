@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from perception_r1.engines.base import NEVER, EngineContext, GenerationEngine, Phase, unmeasured
+from perception_r1.engines.base import NEVER, EngineContext, EngineError, GenerationEngine, Phase, unmeasured
 from perception_r1.engines.vllm_worker import WORKER
 from perception_r1.engines.weights import named_weights, save_adapter
 from perception_r1.errors import UserError
@@ -109,7 +109,10 @@ class VLLMEngine(GenerationEngine):
         with phase("decode"):
             requests = _requests(policy.processor, prompts)
             sampling = [_sampling_params(params, group_size, seed) for seed in seeds]
-            outputs = self._llm.generate(requests, sampling, use_tqdm=False, lora_request=self._adapter)
+            try:
+                outputs = self._llm.generate(requests, sampling, use_tqdm=False, lora_request=self._adapter)
+            except Exception as error:  # whatever vLLM raises; a prompt that does not fit is the likeliest
+                raise EngineError(f"vLLM cannot answer: {' '.join(str(error).split())}") from error
         return _rollout([output for each in outputs for output in each.outputs], policy)
 
     @property

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,5 +29,11 @@ def share_weights(folder: Path) -> None:
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
-    """Write a policy's adapter in the layout of peft."""
-    cast(Any, policy.network).save_pretrained(folder)
+    """Write a policy's adapter, which is whole on this device, in the layout of peft.
+
+    `save_pretrained` asks for a state dict, for which sharded weights would be scattered again.
+    """
+    network = cast(PeftModel, policy.network)
+    weights = get_peft_model_state_dict(network, dict(network.named_parameters()), save_embedding_layers=False)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    network.peft_config["default"].save_pretrained(str(folder))

@@ -20,7 +20,7 @@ from perception_r1.codecs import Codec
 from perception_r1.data.base import BaseDataModule
 from perception_r1.data.loading import Batch
 from perception_r1.engines import GenerationEngine, NativeEngine
-from perception_r1.engines.base import EngineContext
+from perception_r1.engines.base import EngineContext, EngineError
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics, make_metrics, update_metrics
 from perception_r1.modules.encoding import encode_prompts, prompt_encoder
@@ -193,7 +193,7 @@ class EvaluationModule(LightningModule):
     def complete(self, batch: Batch) -> list[ParsedCompletion]:
         """Greedy completions of samples, in their order, parsed and not scored: they need no target."""
         found: dict[int, ParsedCompletion] = {}
-        with evaluation_mode(self.policy):
+        with self.answering():
             if not len(batch):
                 return []
             prompts = self.encode(batch)
@@ -203,6 +203,21 @@ class EvaluationModule(LightningModule):
                 parsed = self.parse([batch.samples[index] for index in indices], eval_batch, completions)
                 found |= zip(indices, parsed, strict=True)
         return [found[index] for index in range(len(batch))]
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """`evaluation_mode`, where an engine that fails on one device fails on all of them, so that all can save."""
+        failure: EngineError | None = None
+        with evaluation_mode(self.policy):
+            try:
+                yield
+            except EngineError as error:
+                failure = error
+        is_fine = failure is None
+        if self.engine.has_own_weights and self.trainer.world_size > 1:
+            is_fine = self.trainer.strategy.reduce_boolean_decision(is_fine)
+        if not is_fine:
+            raise failure or EngineError("The engine of another device has failed.")
 
     def answer(self, prompts: PromptBatch) -> Rollout:
         """The greedy completion of each prompt, all at once."""

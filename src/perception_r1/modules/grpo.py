@@ -32,7 +32,6 @@ from perception_r1.grpo.loss import (
 )
 from perception_r1.modules.advantages import AdvantageEstimator, Advantages, CreditAssignment, ScaleRewards
 from perception_r1.modules.base import PolicyModule
-from perception_r1.modules.evaluation import evaluation_mode
 from perception_r1.modules.experience import Experience, logprob_mismatch
 from perception_r1.modules.resampling import Round, sample_until_informative
 from perception_r1.modules.shared_prompts import SharedPrompts
@@ -223,7 +222,7 @@ class GRPO(PolicyModule):
             own_seeds = [seeds[index] for index in indices]
             return self.roll_out(batch.select(indices), group_size, own_seeds, has_reserve=num_prompts < len(batch))
 
-        with evaluation_mode(self.policy):
+        with self.answering():
             chosen, found = sample_until_informative(
                 roll_out, len(batch), num_prompts=num_prompts, min_reward_std=self.min_reward_std
             )
@@ -266,7 +265,7 @@ class GRPO(PolicyModule):
         return seeds[self.global_rank * count :][:count]
 
     def roll_out(self, batch: Batch, group_size: int, seeds: Sequence[int], *, has_reserve: bool) -> Round:
-        """G scored completions of each sample, from one seed each; the policy is in `evaluation_mode`.
+        """G scored completions of each sample, from one seed each, inside of `answering`.
 
         With a reserve, it is open which of them the step learns from.
         """
