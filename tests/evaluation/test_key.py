@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch import Trainer
 
 from perception_r1.cli import main
 from perception_r1.evaluation.key import evaluation_key
+from perception_r1.policy.checkpoint_file import save_file
 from tests.evaluation.evaluating import arguments, write_sources
 
 
@@ -19,8 +19,8 @@ def name_of(folder, tmp_path, monkeypatch):
     """The name that the command line gives to an evaluation, without the evaluation."""
     files = write_sources(tmp_path, "grounding", {"only": 2})
     model = shutil.copytree(folder, tmp_path / "model")
-    torch.save({}, tmp_path / "a.ckpt")
-    torch.save({}, tmp_path / "b.ckpt")
+    for checkpoint in ("a.ckpt", "b.ckpt"):
+        save_file({"run": {}, "state_dict": {}, "global_step": 2}, tmp_path / checkpoint)
     monkeypatch.chdir(tmp_path)
     found = []
 
