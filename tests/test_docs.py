@@ -54,6 +54,15 @@ def test_paths_in_the_text_exist(document: str) -> None:
     assert unknown <= MADE_UP
 
 
+def test_what_is_to_be_read_is_in_the_file_that_is_named() -> None:
+    rows = table("docs/reading.md", "| | file")
+    assert len(rows) == 12
+    for _, file, read_there, _ in rows:
+        (path,) = names(file)
+        defined = re.findall(r"^ *(?:def|class) (\w+)", read(path), re.MULTILINE)
+        assert set(names(read_there)) <= set(defined)
+
+
 def test_tree_names_files_that_exist_and_all_of_the_package() -> None:
     (tree,) = (block for block in blocks("docs/architecture.md", "text") if "pyproject.toml" in block)
     paths = tree_paths(tree)
