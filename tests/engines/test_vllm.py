@@ -13,7 +13,7 @@ import torch
 from perception_r1.cli import main
 from perception_r1.embedded.model import BASE, build_model_folder
 from perception_r1.engines import NativeEngine, ServerEngine, VLLMEngine
-from perception_r1.engines.base import EngineContext
+from perception_r1.engines.base import EngineContext, EngineError
 from perception_r1.errors import UserError
 from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig, model_path
@@ -147,6 +147,20 @@ def test_vllm_that_cannot_start_says_so_in_one_sentence(folders, start):
     policy, config = load(folders["qwen2_vl"])
     with pytest.raises(UserError, match=r"^vLLM cannot start with .*tokenizer_mode"):
         start(policy, config, engine_args={"tokenizer_mode": "other"})
+
+
+@torch.no_grad()
+def test_a_prompt_that_does_not_fit_is_one_sentence_and_the_next_one_is_answered(folders, start):
+    policy, config = load(folders["qwen2_vl"])
+    prompts = oracle.encode(policy.processor, [0, 1, 2, 3])
+    params, lengths = policy.sampling_params(max_new_tokens=5, is_greedy=True), prompts.lengths
+    engine = start(policy, config, max_model_len=max(lengths) - 1)
+    with pytest.raises(EngineError, match=r"^vLLM cannot answer: [^\n]*\d"):
+        engine.generate(policy, prompts, group_size=1, params=params, seeds=[0] * 4)
+    shortest = prompts.select([lengths.index(min(lengths))])
+    options = {"group_size": 1, "params": params, "seeds": [0]}
+    found, own = (each.generate(policy, shortest, **options) for each in (engine, NativeEngine()))
+    assert found.completions[0].tolist() == own.completions[0].tolist()
 
 
 def run(words, tmp_path, monkeypatch, capsys):
