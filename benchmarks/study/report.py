@@ -165,10 +165,10 @@ def difference_table(results: Sequence[Result]) -> str:
     counts = sorted({r["labels"] for r in results})
     rows = []
     for task, (metric, name) in PRIMARY.items():
-        for other in (kind for kind in FEW if kind != "grpo"):
+        for other, title in ((kind, title) for kind, title in (FEW | MAIN).items() if kind != "grpo"):
             cells = [words(differences(results, task, other, count, metric)) for count in counts]
             if set(cells) - {"-"}:
-                rows.append([task, name, f"GRPO - {FEW[other]}", *cells])
+                rows.append([task, name, f"GRPO - {title}", *cells])
     heads = [f"{count} images" if count else "ever new images" for count in counts]
     return table(["task", "metric", "difference", *heads], rows)
 
