@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 
 from perception_r1.callbacks.watchdog import Watchdog
 from tests.modules.toy import Numbers, Quick, make_trainer
@@ -25,6 +26,8 @@ class Standing(Quick):
                 time.sleep(2)  # the others hear of the phase
                 if self.how == "failed":
                     raise ValueError("out of luck")
+                if self.how == "stopped":
+                    raise KeyboardInterrupt
                 (self.folder / "pid").write_text(str(os.getpid()))
                 time.sleep(600)
         with self.phase("backward"):
@@ -34,12 +37,19 @@ class Standing(Quick):
         super().training_step(batch, batch_idx)
 
 
+class Saving(Callback):
+    """What is stopped would save together with the others."""
+
+    def on_exception(self, *args: Any) -> None:
+        time.sleep(600)
+
+
 def main(folder: str, still: str, how: str, seconds: str) -> None:
     torch.set_num_threads(1)
     if how == "silent":  # no process can be watched but by its silence
         del os.pidfd_open
     module = Standing(Path(folder), int(still), how)
-    trainer = make_trainer(Path(folder), [Watchdog(float(seconds))], strategy="ddp", devices=2, max_steps=3)
+    trainer = make_trainer(Path(folder), [Watchdog(float(seconds)), Saving()], strategy="ddp", devices=2, max_steps=3)
     trainer.fit(module, datamodule=Numbers(module.task, num_train=8, batch_size=2))
 
 

@@ -58,6 +58,17 @@ def test_a_rank_that_failed_is_named_while_the_other_waits(tmp_path):
     assert status == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("still", [0, 1])
+def test_a_rank_that_is_stopped_alone_stops_the_other(tmp_path, still):
+    output, status = end_of(tmp_path, still, "stopped", None, seconds=3)
+    sentence = (
+        f"Rank {still} was stopped by a signal, and this one was not; it was last seen at step 1, decode, and rank "
+    )
+    assert f"{sentence}{1 - still} waits at step 1, backward: the run stands still" in output
+    assert status == 1
+
+
 def test_the_first_rank_hears_all_and_the_others_its_verdict(monkeypatch):
     """Three machines, one of which falls silent; what is read grows with the processes, not with their square."""
     ended, read = {}, {}
@@ -80,7 +91,7 @@ def test_the_first_rank_hears_all_and_the_others_its_verdict(monkeypatch):
     watches = []
     for rank in range(3):
         trainer = SimpleNamespace(global_rank=rank, local_rank=0, num_devices=1, world_size=3, global_step=7)
-        trainer.training, trainer.state = False, state
+        trainer.training, trainer.state, trainer.received_sigterm = False, state, False
         own = store if rank == 0 else TCPStore("127.0.0.1", port=store.port, wait_for_workers=False)
         watches.append(Watch(Counted(own, rank), trainer, None, 3.0))
     for watch in watches[:2]:

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +48,8 @@ class Beat:
         machine: The same for processes that see each other's numbers.
         pid: Number of the process.
         where: Step and phase.
-        state: "running"; "failed" with an error; "ended", of which there is nothing more to be heard.
+        state: "running"; "stopped" by a signal; "failed" with an error; "ended", of which there is nothing more to be
+            heard.
     """
 
     number: int = 0
@@ -97,9 +99,10 @@ class Watchdog(Callback):
         """Tell the others; an error that says that another one is gone is left to the watch, which knows which."""
         if self._watch is None:
             return
-        if isinstance(exception, KeyboardInterrupt | SystemExit):  # all stop, each in its own time
-            self._watch.end("ended")
-        elif isinstance(exception, RuntimeError) and any(word in str(exception).lower() for word in _CONNECTION_ERRORS):
+        if isinstance(exception, KeyboardInterrupt | SystemExit):
+            self._watch.stop()
+            return
+        if isinstance(exception, RuntimeError) and any(word in str(exception).lower() for word in _CONNECTION_ERRORS):
             self._watch.join(self._watch.seconds + _GRACE)
         self._watch.end("failed")
 
@@ -123,7 +126,9 @@ class Watch(threading.Thread):
         self._neighbours = {*range(first, first + trainer.num_devices)} - {self._own}
         watched = range(trainer.world_size) if self._own == 0 else [0]
         self._num_silent = dict.fromkeys({*watched} - {self._own}, 0)
+        self._num_stopped: Counter[int] = Counter()
         self._seen: dict[int, Beat] = {}
+        self._state = "running"
         self._beat = Beat(machine=_machine(), pid=os.getpid(), where=self._where())
         if self._own == 0:
             store.set(_VERDICT, "")
@@ -146,22 +151,27 @@ class Watch(threading.Thread):
                 gone, verdict = gone | {0}, ""
             if verdict and not self._has_ended.is_set():
                 self._end_process(verdict)
-            self._judge(gone)
+            if self._state == "running":
+                self._judge(gone)
             for handle in events:
                 poll.unregister(handle)
         for handle in handles:
             os.close(handle)
 
+    def stop(self) -> None:
+        """This process heeds a signal. All stop, each in its own time; one that got none ends, and this one with it."""
+        self._state = "stopped"
+
     def end(self, state: str) -> None:
         """Watch no more, and let the others know."""
         if not self._has_ended.is_set():
             self._has_ended.set()
-            self._beat = replace(self._beat, state=state)
+            self._state = state
             with suppress(RuntimeError):
                 self._tell()
 
     def _tell(self) -> None:
-        self._beat = replace(self._beat, number=self._beat.number + 1, where=self._where())
+        self._beat = replace(self._beat, number=self._beat.number + 1, where=self._where(), state=self._state)
         self._store.set(str(self._own), json.dumps(asdict(self._beat)))
 
     def _read(self, others: Set[int]) -> str:
@@ -181,7 +191,11 @@ class Watch(threading.Thread):
             if beat.state == "ended" or self._has_ended.is_set():
                 continue
             silence = self._num_silent.get(rank, 0) * _INTERVAL
-            if beat.state == "failed":
+            self._num_stopped[rank] += beat.state == "stopped"
+            if beat.state == "stopped":
+                is_alone = self._num_stopped[rank] * _INTERVAL >= self.seconds and not self._trainer.received_sigterm
+                what = "was stopped by a signal, and this one was not" if is_alone else ""
+            elif beat.state == "failed":
                 what = "stopped with an error, which its own output tells" if silence >= _GRACE else ""
             elif rank in gone:
                 what = "is gone: it was killed, or it crashed"
@@ -194,12 +208,13 @@ class Watch(threading.Thread):
                 self._end_process(verdict)
 
     def _end_process(self, verdict: str) -> None:
-        """The main thread may wait where no exception reaches it."""
+        """The main thread may wait where no exception reaches it; one that was stopped has said so, or will not."""
         sys.stdout.flush()
-        sys.stderr.write(
-            f"\n{verdict}, and rank {self._own} waits at {self._where()}: the run stands still and ends here; "
-            "--ckpt_path last goes on from the last checkpoint.\n"
-        )
+        if self._state == "running":
+            sys.stderr.write(
+                f"\n{verdict}, and rank {self._own} waits at {self._where()}: the run stands still and ends here; "
+                "--ckpt_path last goes on from the last checkpoint.\n"
+            )
         sys.stderr.flush()
         if self._own == 0:
             time.sleep(2 * _INTERVAL)  # until the others have read the verdict too
