@@ -87,6 +87,16 @@ def test_null_counts_as_missing():
         ("box", [math.nan, 2, 3, 4], "but x1 is not a finite number"),
         ("box", [1, 2, 3, 10**400], "but y2 is not a finite number"),
         ("box", [30, 2, 20, 4], "key: must have x1 < x2 and y1 < y2, got [30, 2, 20, 4]"),
+        (
+            "box",
+            [150, 40, 30, 20],
+            "got [150, 40, 30, 20]; of x, y, width and height make x, y, x + width and y + height",
+        ),
+        (
+            "box",
+            [0.25, 0.5, 0.75, 1],
+            'key: lies within one pixel; fractions of the image need "unit": "fractions", got [0.25, 0.5, 0.75, 1]',
+        ),
         ("box", [1, 4, 20, 4], "key: must have x1 < x2 and y1 < y2"),
         ("box", [1, 4, 20, 100.001], "key: must lie inside the image of 200 x 100 pixels, got [1, 4, 20, 100.001]"),
         ("box", [-0.001, 4, 20, 50], "key: must lie inside the image of 200 x 100 pixels"),
@@ -114,6 +124,11 @@ def test_what_is_wrong_is_named(method, value, sentence):
     assert sentence in str(caught.value)
     assert str(caught.value).startswith("key")
     assert "\n" not in str(caught.value)
+
+
+def test_a_box_of_the_first_pixel_is_one():
+    assert row(box=[0, 0, 1, 1]).box("box") == (0.0, 0.0, 1 / 200, 1 / 100)
+    assert row(box=[0.25, 0.5, 0.75, 1], unit="fractions").box("box") == (0.25, 0.5, 0.75, 1.0)
 
 
 def test_rounding_errors_at_the_border_are_clamped_and_nothing_more():

@@ -104,9 +104,16 @@ class Row:
         )
 
     def _box(self, value: object, name: str) -> Box:
-        x1, y1, x2, y2 = self._fractions(value, name, ("x1", "y1", "x2", "y2"))
+        axes = ("x1", "y1", "x2", "y2")
+        x1, y1, x2, y2 = self._fractions(value, name, axes)
         if x1 >= x2 or y1 >= y2:
-            raise _wrong(name, "must have x1 < x2 and y1 < y2", value)
+            wrong = _wrong(name, "must have x1 < x2 and y1 < y2", value)
+            if 0 < x2 <= 1 - x1 and 0 < y2 <= 1 - y1:  # as a size they would fit
+                raise RowError(f"{wrong}; of x, y, width and height make x, y, x + width and y + height")
+            raise wrong
+        numbers = _numbers(value, name, axes, self._unit)
+        if self._unit == "pixels" and max(numbers) <= 1 and any(number % 1 for number in numbers):
+            raise _wrong(name, 'lies within one pixel; fractions of the image need "unit": "fractions"', value)
         return x1, y1, x2, y2
 
     def _point(self, value: object, name: str) -> Point:
