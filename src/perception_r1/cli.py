@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from _thread import interrupt_main
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from threading import Timer
 from typing import Any
+
+from perception_r1.processes import end_with_parent
 
 _COMMANDS = ("data", "export", "plan", "predict", "push", "report", "score", "serve")
 """All but the trainer's own verbs, which belong together."""
@@ -29,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _interrupt_again
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # it would wait half an hour for the others to come
+        end_with_parent(signal.SIGTERM)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when torch is imported
     if args and not args[0].startswith("-") and args[0] not in (*_TRAINER_VERBS, *_COMMANDS):

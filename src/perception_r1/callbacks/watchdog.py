@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from perception_r1.errors import UserError
+from perception_r1.processes import end_with_parent
 
 _INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -87,6 +88,7 @@ class Watchdog(Callback):
         self._watch = Watch(store or make(port=port, is_master=False), trainer, pl_module, self.seconds)
         strategy.barrier()
         self._watch.start()
+        end_with_parent(None)  # from here on the watch says what has happened
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """All have come to the end."""

@@ -4,11 +4,9 @@ Both samplers yield whole batches of indices. They are `DistributedSampler`s, so
 device gets the same number of batches.
 """
 
-import ctypes
 import heapq
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,10 +20,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 from perception_r1.data.images import load_image
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
+from perception_r1.processes import end_with_parent
 from perception_r1.records import ImageBytes, LoadedSample, Sample, TargetT
-
-_PR_SET_PDEATHSIG = 1
-"""Of Linux: which signal a process gets when its parent ends."""
 
 Encoder: TypeAlias = Callable[[Sequence[Sample[Any]]], PromptBatch]
 """Makes prompts of samples; see `PromptEncoder`."""
@@ -272,8 +268,7 @@ def _bind_to_parent(worker: int) -> None:
     Where it is killed they end with it: else one whose batch is larger than a pipe would wait for ever for a reader.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
 
 
 def load_sample_image(sample: Sample[TargetT]) -> LoadedSample[TargetT]:
