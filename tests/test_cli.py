@@ -490,6 +490,7 @@ def test_a_run_keeps_its_settings_and_they_make_another_run(tmp_path, monkeypatc
     run = tmp_path / "logs" / "counting" / "version_0"
     settings = yaml.safe_load((run / "hparams.yaml").read_text())
     assert settings == yaml.safe_load((run / "config.yaml").read_text())
+    assert not list(run.glob("*.tmp"))
     assert (settings["model"]["init_args"]["group_size"], settings["data"]["init_args"]["batch_size"]) == (3, 2)
     assert (settings["task"], settings["run_name"]) == ("counting", "counting")
     events = EventAccumulator(str(run))

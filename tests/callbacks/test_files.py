@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from perception_r1.callbacks import files
 
@@ -26,3 +27,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="disk full"):
         files.write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+@pytest.mark.parametrize("name", ["card.png", "card.jpg"])
+def test_a_picture_is_there_whole_or_as_it_was(tmp_path, monkeypatch, name):
+    path, plain = tmp_path / name, Image.Image.save
+    files.save_image(Image.new("RGB", (4, 3), "red"), path)
+    before = path.read_bytes()
+    assert Image.open(path).format == {"card.png": "PNG", "card.jpg": "JPEG"}[name]
+
+    def killed(image, file, **options):
+        plain(image, file, **options)
+        file.write_bytes(file.read_bytes()[:20])
+        raise SystemExit
+
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with pytest.raises(SystemExit):
+        files.save_image(Image.new("RGB", (4, 3), "blue"), path)
+    assert path.read_bytes() == before

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a report reads the same files, and starts at once without it
     from lightning.pytorch import Trainer
+    from PIL.Image import Image
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 """Data that JSON can hold."""
@@ -56,6 +57,13 @@ def write_json(path: Path, data: Json) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(finite(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def save_image(image: "Image", path: Path, **options: Any) -> None:
+    """Write a picture in the same way, a `.jpg` or a `.png`; the options are those of the format."""
+    draft = path.with_name(path.name + ".tmp")
+    image.save(draft, format="JPEG" if path.suffix == ".jpg" else "PNG", **options)
     os.replace(draft, path)
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from perception_r1.callbacks.files import IMAGES, image_name
+from perception_r1.callbacks.files import IMAGES, image_name, save_image
 from perception_r1.callbacks.predictions import Key, prediction_row, read_rows, row_key, row_line, write_rows
 from perception_r1.callbacks.selection import most_telling
 from perception_r1.data.loading import load_sample_image
@@ -72,9 +72,7 @@ def keep_images(folder: Path, samples: Iterable[Sample[Any]]) -> None:
         if not path.exists():
             image = load_sample_image(sample).image.convert("RGB")
             image.thumbnail((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
-            draft = path.with_suffix(".part")
-            image.save(draft, format="JPEG", quality=_QUALITY, subsampling=0)
-            draft.replace(path)
+            save_image(image, path, quality=_QUALITY, subsampling=0)
 
 
 def _lines(task: AnyTask, answers: Iterable[ScoredCompletion]) -> Iterator[str]:

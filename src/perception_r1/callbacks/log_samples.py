@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image
 
-from perception_r1.callbacks.files import PREDICTIONS, run_folder
+from perception_r1.callbacks.files import PREDICTIONS, run_folder, save_image
 from perception_r1.callbacks.kept_predictions import keep
 from perception_r1.data.loading import load_sample_image
 from perception_r1.drawing import contact_sheet, draw_card
@@ -140,10 +140,10 @@ def _save(cards: Sequence[Image.Image], folder: Path) -> None:
     _write(cards, folder / "last")
     pairs = [(first / f"{index}.png", card) for index, card in enumerate(cards)]
     sheet = contact_sheet([each for path, card in pairs if path.exists() for each in (Image.open(path), card)])
-    sheet.save(folder / "sheet.png")
+    save_image(sheet, folder / "sheet.png")
 
 
 def _write(cards: Sequence[Image.Image], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, card in enumerate(cards):
-        card.save(folder / f"{index}.png")
+        save_image(card, folder / f"{index}.png")

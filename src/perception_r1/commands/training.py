@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
 from perception_r1.callbacks.checkpoints import FOLDER, LAST, PREVIOUS, find_last, next_log_step, repair_last
+from perception_r1.callbacks.files import CONFIG
 from perception_r1.commands.compose import compose
 from perception_r1.commands.configuration import PARSER, ConfiguredCLI
 from perception_r1.commands.options import run_command
@@ -56,12 +57,13 @@ def _run(argv: Sequence[str]) -> int:
     PerceptionCLI(
         args,
         save_config_callback=SaveSettings,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"overwrite": True, "config_filename": _DRAFT},
         parser_kwargs=PARSER | {"usage": None, "description": _DESCRIPTION, "epilog": _EPILOG} | parsers,
     )
     return 0
 
 
+_DRAFT = f"{CONFIG}.tmp"
 _IS_FIRST = getattr(rank_zero_only, "rank", 0) == 0
 """Whether this is the first process of a run, or its only one."""
 
@@ -75,11 +77,18 @@ class SaveSettings(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write that of a run that begins."""
         if stage != "fit" or self.config.get("ckpt_path") is None:
-            super().setup(trainer, pl_module, stage)
+            self._write(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write that of a run that goes on."""
-        super().setup(trainer, pl_module, "fit")
+        self._write(trainer, pl_module, "fit")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it whole or not at all."""
+        super().setup(trainer, pl_module, stage)
+        folder = Path(trainer.log_dir or "")  # all processes ask together
+        if trainer.is_global_zero and (folder / _DRAFT).exists():
+            os.replace(folder / _DRAFT, folder / CONFIG)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand the configuration to the loggers; checkpoints hold none of it, they must not change later options."""
