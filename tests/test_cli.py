@@ -456,12 +456,18 @@ def test_the_embedded_model_is_trained_at_once_and_a_run_goes_on(tmp_path, monke
     assert main(["fit", *COUNTING, *SMALL, "--trainer.max_steps", "1"]) == 0
     lines = console.file.getvalue().splitlines()
     assert [" ".join(line.split()[:2]) for line in lines[:2]] == ["Training on", "training 1/1"]
+    run_card = tmp_path / "logs" / "counting" / "version_0" / "run.json"
+    first = json.loads(run_card.read_text())
     assert main(["fit", *COUNTING, *SMALL, "--trainer.max_steps", "2", "--ckpt_path", "last"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
     assert [path.name for path in (tmp_path / "logs" / "counting").iterdir()] == ["version_0"]
-    card = json.loads((tmp_path / "logs" / "counting" / "version_0" / "run.json").read_text())
+    card = json.loads(run_card.read_text())
     assert card["steps"] == 2
     assert card["resumed_from"].endswith("last.ckpt")
+    assert card["start"] == first["start"]
+    assert (first["earlier_commands"], card["earlier_commands"]) == ([], [first["command"]])
+    assert card["seconds"] > first["seconds"] > 0
+    assert card["seconds"] >= sum(card["phase_seconds"].values())
 
 
 def test_a_run_that_cannot_go_on_stays_as_it_is(tmp_path, monkeypatch, capsys):

@@ -76,6 +76,19 @@ def test_a_run_that_breaks_off_says_why(error: BaseException, status: str, tmp_p
     assert card["after"] == {}
 
 
+def test_a_checkpoint_keeps_the_seconds_until_then(tmp_path: Path):
+    class Save(ToyModule):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.trainer.save_checkpoint(tmp_path / "now.ckpt")
+            card = read_card(tmp_path)
+            assert card["status"] == "running"
+            seconds.append(card["seconds"])
+
+    seconds: list[float] = []
+    toy_trainer(tmp_path, [RunCard()]).fit(Save(), datamodule=ToyData())
+    assert 0 < seconds[0] < seconds[-1] <= read_card(tmp_path)["seconds"]
+
+
 def test_only_fits_have_a_card(tmp_path: Path):
     toy_trainer(tmp_path, [RunCard()]).validate(ToyModule(), datamodule=ToyData(), verbose=False)
     assert not list(tmp_path.rglob("run.json"))

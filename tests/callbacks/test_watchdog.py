@@ -69,6 +69,20 @@ def test_a_rank_that_is_stopped_alone_stops_the_other(tmp_path, still):
     assert status == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("still", [0, 1])
+def test_both_heed_sigterm_after_the_same_step_whoever_got_it_and_how_often(tmp_path, still):
+    processes = two_processes.start("tests.callbacks.run_watched", str(tmp_path), str(still), "terminated", "30")
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1]
+    assert ["stopped after 2 steps" in output for output in outputs] == [True, True], outputs
+    assert len(list(tmp_path.rglob("last.ckpt"))) == 1
+
+
 def test_the_first_rank_hears_all_and_the_others_its_verdict(monkeypatch):
     """Three machines, one of which falls silent; what is read grows with the processes, not with their square."""
     ended, read = {}, {}
@@ -91,7 +105,7 @@ def test_the_first_rank_hears_all_and_the_others_its_verdict(monkeypatch):
     watches = []
     for rank in range(3):
         trainer = SimpleNamespace(global_rank=rank, local_rank=0, num_devices=1, world_size=3, global_step=7)
-        trainer.training, trainer.state, trainer.received_sigterm = False, state, False
+        trainer.training, trainer.state = False, state
         own = store if rank == 0 else TCPStore("127.0.0.1", port=store.port, wait_for_workers=False)
         watches.append(Watch(Counted(own, rank), trainer, None, 3.0))
     for watch in watches[:2]:

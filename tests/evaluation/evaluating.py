@@ -80,7 +80,7 @@ def results(place: Path) -> Path:
 def left_behind(folder: Path) -> dict[str, bytes]:
     """Files of an evaluation that must not differ; no others may be there."""
     names = {path.name for path in folder.iterdir()} - {"config.yaml", "hparams.yaml", "images"}
-    assert {name for name in names if not name.startswith("events.")} == set(LEFT_BEHIND)
+    assert {name for name in names if not name.startswith("events.")} == {*LEFT_BEHIND, "evaluation.json"}
     return {name: (folder / name).read_bytes() for name in LEFT_BEHIND}
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import scipy.stats
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -96,6 +97,22 @@ def test_an_evaluation_keeps_small_pictures_and_has_a_page(undisturbed):
     page = make_document([record], num_cards=NUM_SAMPLES)
     assert f"{NUM_SAMPLES} of {NUM_SAMPLES} answered samples of the test split." in page
     assert page.count("data:image/jpeg;base64") == NUM_SAMPLES
+
+
+def test_an_evaluation_says_how_it_was_made(undisturbed):
+    record = read_record(results(undisturbed.folder / "whole"))
+    card = record.card
+    assert card["versions"]["torch"] == torch.__version__
+    assert card["hardware"]["cores"] > 0
+    assert card["git"] is None or len(card["git"]["commit"]) == 40
+    assert card["checkpoint"] is None
+    splits = card["data"]["splits"]
+    assert splits["test"]["num_samples"] == NUM_SAMPLES
+    assert len(card["data"]["fingerprint"]) >= 16
+    assert card["task"]["class_path"].endswith("Grounding")
+    words = re.sub(r"<[^>]*>", " ", make_document([record]))
+    assert card["versions"]["torch"] in words
+    assert "All of evaluation.json" in words
 
 
 def fractions(row) -> tuple[float, ...]:

@@ -85,6 +85,15 @@ def test_two_runs_are_compared(tmp_path):
     ]
 
 
+def test_a_run_that_went_on_has_all_its_commands_and_all_its_seconds(tmp_path):
+    commands = [["perception-r1", "fit", "--task", "counting"], ["perception-r1", "fit", "--ckpt_path", "last"]]
+    run = make_run(tmp_path / "a", resumed_from="last.ckpt", earlier_commands=commands)
+    words = words_of(page_of(run))
+    assert "began with perception-r1 fit --task counting" in words
+    assert "went on with perception-r1 fit --ckpt_path last" in words
+    assert "elsewhere 25.0 s" in words  # of 100, phases have 75
+
+
 def test_runs_of_different_tasks_share_a_page(tmp_path):
     other = make_run(tmp_path / "b", task=OCR, before=(0.5, 0.5), after=(1.0, 0.5), primary_metrics=["reward"])
     mixed = make_run(tmp_path / "c", task=None, tasks={"many": COUNTING, "ocr": OCR}, after=None, status="running")

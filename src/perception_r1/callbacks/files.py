@@ -17,6 +17,8 @@ Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 RUN_CARD = "run.json"
 """The file that makes a folder a run."""
+EVALUATION_CARD = "evaluation.json"
+"""What an evaluation has in its place."""
 CONFIG = "config.yaml"
 """Every setting."""
 PREDICTIONS = "predictions"

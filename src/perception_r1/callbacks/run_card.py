@@ -1,4 +1,8 @@
-"""`run.json`: everything that says what a run was and what came of it, on one page of JSON."""
+"""`run.json`: everything that says what a run was and what came of it, on one page of JSON.
+
+The seconds of a run that went on in its folder are those of all its parts; of one that was killed, those until its last
+checkpoint.
+"""
 
 import os
 import sys
@@ -13,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.environment import git_state, hardware, versions
-from perception_r1.callbacks.files import RUN_CARD, run_folder, write_json
+from perception_r1.callbacks.files import RUN_CARD, read_card, run_folder, write_json
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule
@@ -52,9 +56,19 @@ class RunCard(Callback):
         if folder is None or not trainer.is_global_zero:
             return
         self._path = folder / RUN_CARD
-        self._started = time.monotonic()
-        self._card = {"status": "running", "start": _now(), "end": None, "seconds": None, **_set_up(trainer, pl_module)}
+        earlier = read_card(folder) if trainer.ckpt_path is not None else {}
+        seconds, commands = earlier.get("seconds"), earlier.get("earlier_commands")
+        self._started = time.monotonic() - (seconds if isinstance(seconds, int | float) else 0.0)
+        self._card = {"status": "running", "start": earlier.get("start") or now(), "end": None, "seconds": None}
+        self._card |= set_up(trainer, pl_module)
+        self._card["resumed_from"] = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+        self._card["earlier_commands"] = [*(commands or []), earlier["command"]] if "command" in earlier else []
         write_json(self._path, self._card)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run that is killed goes on from here."""
+        if self._path is not None:
+            write_json(self._path, self._card | {"seconds": self._seconds()})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Complete the card of a run that came to its end."""
@@ -67,10 +81,13 @@ class RunCard(Callback):
     def _complete(self, status: str, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._path is None:
             return
-        self._card |= {"status": status, "end": _now(), "seconds": round(time.monotonic() - self._started, 3)}
+        self._card |= {"status": status, "end": now(), "seconds": self._seconds()}
         self._card |= {"data": _data(trainer), **_results(trainer, pl_module)}
         write_json(self._path, self._card)
         self._path = None
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._started, 3)
 
 
 def status_of(exception: BaseException) -> str:
@@ -88,8 +105,8 @@ def status_of(exception: BaseException) -> str:
     return "failed: " + (reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + "...")
 
 
-def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """What the run consists of."""
+def set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What a run or an evaluation consists of: all that decides what comes of it."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {
         "command": sys.argv,
@@ -110,7 +127,6 @@ def _set_up(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         },
         "data": _data(trainer),
         **cast("EvaluationModule", pl_module).describe(),
-        "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
 
 
@@ -138,5 +154,6 @@ def _data(trainer: Trainer) -> dict[str, Any] | None:
     return {"fingerprint": data.fingerprint(), "splits": data.describe()}
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

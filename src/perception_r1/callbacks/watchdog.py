@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from perception_r1.errors import UserError
+from perception_r1.modules.signals import is_told_to_stop
 from perception_r1.processes import end_with_parent
 
 _INTERVAL = 1.0
@@ -195,7 +196,7 @@ class Watch(threading.Thread):
             silence = self._num_silent.get(rank, 0) * _INTERVAL
             self._num_stopped[rank] += beat.state == "stopped"
             if beat.state == "stopped":
-                is_alone = self._num_stopped[rank] * _INTERVAL >= self.seconds and not self._trainer.received_sigterm
+                is_alone = self._num_stopped[rank] * _INTERVAL >= self.seconds and not is_told_to_stop(self._trainer)
                 what = "was stopped by a signal, and this one was not" if is_alone else ""
             elif beat.state == "failed":
                 what = "stopped with an error, which its own output tells" if silence >= _GRACE else ""

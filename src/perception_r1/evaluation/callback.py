@@ -3,7 +3,7 @@
 Each device appends its rows to a part of its own while it works. Whoever starts the same evaluation again, on however
 many devices, finds these parts in its folder: finished samples are scored again from their completions and not answered
 again. At the end the parts become `predictions.jsonl`, in the order of the data, with `metrics.json`,
-`margins_of_error.json` and the report.
+`margins_of_error.json`, `evaluation.json`, which says how all of it was made, and the report.
 
 Only a folder that has the name of its evaluation is known to hold the answers to the same question. In any other, and
 where `trainer.limit_test_batches` leaves samples out, an evaluation begins anew.
@@ -17,9 +17,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from perception_r1.callbacks.files import run_folder, write_json
+from perception_r1.callbacks.files import EVALUATION_CARD, run_folder, write_json
 from perception_r1.callbacks.kept_predictions import keep_images
 from perception_r1.callbacks.predictions import Key, prediction_row, read_rows, rescore, row_key, row_line, write_rows
+from perception_r1.callbacks.run_card import now, set_up
 from perception_r1.callbacks.selection import most_telling
 from perception_r1.data.base import BaseDataModule
 from perception_r1.errors import UserError
@@ -151,6 +152,10 @@ class Evaluation(Callback):
             metrics[source or "test"] = _rounded(values)
         write_json(self._folder / "metrics.json", metrics)
         write_json(self._folder / "margins_of_error.json", margins)
+        checkpoint = str(trainer.ckpt_path) if trainer.ckpt_path else None
+        write_json(
+            self._folder / EVALUATION_CARD, {"end": now(), "checkpoint": checkpoint, **set_up(trainer, pl_module)}
+        )
 
         def scored_completion(index: int) -> tuple[Task[Any, Any], ScoredCompletion]:
             task = task_of(module.task, sample := samples[indices[index]])
@@ -163,7 +168,7 @@ class Evaluation(Callback):
             scored_completion=scored_completion,
             rewards=[row["reward"] for row in rows],
             num_samples=self.num_samples,
-            checkpoint=str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            checkpoint=checkpoint,
         )
         told = most_telling(
             {}, {index: row["reward"] for index, row in zip(indices, rows, strict=True)}, self.num_images

@@ -24,6 +24,7 @@ from perception_r1.engines.base import EngineContext, EngineError
 from perception_r1.errors import UserError
 from perception_r1.metrics import TaskMetrics, make_metrics, update_metrics
 from perception_r1.modules.encoding import encode_prompts, prompt_encoder
+from perception_r1.modules.signals import SignalConnector
 from perception_r1.modules.strategies import SUPPORTED, CheckpointIO
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.load import PolicyConfig
@@ -161,9 +162,10 @@ class EvaluationModule(LightningModule):
         }
 
     def configure_callbacks(self) -> list[Callback]:
-        """The first hook of a run, before the trainer's own complaints: check the trainer; it adds no callback."""
+        """The first hook of a run: check the trainer before its own complaints, and change parts of it; no callback."""
         self.check_trainer(self.trainer, is_training=self.trainer.state.fn == TrainerFn.FITTING)
         self.trainer.strategy.checkpoint_io = CheckpointIO()
+        self.trainer._signal_connector = SignalConnector(self.trainer)
         return []
 
     def check_trainer(self, trainer: Trainer, *, is_training: bool = True) -> None:

@@ -73,8 +73,8 @@ def settings_of(record: Record) -> dict[str, str]:
     """Every setting by the name that it has on the command line, as JSON.
 
     >>> from pathlib import Path
-    >>> record = Record(folder=Path(), card={}, config={"model": {"class_path": "a.GRPO", "init_args": {"seed": 0}}},
-    ...     values={}, widths={})
+    >>> config = {"model": {"class_path": "a.GRPO", "init_args": {"seed": 0}}}
+    >>> record = Record(folder=Path(), card={}, is_evaluation=False, config=config, values={}, widths={})
     >>> settings_of(record)
     {'model': 'GRPO', 'model.seed': '0'}
     """

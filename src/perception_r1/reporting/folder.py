@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from perception_r1.callbacks.files import CONFIG, IMAGES, PREDICTIONS, RUN_CARD
+from perception_r1.callbacks.files import CONFIG, EVALUATION_CARD, IMAGES, PREDICTIONS, RUN_CARD
 from perception_r1.errors import UserError
 from perception_r1.reporting.answers import Answer, Answers, read_answers
 from perception_r1.reporting.values import class_name, init_args, mapping, numbers
@@ -33,7 +33,8 @@ class Record:
 
     Attributes:
         folder: Where it lies.
-        card: `run.json`; empty of an evaluation.
+        card: `run.json`, or `evaluation.json`.
+        is_evaluation: It is an evaluation of a model, not a training.
         config: `config.yaml`.
         values: Greedy metrics on the test split before and after training, as the files name them.
         widths: Half the width of the 95 % confidence interval of each, where it is known.
@@ -41,14 +42,10 @@ class Record:
 
     folder: Path
     card: Mapping[str, Any]
+    is_evaluation: bool
     config: Mapping[str, Any]
     values: Mapping[str, Mapping[str, float]]
     widths: Mapping[str, Mapping[str, float]]
-
-    @property
-    def is_evaluation(self) -> bool:
-        """It is an evaluation of a model, not a training."""
-        return not self.card
 
     @property
     def training(self) -> str:
@@ -154,9 +151,10 @@ def read_record(folder: Path) -> Record:
         card = _read(folder / RUN_CARD) or {"status": "unknown"}
         margins = mapping(card.get("margins_of_error"))
         values, widths = ({when: numbers(found.get(when)) for when in TIMES} for found in (card, margins))
-        return Record(folder=folder, card=card, config=config, values=values, widths=widths)
+        return Record(folder=folder, card=card, is_evaluation=False, config=config, values=values, widths=widths)
+    card = _read(folder / EVALUATION_CARD)
     values, widths = ({"before": {}, "after": _flat(_read(folder / name))} for name in (_METRICS, _MARGINS))
-    return Record(folder=folder, card={}, config=config, values=values, widths=widths)
+    return Record(folder=folder, card=card, is_evaluation=True, config=config, values=values, widths=widths)
 
 
 def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -25,8 +25,9 @@ def _run_card(index: int, record: Record, name: str) -> Markup:
         done.append(f"{card['steps']:,} steps")
     if is_number(card.get("seconds")):
         done.append(duration(card["seconds"]))
-    if isinstance(card.get("start"), str):
-        done.append(card["start"].replace("T", " ").removesuffix("+00:00")[:16] + " UTC")
+    when = card.get("end" if record.is_evaluation else "start")
+    if isinstance(when, str):
+        done.append(when.replace("T", " ").removesuffix("+00:00")[:16] + " UTC")
     lines += [" · ".join(done)] if done else []
     status = record.status
     kind = "good" if status == "finished" else "bad" if status.startswith("failed") else "open"

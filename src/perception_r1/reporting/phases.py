@@ -47,7 +47,7 @@ def _phase_seconds(record: Record, curves: Mapping[str, Curve]) -> dict[str, flo
         logged = {name.removeprefix(tag): curve for name, curve in curves.items() if name.startswith(tag)}
         found = {name: _total(curve) for name, curve in logged.items() if name != "step"}
         found |= {"validation": _total(curves["val/seconds"])} if "val/seconds" in curves else {}
-    elif is_number(record.card.get("seconds")) and record.card.get("resumed_from") is None:
+    elif is_number(record.card.get("seconds")):  # of one that goes on from another run they are fewer
         rest = record.card["seconds"] - sum(found.values())
         found |= {_REST: rest} if rest > 0 else {}
     return {name: found[name] for name in _in_order(found)}

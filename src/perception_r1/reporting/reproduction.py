@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from perception_r1.callbacks.files import EVALUATION_CARD, RUN_CARD
 from perception_r1.reporting.folder import Record
 from perception_r1.reporting.html import Markup, element, join
 from perception_r1.reporting.parts import chip, section
@@ -20,9 +21,7 @@ def reproduction_section(records: Sequence[Record], names: Sequence[str]) -> Mar
 def _again(index: int, record: Record, name: str) -> Markup:
     card, command = record.card, f"command-{index}"
     parts: list[str] = [element("h3", chip(index, name))]
-    words = card.get("command")
-    if isinstance(words, list) and words:
-        told = shlex.join(["perception-r1", *map(str, words[1:])])
+    if told := _command(card.get("command")):
         parts.append(_copied(element("pre", told, id=command), command, "Copy the command"))
     entries = list(_entries(record))
     if entries:
@@ -32,8 +31,14 @@ def _again(index: int, record: Record, name: str) -> Markup:
         everything = f"card-{index}"
         text = element("pre", json.dumps(card, indent=2, ensure_ascii=False, default=str), id=everything)
         whole = _copied(text, everything, "Copy it all")
-        parts.append(element("details", element("summary", "All of run.json"), whole))
+        file = EVALUATION_CARD if record.is_evaluation else RUN_CARD
+        parts.append(element("details", element("summary", f"All of {file}"), whole))
     return element("article", *parts, class_="again")
+
+
+def _command(words: Any) -> str:
+    """A command line to be entered again; empty where there is none."""
+    return shlex.join(["perception-r1", *map(str, words[1:])]) if isinstance(words, list) and words else ""
 
 
 def _copied(content: Markup, identifier: str, label: str) -> Markup:
@@ -68,6 +73,9 @@ def _entries(record: Record) -> Iterator[tuple[str, str]]:
         yield "weights", f"{policy['num_trainable']:,} of {policy['num_parameters']:,} trained"
     if card.get("resumed_from"):
         yield "goes on from", str(card["resumed_from"])
+    earlier = card.get("earlier_commands")
+    for number, words in enumerate(earlier if isinstance(earlier, list) else ()):
+        yield "went on with" if number else "began with", _command(words)
     if record.is_evaluation:
         yield "checkpoint", str(record.config.get("ckpt_path") or "none, the model as it is")
     if "seed_everything" in record.config and not card:
