@@ -110,7 +110,7 @@ def test_an_evaluation_says_how_it_was_made(undisturbed):
     assert splits["test"]["num_samples"] == NUM_SAMPLES
     assert len(card["data"]["fingerprint"]) >= 16
     assert card["task"]["class_path"].endswith("Grounding")
-    words = re.sub(r"<[^>]*>", " ", make_document([record]))
+    words = re.sub(r"<[^>]*>", " ", make_document([record], num_cards=1))
     assert card["versions"]["torch"] in words
     assert "All of evaluation.json" in words
 
