@@ -133,8 +133,9 @@ def read_pictures(urls: Sequence[str], *, max_pixels: int) -> list[Image.Image]:
     sizes = [read_size(source) for source in sources]
     if sum(width * height for width, height in sizes) > max_pixels:
         told = " and ".join(f"{width} x {height}" for width, height in sizes)
-        which = "picture has" if len(sizes) == 1 else "pictures have"
-        raise UserError(f"The {which} {told} pixels; {max_pixels} are the most of a request.")
+        if len(sizes) == 1:
+            raise UserError(f"The picture has {told} pixels; {max_pixels} are the most.")
+        raise UserError(f"The pictures have {told} pixels; {max_pixels} are the most of all together.")
     return [load_image(source) for source in sources]
 
 
