@@ -209,7 +209,9 @@ def test_the_pictures_of_a_request_are_counted_together_and_before_one_is_unpack
     urls = [data_url(Image.new("RGB", (30, 20))), data_url(Image.new("RGB", (9, 5)))]
     assert [image.size for image in read_pictures(urls, max_pixels=645)] == [(30, 20), (9, 5)]
     monkeypatch.setattr(chat, "load_image", None)
-    with pytest.raises(UserError, match=r"The pictures have 30 x 20 and 9 x 5 pixels; 644 are the most of all together\."):
+    with pytest.raises(
+        UserError, match=r"The pictures have 30 x 20 and 9 x 5 pixels; 644 are the most of all together\."
+    ):
         read_pictures(urls, max_pixels=644)
 
 
