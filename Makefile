@@ -113,7 +113,7 @@ test-slow: $(INSTALLED) ## Run the tests that start several processes or train f
 	$(BIN)/pytest -n 2 --dist loadfile -m 'slow and not hours'
 
 test-vllm: $(VLLM_VENV)/.installed ## Run the tests that need vLLM
-	$(VLLM_VENV)/bin/pytest -n 2 -m vllm tests/engines
+	$(VLLM_VENV)/bin/pytest -n 2 -m vllm tests/engines tests/commands/test_model_card.py
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

@@ -6,16 +6,26 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from perception_r1.cli import main
-from perception_r1.commands.card_metadata import Origin, origins
+from perception_r1.commands.card_metadata import Export, Origin, origins
+from perception_r1.commands.card_usage import usage
 from perception_r1.commands.evaluations import evaluations_of
+from perception_r1.commands.runs import checkpoint_path, load_checkpoint, open_run
 from perception_r1.commands.settings import class_defaults, deviations
+from perception_r1.engines import NativeEngine
 from perception_r1.errors import UserError
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.families.qwen_vl import QwenVLProcessor
+from perception_r1.policy.load import PolicyConfig
+from perception_r1.policy.policy import Policy
 from perception_r1.task import THINK_REQUEST
+from tests.engines.test_vllm import SAME
 
+QUESTION = "Output the bounding box of the red cup in the image."
 CARD = "---\nlicense: other\nlicense_name: research\nlicense_link: LICENSE\nbase_model: someone/base\n---\n\n# A base\n"
 
 
@@ -147,11 +157,95 @@ def test_license_and_base_are_those_of_the_base_models_card(copied, copy_folder,
     assert export(copied, tmp_path / "again").data.get("license") is None
 
 
-def test_an_adapter_says_how_it_is_put_on_its_base(runs, tmp_path):
+def python_of(text: str) -> str:
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+def bounds_of(processor_file: Path) -> str:
+    size = json.loads(processor_file.read_text())["size"]
+    return f'size={{"shortest_edge": {size["shortest_edge"]}, "longest_edge": {size["longest_edge"]}}}'
+
+
+def test_an_adapter_says_how_it_is_put_on_its_base_and_how_pictures_are_sized(runs, model_folders, tmp_path):
     card = export(runs["lora"], tmp_path / "to", "--adapter")
     assert card.data.library_name == "peft"
     assert "PeftModel.from_pretrained(base" in card.text
+    assert "pip install peft transformers torchvision pillow" in card.text
+    code = python_of(card.text)
+    compile(code, "README.md", "exec")
+    assert f'folder = "{model_folders["qwen2_vl"].name}"' in code
+    assert bounds_of(model_folders["qwen2_vl"] / "preprocessor_config.json") in code
     assert "vllm serve" not in card.text
+
+
+def exported(run: Path, policy: Policy) -> Export:
+    """As if a run had trained a model."""
+    return Export(
+        run=open_run(run),
+        checkpoint=run / "checkpoints" / "best.ckpt",
+        step=2,
+        family=policy.family.name,
+        codec=policy.codec,
+        processor=policy.processor,
+        is_adapter=False,
+        evaluations=[],
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_card_names_vllm_where_it_was_compared_with_our_own_engine(runs, model_folders, family):
+    policy = Policy.load(PolicyConfig(name=str(model_folders[family])), is_trained=False)
+    text = "\n\n".join(usage(exported(runs["full"], policy)))
+    compile(python_of(text), "README.md", "exec")
+    assert ("vllm serve" in text) == (family in {*SAME, "internvl"})
+    if "vllm serve" in text:
+        options = json.loads(text.partition("--mm-processor-kwargs '")[2].partition("'")[0])
+        assert options == policy.processor.hub_options
+    if family == "internvl":
+        assert options["use_fast"] is False
+        assert "use_fast" not in python_of(text)
+
+
+def run_card(text: str, folder: Path, monkeypatch, capsys) -> str:
+    """What the Python of a card prints about a picture."""
+    pixels = torch.randint(256, (210, 300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.numpy()).save(folder / "picture.jpg")
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(compile(python_of(text), "README.md", "exec"), {})
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+@torch.no_grad()
+def answer_of(policy: Policy, folder: Path, max_new_tokens: int) -> str:
+    """What our own engine answers to the same question."""
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    prompts = policy.encode([chat], [[Image.open(folder / "picture.jpg").convert("RGB")]])
+    params = policy.sampling_params(max_new_tokens=max_new_tokens, is_greedy=True)
+    rollout = NativeEngine().generate(policy, prompts, group_size=1, params=params, seeds=[0])
+    return policy.processor.decode(rollout.completions)[0]
+
+
+@pytest.mark.vllm  # its environment has torchvision
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family != "gemma3"]
+)  # whose tiny model is not whole
+def test_the_python_of_a_card_answers_as_our_own_engine_does(
+    runs, model_folders, family, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(model_folders[family], tmp_path / "folder")
+    policy = Policy.load(PolicyConfig(name=str(folder)), is_trained=False).eval()
+    text = "\n\n".join(usage(exported(runs["full"], policy)))
+    assert run_card(text, folder, monkeypatch, capsys) == answer_of(policy, folder, 6)
+
+
+@pytest.mark.vllm
+def test_the_python_of_an_adapters_card_answers_as_the_run_does(runs, model_folders, tmp_path, monkeypatch, capsys):
+    text = export(runs["lora"], tmp_path, "--adapter").text
+    (tmp_path / model_folders["qwen2_vl"].name).symlink_to(model_folders["qwen2_vl"])
+    run = open_run(runs["lora"])
+    policy, _ = load_checkpoint(run.policy, checkpoint_path(run, "best"))
+    assert run_card(text, tmp_path, monkeypatch, capsys) == answer_of(policy.eval(), tmp_path, 6)
 
 
 def test_a_card_of_a_model_that_can_think_says_that_it_answers_at_once(runs, tmp_path, monkeypatch):
@@ -164,7 +258,7 @@ def test_a_card_of_a_model_that_can_think_says_that_it_answers_at_once(runs, tmp
 
     monkeypatch.setattr(QwenVLProcessor, "load", can_think)
     text = export(runs["full"], tmp_path / "to").text
-    code = text.partition("```python\n")[2].partition("```")[0]
+    code = python_of(text)
     compile(code, "README.md", "exec")
     assert 'return_tensors="pt", enable_thinking=False,\n' in code
     assert """ \\\n    --default-chat-template-kwargs '{"enable_thinking": false}'\n""" in text
@@ -173,9 +267,10 @@ def test_a_card_of_a_model_that_can_think_says_that_it_answers_at_once(runs, tmp
 def test_a_card_says_how_a_folder_is_loaded(runs, tmp_path):
     text = export(runs["full"], tmp_path / "to").text
     settings = json.loads((tmp_path / "to" / "preprocessor_config.json").read_text())["size"]
-    bounds = {"min_pixels": settings["shortest_edge"], "max_pixels": settings["longest_edge"]}
+    bounds = {"size": {name: settings[name] for name in ("shortest_edge", "longest_edge")}}
     assert f"vllm serve . --mm-processor-kwargs '{json.dumps(bounds)}'" in text
-    code = text.partition("```python\n")[2].partition("```")[0]
+    assert "pip install transformers torchvision pillow" in text
+    code = python_of(text)
     compile(code, "README.md", "exec")
     assert '"text": "Output the bounding box of the red cup in the image."' in code
     assert "max_new_tokens=6" in code

@@ -87,6 +87,7 @@ def test_only_an_address_of_this_machine_checks_its_name(folder, started):
         (["FOLDER", "--host=256.0.0.1"], "cannot listen at 256.0.0.1"),
         (["FOLDER", "--port=99999"], "cannot listen at"),
         (["FOLDER", "--timeout=0"], "--timeout is 0"),
+        (["FOLDER", "--max_requests=0"], "--max_requests is 0"),
         (["FOLDER", "--engine=other"], "--engine other: there is no configs/engine/other.yaml"),
         (["FOLDER", "--engine.urls=[a]"], "goes with --engine"),
         (["FOLDER", "--engine=server", "--engine.urls=[]"], "urls of the engine is empty"),

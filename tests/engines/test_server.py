@@ -488,6 +488,7 @@ def test_an_adapter_is_served_under_a_name_of_its_own(folder, tmp_path):
 
     async def chat(request):
         asked.append((await request.json())["model"])
+        server.served.name = asked[-1]  # the adapter is all that this one serves
         return await server.served._chat(request)
 
     app = web.Application(client_max_size=2**25)

@@ -12,7 +12,7 @@ from aiohttp import web
 from perception_r1.engines import NativeEngine
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
-from perception_r1.serving.app import Limits, Served
+from perception_r1.serving.app import SERVER_OPTIONS, Limits, Served
 from perception_r1.serving.generation import Generator
 from perception_r1.tasks import TASKS
 
@@ -35,7 +35,7 @@ def running(app, port=0):
     loop, started, found = asyncio.new_event_loop(), threading.Event(), []
 
     async def start():
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, **SERVER_OPTIONS)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", port)
         await site.start()

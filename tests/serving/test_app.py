@@ -1,20 +1,28 @@
 import asyncio
 import base64
 import io
+import itertools
 import json
 import random
+import socket
 import struct
 import threading
 import time
+import weakref
 import zlib
+from contextlib import suppress
 
 import httpx2
 import pytest
 from PIL import Image
 
-from perception_r1.records import Sample
-from perception_r1.serving.generation import Completion, Generator
-from tests.serving.serving import running, serve
+from perception_r1.engines import NativeEngine
+from perception_r1.engines.base import EngineError
+from perception_r1.engines.client import chat_request
+from perception_r1.records import ImageSize
+from perception_r1.serving import chat as module
+from perception_r1.serving.generation import Completion, CompletionParams, Generator
+from tests.serving.serving import load, running, serve
 from tests.serving.test_chat import data_url
 
 PICTURE = Image.new("RGB", (60, 40), "red")
@@ -69,9 +77,9 @@ def test_an_answer_tells_what_was_read(client, served):
 def test_boxes_are_given_in_fractions_of_the_picture(served):
     (task,) = [task for task in served.tasks.values() if task.name == "counting"]
     box = "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(100,200),(500,1000)<|box_end|>"
-    sample = Sample(id="picture", image=PICTURE, width=60, height=40, query="cup", target=None)
+    image_size = ImageSize(width=60, height=40, resized_width=56, resized_height=28)
     text = {"text": box, "plain_text": "", "tokens": [], "token_texts": [], "logprobs": []}
-    found = served._read(task, sample, Completion(**text, is_truncated=False))
+    found = served._read(task, image_size, Completion(**text, is_truncated=False))
     (overlay,) = found["overlays"]
     assert overlay["shape"] == pytest.approx([0.1, 0.2, 0.5, 1.0])
     assert found["is_read"]
@@ -123,9 +131,8 @@ def test_requests_that_wait_are_answered_together(folder, monkeypatch):
 
 
 def test_too_many_requests_and_slow_answers_are_told(folder, monkeypatch):
-    served, release = serve(folder, max_new_tokens=30, timeout=1.0), threading.Event()
+    served, release = serve(folder, max_new_tokens=30, max_requests=3, timeout=1.0), threading.Event()
     monkeypatch.setattr(Generator, "_answer", lambda self, batch: release.wait(20) and 1 / 0)
-    served.generator._waiting.maxsize = 1
     with running(served.app()) as url:
 
         async def ask():
@@ -192,14 +199,19 @@ def png(width, height, data=b""):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+def picture_url(image_content):
+    return f"data:image/png;base64,{base64.b64encode(image_content).decode()}"
+
+
 def hostile_uploads(count, seed=0):
-    """Requests of which none has a whole picture of an allowed size in it."""
+    """Requests (path, headers, content), of which each has something that is not allowed."""
     draw = random.Random(seed)
     file = io.BytesIO()
     PICTURE.save(file, "PNG")
     whole = file.getvalue()
     for number in range(count):
-        kind = number % 10
+        kind, is_page, headers = number % 15, number // 15 % 2 == 0, {"Content-Type": "application/json"}
+        content = whole
         if kind == 0:
             content = draw.randbytes(draw.randrange(2000))
         elif kind == 1:  # cut off
@@ -211,39 +223,191 @@ def hostile_uploads(count, seed=0):
             content = png(draw.choice([20_000, 60_000, 2**31 - 1]), draw.choice([20_000, 65_000]), bytes(9999))
         elif kind == 4:
             content = draw.choice([b"%!PS\n(/etc/passwd) run", b"<svg onload='alert(1)'/>", b"GIF89a", b"\xff\xd8\xff"])
-        else:
-            content = whole
-        url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        body = question(image=url)
+        url, text, pictures = picture_url(content), "How many?", 1
         if kind == 5:
-            body = question(
-                image=draw.choice(["http://127.0.0.1/a.png", "file:///etc/passwd", "/etc/passwd", "", "data:"])
-            )
-        elif kind == 6:
-            body[draw.choice(["task", "query", "image"])] = draw.choice([None, 3, [], {}, ["x"], True, "x" * 501])
+            url = draw.choice(["http://127.0.0.1/a.png", "file:///etc/passwd", "/etc/passwd", "", "data:", "\udcff"])
+        elif kind == 6:  # halves of characters, and what stands for a picture
+            text = draw.choice(["\ud800", "a\udfffb", "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"])
+        elif kind == 7 and not is_page:  # each is small enough, and all together are not
+            url, pictures = data_url(Image.new("RGB", (150, 100))), draw.choice([7, 8])
         elif kind == 7:
-            body = draw.choice([None, 1, [], "text", {}, {"task": "counting"}, [body]])
+            url = data_url(Image.new("RGB", (400, 300)))
+        body = question(image=url, query=text)
+        if not is_page:
+            part = {"type": "image_url", "image_url": {"url": url}}
+            content = [part] * pictures + [{"type": "text", "text": text}]
+            body = {"messages": [{"role": draw.choice(["user", "system", "assistant"]), "content": content}]}
+        if kind == 8:  # another kind of value
+            name = draw.choice(["task", "query", "image"] if is_page else ["messages", "n", "temperature", "seed"])
+            body[name] = draw.choice([3, {"a": 1}, ["x"], "x" * 501]) if is_page else draw.choice([-1, {"a": 1}, ["x"]])
+        elif kind == 9:
+            body = draw.choice([None, 1, [], "text", {}, {"task": "counting"}, {"messages": [{}]}, [body]])
+        elif kind == 10:  # what would be ignored, and numbers that no computer has
+            changes = [{"foo": 1}, {"\ud800" * 99: 1}, {"stop": ["a"]}, {"tools": [{}]}, {"top_logprobs": 5}]
+            changes += [{"temperature": 10**400}, {"n": 10**4000}, {"seed": 10**400}, {"model": "other"}]
+            body |= draw.choice(changes)
         text = json.dumps(body)
-        if kind == 8:
+        if kind == 11:
             text = draw.choice(
                 [text[: draw.randrange(1, len(text))], "[" * 100_000, "\x00", '{"a":' * 50_000, "\ud800"]
             )
-        elif kind == 9:
-            text = json.dumps(question(image=url + "A" * (2**20)))
-        yield text.encode("utf-8", "surrogatepass")
+        elif kind == 12:
+            body["image" if is_page else "messages"] = url + "A" * (2**20)
+            text = json.dumps(body)
+        elif kind == 13:
+            headers["Content-Encoding"] = draw.choice(["gzip", "deflate", "br", "zstd", "", "gzip, gzip", "nonsense"])
+        elif kind == 14:
+            headers["Host"] = draw.choice(["[::1", "evil.example", "[", "]", "[[", "localhost.evil.example", "a b"])
+        path = "/answer" if is_page else "/v1/chat/completions"
+        yield path, headers, text.encode("utf-8", "surrogatepass")
 
 
-def test_a_thousand_hostile_uploads_are_refused_in_a_sentence_each(client):
-    headers, slowest = {"Content-Type": "application/json"}, 0.0
-    for number, content in enumerate(hostile_uploads(1000)):
+def test_a_thousand_hostile_uploads_are_refused_in_a_sentence_each(client, caplog):
+    slowest = 0.0
+    for number, (path, headers, content) in enumerate(hostile_uploads(1000)):
         started = time.monotonic()
-        path = ("/answer", "/v1/chat/completions")[number // 10 % 2]
         response = client.post(path, content=content, headers=headers)
         slowest = max(slowest, time.monotonic() - started)
         assert 400 <= response.status_code < 500, (number, response.text)
-        message = response.json()["error"]["message"]
-        assert 5 < len(message) < 400
-        assert "\n" not in message
-        assert "Traceback" not in message
+        error = response.json()["error"]
+        assert error["type"] == "invalid_request_error"
+        assert 5 < len(error["message"]) < 400
+        assert "\n" not in error["message"]
+        assert "Traceback" not in error["message"]
     assert client.post("/answer", json=question()).status_code == 200
+    assert client.post("/v1/chat/completions", json=chat()).status_code == 200
     assert slowest < 20
+    assert not [record for record in caplog.records if record.exc_info]  # no client fills the log
+
+
+def test_what_a_client_breaks_off_is_no_failure(client, caplog):
+    url = client.base_url.join(".")
+    head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for rest in (b"Content-Length: 500\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc"):
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(head + rest)
+            time.sleep(0.2)
+    assert client.post("/answer", json=question()).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_messages_that_the_chat_template_refuses_are_refused(served, client, monkeypatch):
+    template = "{{ raise_exception('Roles must\nalternate.') }}"
+    monkeypatch.setattr(served.generator.policy.processor.tokenizer, "chat_template", template)
+    response = client.post("/v1/chat/completions", json=chat())
+    assert response.status_code == 400
+    told = "The chat template of the model refuses these messages: Roles must alternate."
+    assert response.json()["error"]["message"] == told
+
+
+def test_an_engine_that_is_lost_is_no_fault_of_the_request(served, client, monkeypatch):
+    def lost(*args, **options):
+        raise EngineError("No server has answered for 3 s.")
+
+    monkeypatch.setattr(served.generator.engine, "generate", lost)
+    response = client.post("/answer", json=question())
+    assert response.status_code == 503
+    assert response.json()["error"] == {"message": "No server has answered for 3 s.", "type": "server_error"}
+
+
+def test_what_our_own_client_says_of_the_model_is_taken(served, client):
+    policy = served.generator.policy
+    params = policy.sampling_params(max_new_tokens=9, is_greedy=True)
+    told = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
+    request = chat_request(told, [PICTURE], group_size=1, params=params, seed=0, template_options={})
+    assert {"stop_token_ids", "logit_bias"} <= request.keys()
+    assert client.post("/v1/chat/completions", json=request).status_code == 200
+    request["logit_bias"] = dict(list(request["logit_bias"].items())[1:])
+    refused = client.post("/v1/chat/completions", json=request)
+    assert refused.json()["error"]["message"] == "logit_bias cannot be chosen here: leave it out."
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+async def post_all(url, bodies, timeout=60.0):
+    """Status of each request, None where its client has not waited; all are sent at once."""
+
+    async def post(client, body):
+        with suppress(httpx2.TimeoutException):
+            return (await client.post("/v1/chat/completions", json=body)).status_code
+
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
+        return await asyncio.gather(*(post(client, body) for body in bodies))
+
+
+def test_no_number_of_requests_has_the_pictures_of_more_than_two_unpacked(folder, monkeypatch):
+    served = serve(folder, max_new_tokens=30, max_requests=20)
+    alive, most, count = set(), [], itertools.count()
+    load_image, encode = module.load_image, served.generator.encode
+
+    def load(source):
+        image = load_image(source)
+        alive.add(number := next(count))
+        weakref.finalize(image, alive.discard, number)
+        most.append(len(alive))
+        return image
+
+    def slow_encode(*args):
+        time.sleep(0.05)  # others would unpack theirs now
+        return encode(*args)
+
+    monkeypatch.setattr(module, "load_image", load)
+    monkeypatch.setattr(served.generator, "encode", slow_encode)
+    eight = chat(max_tokens=1)
+    eight["messages"][0]["content"] *= 8
+    with running(served.app()) as url:
+        statuses = asyncio.run(post_all(url, [eight] * 50))
+    assert set(statuses) == {200, 503}
+    assert 20 <= statuses.count(200) < 50
+    assert 8 <= max(most) <= 16
+
+
+def test_requests_of_every_sampling_are_counted(folder, monkeypatch):
+    served, release = serve(folder, max_new_tokens=30, max_requests=4), threading.Event()
+    plain = Generator._answer
+    monkeypatch.setattr(Generator, "_answer", lambda self, batch: release.wait(20) and plain(self, batch))
+    bodies = [chat(max_tokens=1, temperature=number / 10) for number in range(12)]
+    threading.Timer(2.0, release.set).start()
+    with running(served.app()) as url:
+        statuses = asyncio.run(post_all(url, bodies))
+    assert (statuses.count(200), statuses.count(503)) == (4, 8)
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_what_nobody_waits_for_any_more_is_forgotten(folder, monkeypatch, who):
+    served = serve(folder, max_new_tokens=30, timeout=1.0 if who == "server" else 60.0)
+    release = threading.Event()
+    batches = []
+
+    def answer(self, batch):
+        batches.append(len(batch))
+        release.wait(120)
+        raise EngineError("enough")
+
+    monkeypatch.setattr(Generator, "_answer", answer)
+    with running(served.app()) as url:
+        bodies = [chat(temperature=number / 10) for number in range(6)]
+        statuses = asyncio.run(post_all(url, bodies, timeout=1.0 if who == "client" else 60.0))
+        assert set(statuses) == {504 if who == "server" else None}
+        deadline = time.monotonic() + 20
+        while (served.generator.num_waiting or served._num_open) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        left = served.generator.num_waiting, served._num_open
+        release.set()
+    assert left == (0, 0)
+    assert batches == [1]  # the one that had begun
+
+
+def test_a_batch_has_no_more_pixels_than_may_be_unless_one_request_has(folder):
+    generator = Generator(load(folder), NativeEngine())  # it does not run
+    told = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
+    prompt = generator.encode(told, [PICTURE])
+    size = sum(values.numel() for values in prompt.pixel_values)
+    for most, expected in [(10 * size, [5]), (2 * size, [2, 2, 1]), (2 * size - 1, [1] * 5), (1, [1] * 5)]:
+        generator.max_batch_values = most
+        for _ in range(5):
+            generator.submit(prompt, CompletionParams(max_new_tokens=3))
+        assert [len(generator._next_batch()) for _ in expected] == expected
+        assert generator.num_waiting == 0

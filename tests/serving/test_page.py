@@ -1,5 +1,7 @@
 """The page in a real browser, where Chromium and playwright are installed."""
 
+import threading
+
 import pytest
 from PIL import Image
 
@@ -137,3 +139,84 @@ def test_a_dropped_picture_is_taken(page, picture):
     page.locator("#hint", has_text="dropped.png").wait_for()
     page.locator("#send:enabled").wait_for(state="attached") if page.locator("#asks").is_hidden() else None
     assert page.locator("#picture").get_attribute("src").startswith("data:image/png")
+
+
+@pytest.fixture
+def held(served, monkeypatch):
+    """Lets the model wait with its answers until the event is set."""
+    release = threading.Event()
+    plain = served.generator.engine.generate
+
+    def generate(*args, **options):
+        release.wait(60)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(served.generator.engine, "generate", generate)
+    yield release
+    release.set()
+
+
+def choose_other_picture(page, other):
+    page.set_input_files("#file", other)
+    page.locator("#hint", has_text="other.png").wait_for()
+
+
+def choose_other_task(page, other):
+    page.locator("#tasks label", has_text="grounding").click()
+
+
+@pytest.mark.parametrize("choose", [choose_other_picture, choose_other_task])
+def test_an_answer_is_dropped_if_another_picture_or_task_is_chosen_meanwhile(
+    page, served, held, picture, monkeypatch, choose
+):
+    says(served, monkeypatch, TWO_BOXES)
+    Image.new("RGB", (40, 80), "blue").save(picture.with_name("other.png"))
+    page.set_input_files("#file", picture)
+    page.fill("#query", "cup")
+    page.click("#send")
+    page.locator("#status", has_text="The model writes").wait_for()
+    choose(page, picture.with_name("other.png"))
+    page.locator("#send:enabled").wait_for()  # the next question can be asked at once
+    assert page.inner_text("#status") == page.inner_text("#error") == ""
+    held.set()
+    page.wait_for_timeout(500)
+    assert page.inner_text("#status") == page.inner_text("#error") == ""
+    assert page.locator("#overlays .box").count() == page.locator("#objects button").count() == 0
+    assert page.locator("#raw").is_hidden()
+    page.click("#send")
+    answered(page)
+    assert page.locator("#overlays .box").count() == 2
+
+
+def test_an_answer_tells_what_was_asked(page, served, held, picture, monkeypatch):
+    says(served, monkeypatch, TWO_BOXES)
+    page.set_input_files("#file", picture)
+    page.fill("#query", "cup")
+    page.click("#send")
+    page.locator("#status", has_text="The model writes").wait_for()
+    page.fill("#query", "plate")
+    held.set()
+    answered(page)
+    assert page.inner_text("#status").startswith("Answered counting “cup” in ")
+    page.locator("#tasks label", has_text="grounding").click()  # nothing is left that the new task has not found
+    assert page.inner_text("#status") == ""
+    assert page.locator("#overlays .box").count() == 0
+
+
+def test_the_picture_that_was_chosen_last_is_shown_whichever_is_read_first(page, picture):
+    Image.new("RGB", (40, 80), "blue").save(picture.with_name("other.png"))
+    page.evaluate(
+        """() => {
+            const plain = FileReader.prototype.readAsDataURL;
+            FileReader.prototype.readAsDataURL = function (file) {
+                setTimeout(() => plain.call(this, file), file.name === "cup.png" ? 400 : 0);
+            };
+        }"""
+    )
+    page.set_input_files("#file", picture)
+    assert page.locator("#send").is_disabled()  # no picture is read
+    page.set_input_files("#file", picture.with_name("other.png"))
+    page.locator("#send:enabled").wait_for()
+    page.wait_for_timeout(700)
+    assert page.inner_text("#hint") == "other.png"
+    assert page.evaluate("document.getElementById('picture').naturalWidth") == 40

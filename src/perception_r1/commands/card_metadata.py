@@ -15,6 +15,7 @@ from perception_r1.commands.evaluations import CheckpointEvaluation
 from perception_r1.commands.runs import Run
 from perception_r1.metrics import PUBLISHED
 from perception_r1.policy.load import model_path
+from perception_r1.policy.processor import Processor
 from perception_r1.task import tasks_of
 
 _PIPELINE = "image-text-to-text"
@@ -28,9 +29,9 @@ class Export:
         run: The run.
         checkpoint: The file that was exported.
         step: Optimiser step at which it was written.
+        family: Name of the model's family.
         codec: How the model writes boxes.
-        pixels: Fewest and most pixels to which pictures are resized.
-        template_options: What is said to the chat template; see `Processor.template_options`.
+        processor: What makes prompts of chats and pictures, with the bounds of the run.
         is_adapter: The folder holds an adapter, not a whole model.
         evaluations: Those of the checkpoint.
     """
@@ -38,9 +39,9 @@ class Export:
     run: Run
     checkpoint: Path
     step: int
+    family: str
     codec: Codec
-    pixels: tuple[int, int]
-    template_options: Mapping[str, bool]
+    processor: Processor
     is_adapter: bool
     evaluations: Sequence[CheckpointEvaluation]
 

@@ -63,6 +63,7 @@ def _export(argv: Sequence[str]) -> int:
 def _write(run: Run, checkpoint: Path, to: Path, *, dtype: torch.dtype | None, is_adapter: bool) -> int:
     """Write a checkpoint as a folder; returns its step."""
     policy, step = load_checkpoint(run.policy, checkpoint)
+    family = policy.family.name
     with _whole_folder(to) as folder:
         if is_adapter:
             save_adapter(policy if dtype is None else policy.to(dtype), folder)
@@ -73,9 +74,9 @@ def _write(run: Run, checkpoint: Path, to: Path, *, dtype: torch.dtype | None, i
             run=run,
             checkpoint=checkpoint,
             step=step,
+            family=family,
             codec=policy.codec,
-            pixels=policy.processor.pixel_bounds,
-            template_options=policy.processor.template_options,
+            processor=policy.processor,
             is_adapter=is_adapter,
             evaluations=evaluations_of(checkpoint),
         )

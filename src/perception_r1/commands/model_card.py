@@ -1,6 +1,7 @@
 """The model card of an exported folder: what was trained on what, what came of it, and how to use it and do it again.
 
-A README.md in the hub's form: metadata (`card_metadata.py`) between two lines of dashes, then Markdown.
+A README.md in the hub's form: metadata (`card_metadata.py`) between two lines of dashes, then Markdown, of which
+`card_usage.py` writes what the reader may copy.
 """
 
 import json
@@ -10,47 +11,17 @@ from dataclasses import asdict
 from typing import Any
 
 from perception_r1.commands.card_metadata import Export, card_metadata, origins, splits_of
+from perception_r1.commands.card_usage import prompt_of, usage
 from perception_r1.commands.evaluations import CheckpointEvaluation
 from perception_r1.commands.runs import Run
 from perception_r1.commands.settings import class_defaults, deviations
-from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import PolicyConfig
-from perception_r1.task import THINK_REQUEST, Task, tasks_of
+from perception_r1.task import tasks_of
 
 CONFIG = "training_config.yaml"
 """Every setting of the run, beside the card."""
 _NO_SETTINGS = ("task", "tasks", "world", "train", "val", "test", "curriculum")
 """Of the data: what stands elsewhere in the card, and what names files of this machine."""
-_TRANSFORMERS = """\
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder = "."  # this folder, or its name on the hub
-model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
-processor = AutoProcessor.from_pretrained(folder)
-content = [{{"type": "image", "image": Image.open("picture.jpg")}}, {{"type": "text", "text": {prompt}}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",{options}
-)
-answer = model.generate(**inputs, do_sample=False, max_new_tokens={max_new_tokens})
-print(processor.decode(answer[0, inputs["input_ids"].shape[1]:]))
-```"""
-_VLLM = """\
-```bash
-vllm serve . --mm-processor-kwargs '{{"min_pixels": {low}, "max_pixels": {high}}}'{options}
-```
-
-With `"skip_special_tokens": false` in a request, the tokens around boxes stay in the answer."""
-_PEFT = """\
-```python
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText
-
-base = AutoModelForImageTextToText.from_pretrained({base}, dtype="auto")
-model = PeftModel.from_pretrained(base, ".")  # this folder, or its name on the hub
-```"""
 _ABOUT_MARGINS = "What stands after ± is half the width of the 95 % confidence interval over samples."
 
 
@@ -64,7 +35,7 @@ def model_card(export: Export) -> str:
         f"Post-trained on visual perception with perception-r1 ({run.training}), after"
         " [Perception-R1](https://arxiv.org/abs/2504.07954).",
         _table([("fact", "value"), *_summary(export)]),
-        *_use(export),
+        *usage(export),
         *_data(run),
         *_metrics(run.card, export.step),
         *_evaluations(export.evaluations),
@@ -77,13 +48,13 @@ def model_card(export: Export) -> str:
 def _summary(export: Export) -> list[tuple[str, str]]:
     run, tasks = export.run, list(tasks_of(export.run.task).values())
     kind = "LoRA adapter" if export.is_adapter else "model, LoRA adapter merged" if run.policy.lora else "model"
-    git, (low, high) = run.card["git"], export.pixels
+    git, (low, high) = run.card["git"], export.processor.pixel_bounds
     summary = {
         "base model": export.base_name,
         "training": run.training,
         "task": ", ".join(task.name for task in tasks),
         **{f"options of {task.name}": json.dumps(asdict(task)) for task in tasks},
-        **{f"prompt of {task.name}": f"`{_prompt(task, '{query}')}`" for task in tasks},
+        **{f"prompt of {task.name}": f"`{prompt_of(task, '{query}')}`" for task in tasks},
         "boxes in answers": export.codec.description,
         "pictures": f"resized to {low:,} to {high:,} pixels",
         "longest answer": f"{run.max_new_tokens} tokens",
@@ -93,26 +64,6 @@ def _summary(export: Export) -> list[tuple[str, str]]:
         "versions": ", ".join(f"{name} {version}" for name, version in run.card["versions"].items()),
     }
     return list(summary.items())
-
-
-def _use(export: Export) -> list[str]:
-    if export.is_adapter:
-        return ["## Use", _PEFT.format(base=json.dumps(export.base_name))]
-    (low, high), task = export.pixels, next(iter(tasks_of(export.run.task).values()))
-    prompt = json.dumps(_prompt(task, "red cup"), ensure_ascii=False)
-    template = export.template_options
-    in_code = "".join(f" {name}={value}," for name, value in template.items())
-    sections = ["## Use", "With transformers:"]
-    sections.append(_TRANSFORMERS.format(prompt=prompt, max_new_tokens=export.run.max_new_tokens, options=in_code))
-    if export.codec.name in QWEN_FAMILIES:  # vLLM has not been tried with others
-        of_server = f" \\\n    --default-chat-template-kwargs '{json.dumps(dict(template))}'" if template else ""
-        vllm = _VLLM.format(low=low, high=high, options=of_server)
-        sections += ["With vLLM, pictures at the sizes of the training:", vllm]
-    return sections
-
-
-def _prompt(task: Task[Any, Any], query: str) -> str:
-    return task.prompt(query) + THINK_REQUEST * task.think
 
 
 def _data(run: Run) -> list[str]:

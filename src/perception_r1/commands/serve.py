@@ -20,7 +20,7 @@ from perception_r1.engines import GenerationEngine, NativeEngine
 from perception_r1.engines.base import EngineContext
 from perception_r1.errors import UserError
 from perception_r1.policy.load import PolicyConfig
-from perception_r1.serving.app import Limits, Served
+from perception_r1.serving.app import SERVER_OPTIONS, Limits, Served
 from perception_r1.serving.generation import Generator
 from perception_r1.task import Task, tasks_of
 from perception_r1.tasks import TASKS
@@ -41,6 +41,7 @@ def _serve(argv: Sequence[str]) -> int:
         max_bytes=int(options.max_upload_mb * 2**20),
         max_pixels=options.max_upload_pixels,
         max_new_tokens=options.max_new_tokens,
+        max_requests=options.max_requests,
         timeout=options.timeout,
     )
     with _listen(options.host, options.port) as listener:  # before the model is read: the port may be taken
@@ -51,7 +52,7 @@ def _serve(argv: Sequence[str]) -> int:
         served = Served(generator, name=name, tasks=_tasks(run, options.tasks), limits=limits, hosts=hosts)
         address = f"http://{options.host}:{listener.getsockname()[1]}"
         sys.stderr.write(f"Serving {name} at {address}, and its interface at {address}/v1. Ctrl-C stops it.\n")
-        web.run_app(served.app(), sock=listener, print=None, handle_signals=True, access_log=None)
+        web.run_app(served.app(), sock=listener, print=None, access_log=None, **SERVER_OPTIONS)
     return 0
 
 
@@ -62,7 +63,7 @@ def read_options(argv: Sequence[str]) -> jsonargparse.Namespace:
         UserError: One is wrong.
     """
     options = parse(_parser(), argv)
-    for name in ("max_new_tokens", "max_upload_mb", "max_upload_pixels", "timeout"):
+    for name in ("max_new_tokens", "max_upload_mb", "max_upload_pixels", "max_requests", "timeout"):
         if options[name] <= 0:
             raise UserError(f"--{name} is {options[name]}; it must be above 0")
     return options
@@ -86,7 +87,8 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--max_pixels", type=int | None, help="Larger pictures are shrunk to this many pixels.")
     parser.add_argument("--max_new_tokens", type=int, default=limits.max_new_tokens, help="Longest completion.")
     parser.add_argument("--max_upload_mb", type=float, default=limits.max_bytes / 2**20, help="Largest request.")
-    parser.add_argument("--max_upload_pixels", type=int, default=limits.max_pixels, help="Largest picture.")
+    parser.add_argument("--max_upload_pixels", type=int, default=limits.max_pixels, help="Most pixels of a request.")
+    parser.add_argument("--max_requests", type=int, default=limits.max_requests, help="Most requests at once.")
     parser.add_argument("--timeout", type=float, default=limits.timeout, help="Seconds for an answer.")
     parser.add_argument("--engine", type=str | None, help=HELP)  # see commands/engine.py
     return parser

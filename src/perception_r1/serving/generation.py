@@ -3,22 +3,27 @@
 Legend: G completions of a request.
 """
 
-import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
 from perception_r1.engines import GenerationEngine
+from perception_r1.engines.base import NEVER
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import Chat, PromptBatch
 from perception_r1.policy.policy import Policy
+
+_MAX_SAID = 200
+"""Characters that are told of a template's own words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,16 +79,17 @@ class Answer:
     completions: list[Completion]
 
 
-class BusyError(Exception):
-    """Too many requests wait already."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Request:
     prompt: PromptBatch
     sampling: CompletionParams
     seed: int
     future: "Future[Answer]"
+
+    @property
+    def num_values(self) -> int:
+        """Values of its pixels."""
+        return sum(values.numel() for values in self.prompt.pixel_values)
 
 
 class Generator(threading.Thread):
@@ -94,7 +100,7 @@ class Generator(threading.Thread):
         engine: Connected to it.
         autocast: Around every batch.
         max_batch: Most completions at once.
-        max_waiting: Most requests that wait.
+        max_batch_values: Most values of pixels at once, unless a single request has more.
     """
 
     def __init__(
@@ -104,49 +110,69 @@ class Generator(threading.Thread):
         *,
         autocast: AbstractContextManager[object] | None = None,
         max_batch: int = 32,
-        max_waiting: int = 64,
+        max_batch_values: int = 150_000_000,
     ) -> None:
         super().__init__(name="generation", daemon=True)
-        self.policy, self.engine, self.max_batch = policy, engine, max_batch
+        self.policy, self.engine = policy, engine
+        self.max_batch, self.max_batch_values = max_batch, max_batch_values
         self._autocast = nullcontext() if autocast is None else autocast
-        self._waiting: queue.Queue[_Request] = queue.Queue(max_waiting)
-        self._held: list[_Request] = []
+        self._waiting: list[_Request] = []
+        self._changed = threading.Condition()
         self._encoding = threading.Lock()
         self._seeds = count()
 
-    def submit(
-        self, chat: Chat, images: Sequence[Image.Image], sampling: CompletionParams, seed: int | None = None
-    ) -> "Future[Answer]":
-        """Hand over a request.
+    @property
+    def num_waiting(self) -> int:
+        """Requests whose turn has not come."""
+        return len(self._waiting)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is said of sampling by the model itself, in the words of vLLM's interface."""
+        return {
+            "stop_token_ids": self.policy.eos_token_ids.tolist(),
+            "logit_bias": {str(token): NEVER for token in self.policy.suppress_tokens.tolist()},
+            "chat_template_kwargs": self.policy.processor.template_options,
+        }
+
+    def encode(self, chat: Chat, images: Sequence[Image.Image]) -> PromptBatch:
+        """The prompt of a request.
 
         Args:
             chat: Messages; their pictures stand as `{"type": "image"}`.
             images: RGB pictures, in their order.
-            sampling: How completions are written.
-            seed: On which they depend; None: another one each time.
-
-        Returns:
-            What will have the answer, or the engine's error; one that is cancelled while it waits is never computed.
 
         Raises:
-            UserError: The prompt is too long, or the model cannot take it for another reason.
-            BusyError: Too many requests wait.
+            UserError: The prompt is too long, or the model cannot take the pictures or the messages.
         """
-        with self._encoding:  # neither tokenizers nor image processors are made for several threads
-            prompt = self.policy.processor.encode_bytes([chat], [images], max_tokens=self.policy.max_prompt_length)
+        try:
+            with self._encoding:  # neither tokenizers nor image processors are made for several threads
+                return self.policy.processor.encode_bytes([chat], [images], max_tokens=self.policy.max_prompt_length)
+        except TemplateError as error:  # many allow some orders of roles alone
+            said = " ".join(str(error).split())[:_MAX_SAID]
+            raise UserError(f"The chat template of the model refuses these messages: {said}") from error
+
+    def submit(self, prompt: PromptBatch, sampling: CompletionParams, seed: int | None = None) -> "Future[Answer]":
+        """Hand over a request; it is forgotten if its future is cancelled before its turn.
+
+        Args:
+            prompt: Of `encode`.
+            sampling: How completions are written.
+            seed: On which they depend; None takes another one each time.
+        """
         future: Future[Answer] = Future()
         seed = next(self._seeds) if seed is None else seed
-        try:
-            self._waiting.put_nowait(_Request(prompt=prompt, sampling=sampling, seed=seed, future=future))
-        except queue.Full:
-            raise BusyError("Too many requests wait; try again later.") from None
+        with self._changed:
+            self._waiting.append(_Request(prompt=prompt, sampling=sampling, seed=seed, future=future))
+            self._changed.notify()
+        future.add_done_callback(self._forget)
         return future
 
     def run(self) -> None:
         """Answer batch after batch."""
         while True:
-            batch = [request for request in self._next_batch() if request.future.set_running_or_notify_cancel()]
-            if not batch:
+            batch = self._next_batch()
+            if not batch:  # nobody waits for it any more
                 continue
             try:
                 answers = self._answer(batch)
@@ -159,15 +185,20 @@ class Generator(threading.Thread):
 
     def _next_batch(self) -> list[_Request]:
         """The request that waits longest, and others with the same sampling."""
-        if not self._held:
-            self._held.append(self._waiting.get())
-        while not self._waiting.empty():
-            self._held.append(self._waiting.get())
-        sampling = self._held[0].sampling
-        room = max(1, self.max_batch // sampling.group_size)
-        batch = [request for request in self._held if request.sampling == sampling][:room]
-        self._held = [request for request in self._held if request not in batch]
-        return batch
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            sampling = self._waiting[0].sampling
+            same = [request for request in self._waiting if request.sampling == sampling]
+            same = same[: max(1, self.max_batch // sampling.group_size)]
+            num_values = accumulate(request.num_values for request in same)
+            room = max(1, sum(total <= self.max_batch_values for total in num_values))
+            batch = same[:room]
+            self._waiting = [request for request in self._waiting if request not in batch]
+        return [request for request in batch if request.future.set_running_or_notify_cancel()]
+
+    def _forget(self, future: "Future[Answer]") -> None:
+        with self._changed:
+            self._waiting = [request for request in self._waiting if request.future is not future]
 
     @torch.no_grad()
     def _answer(self, batch: Sequence[_Request]) -> list[Answer]:
@@ -215,8 +246,8 @@ def check_sampling(sampling: CompletionParams, *, max_new_tokens: int, max_group
         raise UserError(f"n is {sampling.group_size}; it must be from 1 to {max_group_size}.")
     if not 1 <= sampling.max_new_tokens <= max_new_tokens:
         raise UserError(f"max_tokens is {sampling.max_new_tokens}; it must be from 1 to {max_new_tokens}.")
-    if not 0 <= sampling.temperature <= 100:
-        raise UserError(f"temperature is {sampling.temperature}; it must be from 0 to 100.")
+    if not 0 <= sampling.temperature <= 2:
+        raise UserError(f"temperature is {sampling.temperature}; it must be from 0 to 2.")
     if not 0 < sampling.top_p <= 1:
         raise UserError(f"top_p is {sampling.top_p}; it must be above 0 and at most 1.")
     if not 0.01 <= sampling.repetition_penalty <= 100:

@@ -5,10 +5,12 @@ const [form, drop, file, hint] = ["question", "drop", "file", "hint"].map(find);
 const [send, status, error, query] = ["send", "status", "error", "query"].map(find);
 const SVG = "http://www.w3.org/2000/svg";
 let image = null; // the picture as a data URL
-let isBusy = false;
+let reading = null; // what reads the picture that was chosen last
+let pending = null; // what stops the question that waits for its answer
 
-async function call(path, body) {
-  const options = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+async function call(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  const options = body && { method: "POST", headers, body: JSON.stringify(body), signal };
   let response;
   try {
     response = await fetch(path, options);
@@ -27,7 +29,7 @@ function task() {
 function update() {
   const chosen = task();
   find("asks").hidden = !chosen || chosen.dataset.asks !== "true";
-  send.disabled = isBusy || !image || !chosen;
+  send.disabled = Boolean(pending) || !image || !chosen;
 }
 
 async function offerTasks() {
@@ -51,22 +53,35 @@ function clear() {
   error.textContent = status.textContent = "";
 }
 
+// An answer belongs to one picture and one task: with another of them it goes, and one that is awaited is not shown.
+function dropAnswer() {
+  pending?.abort();
+  pending = null;
+  clear();
+  update();
+}
+
 function take(chosen) {
   if (!chosen) return;
-  clear();
   if (!chosen.type.startsWith("image/")) {
     error.textContent = `${chosen.name} is no picture.`;
     return;
   }
+  image = null;
+  dropAnswer();
   const reader = new FileReader();
+  reading = reader;
   reader.onload = () => {
+    if (reader !== reading) return; // another picture was chosen meanwhile
     image = reader.result;
     find("picture").src = image;
     find("picture").alt = chosen.name || "The picture";
     hint.textContent = chosen.name || "A picture from the clipboard";
     update();
   };
-  reader.onerror = () => { error.textContent = `${chosen.name} cannot be read.`; };
+  reader.onerror = () => {
+    if (reader === reading) error.textContent = `${chosen.name} cannot be read.`;
+  };
   reader.readAsDataURL(chosen);
 }
 
@@ -118,23 +133,27 @@ form.addEventListener("submit", async (event) => {
   if (send.disabled || !chosen) return;
   const text = chosen.dataset.asks === "true" ? query.value : "";
   clear();
-  isBusy = true;
+  const own = new AbortController();
+  pending = own;
   update();
   status.textContent = "The model writes …";
   const started = performance.now();
   try {
-    const answer = await call("/answer", { task: chosen.value, query: text, image });
+    const answer = await call("/answer", { task: chosen.value, query: text, image }, own.signal);
+    if (own !== pending) return;
     show(answer);
-    status.textContent = `Answered in ${((performance.now() - started) / 1000).toFixed(1)} s.`;
+    const asked = text ? `${chosen.value} “${text}”` : chosen.value;
+    status.textContent = `Answered ${asked} in ${((performance.now() - started) / 1000).toFixed(1)} s.`;
   } catch (problem) {
+    if (own !== pending) return;
     status.textContent = "";
     error.textContent = problem.message;
   }
-  isBusy = false;
+  pending = null;
   update();
 });
 
-find("tasks").addEventListener("change", update);
+find("tasks").addEventListener("change", dropAnswer);
 file.addEventListener("change", () => take(file.files[0]));
 document.addEventListener("paste", (event) => {
   const pasted = [...event.clipboardData.files][0];
