@@ -9,7 +9,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from perception_r1.errors import UserError
 from perception_r1.policy import families
-from perception_r1.policy.load import LoraConfig, PolicyConfig
+from perception_r1.policy.load import LoraConfig, PolicyConfig, load_model
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.repeated import PaddedPrompts
 from tests.policy import oracle
@@ -155,7 +155,7 @@ def test_another_language_model_is_refused(tmp_path):
     config.text_config = LlamaConfig(**{name: getattr(config.text_config, name) for name in ("vocab_size", *SIZES)})
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has a language model of the family llama; known are qwen2, qwen3"):
-        Policy.load(PolicyConfig(name=str(tmp_path)))
+        load_model(PolicyConfig(name=str(tmp_path)))
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

@@ -6,11 +6,12 @@ Legend: P tokens of a prompt, N patches.
 from abc import abstractmethod
 from collections.abc import Sequence
 from math import isqrt, prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from perception_r1.errors import UserError
@@ -39,8 +40,14 @@ class QwenVLProcessor(Processor):
         """See `Processor`."""
         vision = config.vision_config
         sides = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-        size = {"shortest_edge": (vision.patch_size * vision.spatial_merge_size) ** 2, "longest_edge": _MAX_PIXELS}
-        return {**sides, "temporal_patch_size": vision.temporal_patch_size, "size": size}
+        return {**sides, "temporal_patch_size": vision.temporal_patch_size}
+
+    @classmethod
+    def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: Any) -> Self:
+        """See `Processor`."""
+        processor = super().from_config(tokenizer, config)
+        processor.set_bounds(processor._factor**2, _MAX_PIXELS)
+        return processor
 
     def set_bounds(self, min_pixels: int | None, max_pixels: int | None) -> None:
         """See `Processor`."""
