@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_r1.codecs import CODECS, MAX_OBJECTS, ParsedBox, ParsedBoxes
+from perception_r1.codecs import MAX_OBJECTS, ParsedBox, ParsedBoxes
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, LabelledBox
 from tests.hostile import WORST, texts
 

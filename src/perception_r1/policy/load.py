@@ -14,7 +14,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from perception_r1.errors import UserError, reading
 from perception_r1.policy.compatibility import check_fits
