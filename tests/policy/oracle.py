@@ -14,8 +14,12 @@ from transformers import AutoModelForImageTextToText
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from perception_r1.policy.batch import PromptBatch
+from perception_r1.policy.families import FAMILIES
+from perception_r1.policy.families.patches import PatchFamily
 from perception_r1.policy.processor import Processor
 
+PATCH_FAMILIES = [name for name, family in FAMILIES.items() if isinstance(family, PatchFamily)]
+"""Families whose tokens have positions in three directions."""
 CHATS: list[tuple[str, list[tuple[int, int]]]] = [
     ("Where is it?", [(56, 84)]),
     ("Compare the first picture with the second one, please.", [(84, 28), (56, 56)]),

@@ -9,18 +9,18 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from perception_r1.errors import UserError
-from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.families import FAMILIES, QWEN_FAMILIES
 from perception_r1.policy.families.qwen_vl import QwenVLProcessor
 from perception_r1.policy.load import load_processor
 from perception_r1.records import ImageSize, Sample
 from perception_r1.rows import Row
 from perception_r1.tasks.detection import Detection
-from tests.policy.oracle import chat, encode, inputs, noise
+from tests.policy.oracle import PATCH_FAMILIES, chat, encode, inputs, noise
 
-families = pytest.mark.parametrize("family", QWEN_FAMILIES)
+families = pytest.mark.parametrize("family", PATCH_FAMILIES)
 
 
-@families
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 @pytest.mark.parametrize("size", [(640, 480), (333, 1000), (28, 28), (5, 9), (1000, 6)])
 def test_the_image_size_is_that_of_smart_resize(model_folders, family, size):
     processor = load_processor(model_folders[family], max_pixels=100_000)
@@ -63,7 +63,7 @@ def test_prompts_are_neither_padded_nor_cut(folder):
 TEXT, IMAGE = {"type": "text", "text": "a, b"}, {"type": "image"}
 
 
-@pytest.mark.parametrize("family", QWEN_FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", PATCH_FAMILIES, indirect=True)
 @pytest.mark.parametrize("parts", [[IMAGE, TEXT], [TEXT, IMAGE], [IMAGE, TEXT, IMAGE, IMAGE], [IMAGE] * 2], ids=str)
 def test_positions_are_those_of_transformers(policy, parts):
     sizes = [(84, 112), (28, 112), (56, 56)][: parts.count(IMAGE)]
@@ -172,7 +172,7 @@ def test_a_box_at_known_pixels_survives_the_way_through_text(model_folders, fami
     shape = processor.image_processor(images=Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0].tolist()
     patch = processor.image_processor.patch_size
     assert (image_size.resized_height, image_size.resized_width) == (shape[1] * patch, shape[2] * patch)
-    codec, task = QWEN_FAMILIES[family].codec, Detection(categories=("dog",))
+    codec, task = FAMILIES[family].codec, Detection(categories=("dog",))
     boxes = [
         (0, 0, width, height),
         (width // 3, height // 4, width // 3 + width // 7, height // 2),
