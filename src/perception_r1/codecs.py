@@ -86,10 +86,12 @@ class JsonCodec(Codec):
     Attributes:
         key: Under which the numbers of a box stand.
         order: In which they are written: which of x1, y1, x2, y2 comes first, and so on; twice it changes nothing.
+        entry_types: What an entry may be.
     """
 
     key: ClassVar[str] = "bbox_2d"
     order: ClassVar[tuple[int, int, int, int]] = (0, 1, 2, 3)
+    entry_types: ClassVar[tuple[type, ...]] = (dict,)
 
     def units(self, image_size: ImageSize) -> tuple[int, int]:
         """Width and height of the image in the units that are written."""
@@ -100,7 +102,11 @@ class JsonCodec(Codec):
         units = self.units(image_size)
         boxes = [to_units(item.box, *units) for item in objects]
         written = [[box[side] for side in self.order] for box in boxes]
-        return json.dumps([{self.key: box, "label": item.label} for box, item in zip(written, objects, strict=True)])
+        return json.dumps([self.entry(box, item.label) for box, item in zip(written, objects, strict=True)])
+
+    def entry(self, box: list[int], label: str) -> dict[str, Any]:
+        """What is written of an object."""
+        return {self.key: box, "label": label}
 
     def parse_boxes(self, text: str, image_size: ImageSize) -> ParsedBoxes:
         """Objects found in any text whatever; never raises.
@@ -111,7 +117,7 @@ class JsonCodec(Codec):
         if entries is None:
             return NOTHING
         units = self.units(image_size)
-        return ParsedBoxes(items=tuple(self._item(entry, units) for entry in entries), is_exact=True)
+        return ParsedBoxes(items=tuple(self.item(entry, units) for entry in entries), is_exact=True)
 
     def parse_prefixes(self, text: str, image_size: ImageSize) -> list[tuple[int, ParsedBox]]:
         """See `Codec`; the first entry that is no object ends them, for where a number ends is told by what follows."""
@@ -123,13 +129,13 @@ class JsonCodec(Codec):
                 entry, end = _DECODER.raw_decode(text, mark.end())
             except (ValueError, RecursionError):
                 break
-            if not isinstance(entry, dict):
+            if not isinstance(entry, self.entry_types):
                 break
-            found.append((end, self._item(entry, units)))
+            found.append((end, self.item(entry, units)))
             mark = _JSON_NEXT.match(text, end)
         return found
 
-    def _item(self, entry: object, units: tuple[int, int]) -> ParsedBox:
+    def item(self, entry: object, units: tuple[int, int]) -> ParsedBox:
         """One entry of a parsed list, whatever it is."""
         label, numbers = (entry.get("label"), entry.get(self.key)) if isinstance(entry, dict) else (None, None)
         if not isinstance(label, str) or _LONE_SURROGATE.search(label):

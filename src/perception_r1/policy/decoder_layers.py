@@ -35,6 +35,12 @@ class DecoderLayer:
         """RMS norm over the last dimension, in the type of its input."""
         return F.rms_norm(rows, rows.shape[-1:], norm.weight.to(rows.dtype), norm.variance_epsilon)
 
+    @staticmethod
+    def signs(sin: Tensor) -> Tensor:
+        """Sines of the rotary embedding [..., D] with the signs that `Attention.partners` wants."""
+        first, second = sin.chunk(2, -1)
+        return torch.cat([-first, second], -1)  # those of `rotate_half`
+
     def make_mixer(self, layer: Any, config: Any, dtype: torch.dtype | None) -> "Mixer":
         """What lets a token know of those before it, from the layer of transformers."""
         return Attention(layer.self_attn, config, dtype, self.normalise)
@@ -55,7 +61,7 @@ class DecoderLayer:
             number: Of the layer.
             rows: [B, S, hidden size].
             cos: [B, 1, H + K, D].
-            sin: [B, 1, H + K, D], its first half negative.
+            sin: [B, 1, H + K, D], with its `signs`.
             cache: What the rows have seen; it takes this token up.
 
         Returns:
@@ -108,14 +114,20 @@ class Attention:
         query, key = self._turn(turned, cos, sin)
         return self._output(cache.attend(number, query, key, value))
 
+    @staticmethod
+    def partners(heads: Tensor) -> list[Tensor]:
+        """In parts, beside every value of heads [..., D] the one with which it is turned: the other half."""
+        first, second = heads.chunk(2, -1)
+        return [second, first]
+
     def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, S, H, D] and keys [B, S, K, D], normalised and turned, from [B, S, H + K, D]."""
         turned, counts = heads, [self._heads, self._kv_heads]
         if self._head_norms[0] is not None:
             pairs = zip(heads.split(counts, 2), self._head_norms, strict=True)
             turned = torch.cat([self._normalise(part, norm) for part, norm in pairs], 2)
-        half, end = self._turned_size // 2, self._turned_size
-        swapped = [turned[..., half:end], turned[..., :half]]
+        end = self._turned_size
+        swapped = self.partners(turned[..., :end])
         if end < self._size:
             swapped.append(turned[..., end:])
         turned = torch.addcmul(turned * cos, torch.cat(swapped, -1), sin).to(heads.dtype)

@@ -28,7 +28,9 @@ _EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / EMBEDDED
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 """Types of weights."""
-TEXT_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
+TEXT_LINEARS = (
+    r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|gate_up_proj|down_proj|in_proj_\w+|out_proj)"
+)
 """Every linear layer of the language model but gates of experts, by the names of transformers."""
 
 
