@@ -86,7 +86,7 @@ class JsonCodec(Codec):
     Attributes:
         key: Under which the numbers of a box stand.
         order: In which they are written: which of x1, y1, x2, y2 comes first, and so on; twice it changes nothing.
-        entry_types: What an entry may be.
+        entry_types: What an entry may be: an object, or the numbers of a box alone.
     """
 
     key: ClassVar[str] = "bbox_2d"
@@ -117,7 +117,7 @@ class JsonCodec(Codec):
         if entries is None:
             return NOTHING
         units = self.units(image_size)
-        return ParsedBoxes(items=tuple(self.item(entry, units) for entry in entries), is_exact=True)
+        return ParsedBoxes(items=tuple(self._item(entry, units) for entry in entries), is_exact=True)
 
     def parse_prefixes(self, text: str, image_size: ImageSize) -> list[tuple[int, ParsedBox]]:
         """See `Codec`; the first entry that is no object ends them, for where a number ends is told by what follows."""
@@ -131,13 +131,14 @@ class JsonCodec(Codec):
                 break
             if not isinstance(entry, self.entry_types):
                 break
-            found.append((end, self.item(entry, units)))
+            found.append((end, self._item(entry, units)))
             mark = _JSON_NEXT.match(text, end)
         return found
 
-    def item(self, entry: object, units: tuple[int, int]) -> ParsedBox:
+    def _item(self, entry: object, units: tuple[int, int]) -> ParsedBox:
         """One entry of a parsed list, whatever it is."""
-        label, numbers = (entry.get("label"), entry.get(self.key)) if isinstance(entry, dict) else (None, None)
+        bare = entry if isinstance(entry, self.entry_types) else None
+        label, numbers = (entry.get("label"), entry.get(self.key)) if isinstance(entry, dict) else (None, bare)
         if not isinstance(label, str) or _LONE_SURROGATE.search(label):
             label = None
         if not isinstance(numbers, list) or len(numbers) != 4 or not all(type(number) is float for number in numbers):

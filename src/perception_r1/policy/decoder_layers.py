@@ -6,7 +6,7 @@ Legend: B prompts, S rows of each, H heads, K key-value heads, D head size.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,16 @@ class DecoderLayer:
         layer: Of transformers.
         config: Of the language model.
         dtype: Type in which joined and merged weights are held; None: layers are called as they are.
+
+    Attributes:
+        output_norms: Names of the norms of what attention and what the feed-forward layer add, where there are any.
     """
+
+    output_norms: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._output_norms = [getattr(layer, name) for name in self.output_norms]
         self._mixer = self.make_mixer(layer, config, dtype)
         self._feed_forward = self.make_feed_forward(layer.mlp, dtype)
 
@@ -67,8 +73,12 @@ class DecoderLayer:
         Returns:
             [B, S, hidden size].
         """
-        rows = rows + self._mixer(number, self.normalise(rows, self._norms[0]), cos, sin, cache)
-        return rows + self._feed_forward(self.normalise(rows, self._norms[1]))
+        mixed = self._mixer(number, self.normalise(rows, self._norms[0]), cos, sin, cache)
+        rows = rows + self._normalise_output(mixed, 0)
+        return rows + self._normalise_output(self._feed_forward(self.normalise(rows, self._norms[1])), 1)
+
+    def _normalise_output(self, added: Tensor, part: int) -> Tensor:
+        return self.normalise(added, self._output_norms[part]) if self._output_norms else added
 
 
 class Mixer(Protocol):
@@ -146,11 +156,12 @@ class FeedForward(Protocol):
 
 
 class DenseFeedForward:
-    """A gated feed-forward layer."""
+    """A gated feed-forward layer, with gate and values in two matrices or in one."""
 
     def __init__(self, mlp: Any, dtype: torch.dtype | None) -> None:
-        self._activation = mlp.act_fn
-        self._gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        is_joined = hasattr(mlp, "gate_up_proj")
+        self._activation = mlp.activation_fn if is_joined else mlp.act_fn
+        self._gate_up = FusedLinear([mlp.gate_up_proj] if is_joined else [mlp.gate_proj, mlp.up_proj], dtype)
         self._down = FusedLinear([mlp.down_proj], dtype)
 
     def sync_weights(self) -> None:

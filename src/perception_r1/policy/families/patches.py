@@ -26,11 +26,13 @@ class PatchProcessor(Processor):
     Attributes:
         smart_resize: Height and width of a picture as the model sees it, from its own by `height`, `width`, `factor`,
             `min_pixels` and `max_pixels`.
+        counts_frames: Whether the image processor's bounds are of all the frames that a picture stands for.
         max_aspect: Longest side of a picture over its shortest.
         max_pixels: Largest picture by the files of the larger models.
     """
 
     smart_resize: ClassVar[Callable[..., tuple[int, int]]]
+    counts_frames: ClassVar[bool] = False
     max_aspect: ClassVar[int] = 200
     max_pixels: ClassVar[int] = 12_845_056
 
@@ -54,18 +56,19 @@ class PatchProcessor(Processor):
         low, high = low if min_pixels is None else min_pixels, high if max_pixels is None else max_pixels
         if low > high:
             raise UserError(f"min_pixels ({low}) must not exceed max_pixels ({high}).")
-        self.image_processor.size = {"shortest_edge": low, "longest_edge": high}
+        self.image_processor.size = {"shortest_edge": low * self._frames, "longest_edge": high * self._frames}
 
     @property
     def pixel_bounds(self) -> tuple[int, int]:
         """See `Processor`."""
         size = self.image_processor.size
-        return size["shortest_edge"], size["longest_edge"]
+        low, high = size["shortest_edge"], size["longest_edge"]
+        return (low // self._frames, high // self._frames) if self.counts_frames else (low, high)
 
     @property
-    def hub_options(self) -> dict[str, Any]:
-        """See `Processor`."""
-        return {"size": self._size}
+    def size(self) -> dict[str, int]:
+        """Bounds of a picture as image processors name them."""
+        return dict(zip(("shortest_edge", "longest_edge"), self.pixel_bounds, strict=True))
 
     def image_size(self, width: int, height: int) -> ImageSize:
         """See `Processor`."""
@@ -103,7 +106,7 @@ class PatchProcessor(Processor):
     def encode_pictures(self, pictures: Sequence[Image.Image], grids: Sequence[Grid]) -> Sequence[Tensor]:
         """See `Processor`: of each picture [N, channels * patch height * patch width]."""
         as_bytes: dict[str, Any] = {"do_rescale": False, "do_normalize": False, "temporal_patch_size": 1}
-        as_bytes["size"] = self._size
+        as_bytes["size"] = self.size
         found = self.image_processor(images=list(pictures), return_tensors="pt", **as_bytes)
         pixels: Tensor = found["pixel_values"]
         patches: Sequence[Tensor] = pixels.to(torch.uint8).split([prod(grid) for grid in grids])
@@ -130,9 +133,9 @@ class PatchProcessor(Processor):
         return rotary_positions(input_ids, merged, self.image_token_id)
 
     @property
-    def _size(self) -> dict[str, int]:
-        """Bounds of a picture as image processors name them."""
-        return dict(zip(("shortest_edge", "longest_edge"), self.pixel_bounds, strict=True))
+    def _frames(self) -> int:
+        """Frames whose pixels the image processor's bounds count."""
+        return int(self.image_processor.temporal_patch_size) if self.counts_frames else 1
 
     @property
     def _factor(self) -> int:

@@ -16,6 +16,11 @@ class QwenVLProcessor(PatchProcessor):
     image_processor_class = Qwen2VLImageProcessorPil
     smart_resize = staticmethod(smart_resize)
 
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """See `Processor`."""
+        return {"size": self.size}
+
 
 class QwenVL(PatchFamily):
     """A family of Qwen-VL.
