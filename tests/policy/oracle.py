@@ -66,7 +66,9 @@ def is_vision(name: str) -> bool:
 
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    """Weights and buffers in the same type, as in a policy that was converted."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.to(dtype).eval()
 
 
 def shake(network: Any, seed: int = 0) -> None:
