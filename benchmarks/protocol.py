@@ -23,11 +23,11 @@ import yaml
 from pages import fill, table
 from study.worlds import DATA, levels
 
-from perception_r1.codecs import CODECS
 from perception_r1.data.loading import Batch
 from perception_r1.evaluation.paper import GENERATION
 from perception_r1.metrics import make_metrics, update_metrics
 from perception_r1.modules.evaluation import EvaluationModule
+from perception_r1.policy.families import CODECS
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import ImageSize, LabelledBox, LoadedSample

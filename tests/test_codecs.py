@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_r1.codecs import CODECS, MAX_OBJECTS, ParsedBox, ParsedBoxes
+from perception_r1.codecs import MAX_OBJECTS, ParsedBox, ParsedBoxes
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, LabelledBox
 from tests.hostile import WORST, texts
 
@@ -30,7 +31,7 @@ def internvl(text: str) -> ParsedBoxes:
 
 
 def test_codecs_go_by_their_names():
-    assert list(CODECS) == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"]
+    assert list(CODECS) == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "glm4v"]
     assert all(codec.name == name for name, codec in CODECS.items())
 
 
@@ -49,6 +50,10 @@ def test_each_family_writes_its_own_units():
         {"box_2d": [200, 100, 400, 300], "label": "cat"},
         {"box_2d": [0, 500, 1000, 1000], "label": "cat"},
     ]
+    assert CODECS["glm4v"].format_boxes(objects, FRAME) == (
+        '<|begin_of_box|>[{"label": "cat", "bbox_2d": [100, 200, 300, 400]}, '
+        '{"label": "cat", "bbox_2d": [500, 0, 1000, 1000]}]<|end_of_box|>'
+    )
     internvl = CODECS["internvl"].format_boxes([*objects, LabelledBox(label="dog", box=(0.0, 0.0, 1.0, 1.0))], FRAME)
     assert internvl == (
         "<ref>cat</ref><box>[[100, 200, 300, 400], [500, 0, 1000, 1000]]</box>"
@@ -154,6 +159,48 @@ def test_gemma3_writes_rows_before_columns_and_reads_no_other_key():
     assert found == ParsedBoxes(items=(ITEM,), is_exact=True)
     other = CODECS["gemma3"].parse_boxes(f"[{GOOD}]", FRAME)
     assert other == ParsedBoxes(items=(ParsedBox(label="cat", box=None),), is_exact=True)
+
+
+GLM = '<|begin_of_box|>[{"label": "cat", "bbox_2d": [100, 200, 300, 400]}]<|end_of_box|>'
+
+
+@pytest.mark.parametrize(
+    ("text", "is_exact"),
+    [
+        (GLM, True),
+        (f" {GLM}\n", True),
+        (GLM.replace("[{", " [ {"), True),
+        (GLM.replace("<|begin_of_box|>", "<|begin_of_box|>```json\n").replace("<|end", "\n```<|end"), True),
+        (f"The list in the required format is {GLM}", False),
+        (f"{GLM}.", False),
+        (GLM + GLM, False),
+    ],
+)
+def test_glm4v_reads_the_json_between_its_tokens_and_knows_exact_text(text, is_exact):
+    assert CODECS["glm4v"].parse_boxes(text, FRAME) == ParsedBoxes(items=(ITEM,), is_exact=is_exact)
+
+
+def test_glm4v_reads_boxes_alone_as_its_documentation_has_them():
+    text = "<|begin_of_box|>[[94,598,177,991], [100, 200, 300, 400], [1, 2], 7]<|end_of_box|>"
+    found = CODECS["glm4v"].parse_boxes(text, FRAME)
+    boxes = ((0.094, 0.598, 0.177, 0.991), (0.1, 0.2, 0.3, 0.4), None, None)
+    assert found == ParsedBoxes(items=tuple(ParsedBox(label=None, box=box) for box in boxes), is_exact=True)
+    assert [item for _, item in CODECS["glm4v"].parse_prefixes(text, FRAME)] == list(found.items[:3])
+    other = CODECS["qwen3_vl"].parse_boxes("[[94, 598, 177, 991]]", FRAME)
+    assert other.items == (ParsedBox(label=None, box=None),), "other families have no boxes alone"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[[1,2,3,4]]", GLM.removesuffix("<|end_of_box|>"), GLM.removeprefix("<|begin_of_box|>"), GLM[:40]]
+)
+def test_glm4v_reads_nothing_where_a_token_is_missing(text):
+    assert CODECS["glm4v"].parse_boxes(text, FRAME) == NOTHING
+
+
+@pytest.mark.parametrize("label", ["<|end_of_box|>", "a<|user|>", "<|"])
+def test_glm4v_refuses_labels_that_would_break_its_form(label):
+    with pytest.raises(ValueError, match="label"):
+        CODECS["glm4v"].format_boxes([LabelledBox(label=label, box=(0.0, 0.0, 1.0, 1.0))], FRAME)
 
 
 def test_qwen2_boxes_take_the_label_before_them():
@@ -284,7 +331,8 @@ def test_an_answer_that_is_cut_behind_a_box_says_what_stands_before(codec, wrap)
     assert len(ends) == len(items) == 3
     for count, end in enumerate(ends, 1):
         assert codec.parse_prefixes(text[:end], FRAME) == codec.parse_prefixes(text, FRAME)[:count]
-        rest = {"qwen2_vl": "", "internvl": "]</box>"}.get(codec.name, "]")  # whatever has to close the form
+        closing = {"qwen2_vl": "", "internvl": "]</box>", "glm4v": "]<|end_of_box|>"}
+        rest = closing.get(codec.name, "]")  # whatever has to close the form
         head = text[:end] if codec.name == "qwen2_vl" else text[:end].removeprefix("```json") + rest
         assert codec.parse_boxes(head, FRAME).items == items[:count]
 

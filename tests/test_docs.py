@@ -18,6 +18,7 @@ from perception_r1.engines import ServerEngine, VLLMEngine
 from perception_r1.modules import GRPO
 from perception_r1.modules.base import LRSchedulerConfig
 from perception_r1.modules.strategies import FSDP2Strategy
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.tasks import TASKS
 from tests.readme import DOCUMENTS, PAGES, ROOT, blocks, names, prose, read, table
@@ -71,6 +72,16 @@ def test_tree_names_files_that_exist_and_all_of_the_package() -> None:
     assert {path for path in package if not path.endswith("__init__.py")} <= set(paths)
     configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     assert configs <= set(paths)
+
+
+def test_every_family_and_every_file_of_configs_model_is_in_the_table_of_models() -> None:
+    rows = table("docs/models.md", "| family")
+    codecs = {names(family)[0]: names(boxes)[0] for family, _, boxes, *_ in rows}
+    assert codecs == {name: family.codec.name for name, family in FAMILIES.items()}
+    shares = {names(family)[0]: prompts.startswith("shared") for family, *_, prompts in rows}
+    assert shares == {name: family.shares_prompts for name, family in FAMILIES.items()}
+    files = [name for _, files, *_ in rows for name in names(files)]
+    assert sorted(files) == sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
 
 
 def test_rooms_import_only_from_lower_layers() -> None:

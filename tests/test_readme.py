@@ -76,6 +76,8 @@ FAMILIES = {
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",
     "google/gemma-3-12b-it": "gemma3",
+    "zai-org/GLM-4.1V-9B-Thinking": "glm4v",
+    "zai-org/GLM-4.6V-Flash": "glm4v",
 }
 """Hub ids of the documentation; a tiny model of the same family stands for each."""
 EXPORTED = "supervised"

@@ -10,8 +10,8 @@ from PIL import Image
 from trl import GRPOTrainer
 
 from perception_r1.cli import main
-from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, LabelledBox
 from perception_r1.rewards import trl_reward, verl_reward
 

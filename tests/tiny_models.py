@@ -12,6 +12,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GemmaTokenizer,
+    Glm4vConfig,
     InternVLConfig,
     InternVLVisionConfig,
     PretrainedConfig,
@@ -21,6 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from perception_r1.embedded.model import build_tokenizer
@@ -68,6 +70,15 @@ _GEMMA_TEMPLATE = """\
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
 
+_GLM_TEMPLATE = """\
+[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>
+{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part['text'] }}{% endif %}\
+{% endfor %}{% endif %}{% if enable_thinking is defined and not enable_thinking and message['role'] == 'user' %}\
+/nothink{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% if enable_thinking is defined and not enable_thinking %}<think></think>
+{% endif %}{% endif %}"""
+
 
 def internvl_tokenizer() -> PreTrainedTokenizerBase:
     """As the family's: that of Qwen with tags of its own."""
@@ -101,6 +112,34 @@ def gemma_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.add_tokens([AddedToken(token, special=True) for token in special[4:6]])
     tokenizer.chat_template = _GEMMA_TEMPLATE
     return tokenizer
+
+
+def glm_tokenizer() -> PreTrainedTokenizerBase:
+    """As the family's: tokens of roles, pictures and boxes."""
+    tokenizer = build_tokenizer([])
+    names = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|image|>", "<|video|>"]
+    names += [f"<|{side}_of_{name}|>" for name in ("image", "video", "box") for side in ("begin", "end")]
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in [*names, "<think>", "</think>"]])
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = _GLM_TEMPLATE
+    return tokenizer
+
+
+def glm4v_config(tokenizer: PreTrainedTokenizerBase) -> Glm4vConfig:
+    """A tiny GLM-4.1V; half of each head is turned, as in the real ones."""
+    token = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 1]}
+    vision = {"hidden_size": 32, "depth": 2, "num_heads": 4, "out_hidden_size": 48, "intermediate_size": 64}
+    return Glm4vConfig(
+        text_config=_TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope, "tie_word_embeddings": False},
+        vision_config=vision | {"image_size": 84, "patch_size": 14, "initializer_range": 0.06},
+        image_token_id=token("<|image|>"),
+        video_token_id=token("<|video|>"),
+        image_start_token_id=token("<|begin_of_image|>"),
+        image_end_token_id=token("<|end_of_image|>"),
+        video_start_token_id=token("<|begin_of_video|>"),
+        video_end_token_id=token("<|end_of_video|>"),
+    )
 
 
 def internvl_config(tokenizer: PreTrainedTokenizerBase, **text: Any) -> InternVLConfig:
@@ -183,5 +222,17 @@ def build_gemma3(folder: Path) -> None:
     build_model_folder(folder, tokenizer, gemma3_config(tokenizer), image_processor, ("<eos>", "<end_of_turn>"))
 
 
-BUILDERS: dict[str, Callable[[Path], None]] = {"internvl": build_internvl, "gemma3": build_gemma3}
+def build_glm4v(folder: Path) -> None:
+    """A tiny GLM-4.1V, with the bounds of pixels that small Qwen-VLs have."""
+    tokenizer = glm_tokenizer()
+    image_processor = Glm4vImageProcessorPil(size={"shortest_edge": 2 * 28**2, "longest_edge": 2 * 1280 * 28**2})
+    ends = ("<|endoftext|>", "<|user|>", "<|observation|>")
+    build_model_folder(folder, tokenizer, glm4v_config(tokenizer), image_processor, ends)
+
+
+BUILDERS: dict[str, Callable[[Path], None]] = {
+    "internvl": build_internvl,
+    "gemma3": build_gemma3,
+    "glm4v": build_glm4v,
+}
 """By family."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.mutations import damaged_text
-from perception_r1.codecs import CODECS, Codec
+from perception_r1.codecs import Codec
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, UnloadedSample
 from perception_r1.rewards import RowScorer
 from perception_r1.scoring import (

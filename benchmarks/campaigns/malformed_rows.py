@@ -20,7 +20,6 @@ import pyarrow.parquet
 
 from campaigns.mutations import damaged_line, damaged_text, damaged_value
 from campaigns.scenarios import SIZE, picture
-from perception_r1.codecs import CODECS
 from perception_r1.data.samples import check
 from perception_r1.data.sources import (
     Coco,
@@ -35,6 +34,7 @@ from perception_r1.data.sources import (
     VlmR1,
 )
 from perception_r1.errors import UserError
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize
 from perception_r1.task import Task
 from perception_r1.tasks import TASKS

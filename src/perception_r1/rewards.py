@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from perception_r1.codecs import CODECS, Codec
+from perception_r1.codecs import Codec
 from perception_r1.data.images import ImageError, check_image
 from perception_r1.errors import UserError
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, ImageSource, Sample, UnloadedSample
 from perception_r1.rows import Row, RowError
 from perception_r1.scoring import ScoredCompletion, parse_completions, score_completions

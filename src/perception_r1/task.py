@@ -22,7 +22,7 @@ from perception_r1.rows import Row
 MAX_TEXT = 32_768
 """Longest completion, in characters, that is read; a full page of dense text is about 10,000."""
 
-_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<eos>")
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "<|user|>")
 _SLOT, _ANY_SLOT = re.compile(r"\{query\}|\{labels\}"), re.compile(r"\{\w+\}")
 _ANSWER = re.compile(r"</think>\s*<answer>")
 THINK_REQUEST = (

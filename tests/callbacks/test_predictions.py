@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 
 from perception_r1.callbacks.predictions import prediction_row, read_rows, rescore, row_key, row_line, write_rows
-from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, Sample, Score
 from perception_r1.rows import Row
 from perception_r1.scoring import parse_completions, score_completions

@@ -21,14 +21,13 @@ import yaml
 from PIL import Image
 
 from perception_r1.cli import main
-from perception_r1.codecs import CODECS
 from perception_r1.commands import data as command
 from perception_r1.commands.statistics import DatasetStatistics, collect_statistics, log10_mean_factorial, share_over
 from perception_r1.data.convert import convert
 from perception_r1.data.samples import load
 from perception_r1.data.sources import Coco, Download, Hub, JsonLines, PixMoCount
 from perception_r1.errors import UserError
-from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.families import CODECS, QWEN_FAMILIES
 from perception_r1.policy.load import load_processor
 from perception_r1.records import ImageBytes, Sample
 from perception_r1.tasks.counting import Counting, CountingTarget

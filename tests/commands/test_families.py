@@ -10,9 +10,11 @@ from perception_r1.cli import main
 from perception_r1.engines import VLLMEngine
 from perception_r1.engines.base import EngineContext
 from perception_r1.errors import UserError
+from perception_r1.policy.families import FAMILIES
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
-from tests.policy.oracle import noise
+from tests.policy.oracle import is_vision, noise
+from tests.tiny_models import BUILDERS
 
 SMALL = [
     *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--log_samples.num_samples=0"),
@@ -33,18 +35,18 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("family", ["internvl", "gemma3"])
+@pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_trained_exported_and_asked(model_folders, family, kind, place, console, capsys):
     arguments = ["fit", "--task=ocr", f"--model.policy.name={model_folders[family]}", *SMALL, *KINDS[kind]]
     assert main([*arguments, "--run_name=run"]) == 0
-    told = "gemma3: prompts cannot be shared, so training computes them once for each completion"
-    assert console.file.getvalue().count(told) == (family == "gemma3")
+    told = f"{family}: prompts cannot be shared, so training computes them once for each completion"
+    assert console.file.getvalue().count(told) == (not FAMILIES[family].shares_prompts)
     assert main(["export", "logs/run/version_0", "--to", "exported", "--ckpt", "last"]) == 0
     written, before = load_file("exported/model.safetensors"), load_file(model_folders[family] / "model.safetensors")
     assert written.keys() == before.keys()
     changed = {name for name in written if not torch.equal(written[name], before[name])}
-    is_tower_trained = any("vision" in name for name in changed)
+    is_tower_trained = any(is_vision(name) for name in changed)
     assert changed
     assert is_tower_trained == (kind == "in parts")
     noise(90, 60).save("picture.png")
@@ -53,7 +55,7 @@ def test_a_run_is_trained_exported_and_asked(model_folders, family, kind, place,
     assert json.loads(capsys.readouterr().out)["image"].endswith("picture.png")
 
 
-@pytest.mark.parametrize("family", ["internvl", "gemma3"])
+@pytest.mark.parametrize("family", BUILDERS)
 def test_supervised_fine_tuning_learns(model_folders, family, place, console):
     arguments = ["fit", "--task=counting", "--variant=sft", f"--model.policy.name={model_folders[family]}", *SMALL]
     arguments.remove("--model.group_size=3")
@@ -61,7 +63,7 @@ def test_supervised_fine_tuning_learns(model_folders, family, place, console):
     assert "cannot be shared" not in console.file.getvalue()
 
 
-@pytest.mark.parametrize("family", ["internvl", "gemma3"])
+@pytest.mark.parametrize("family", BUILDERS)
 def test_a_run_is_planned(model_folders, family, place, capsys):
     assert main(["plan", "--task=grounding", f"--model.policy.name={model_folders[family]}", "--data=coco"]) == 0
     assert "80 GB: fits" in capsys.readouterr().out

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from perception_r1.cli import main
-from perception_r1.codecs import CODECS
 from perception_r1.commands import export
 from perception_r1.embedded.model import SMALL, build_model_folder
-from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.families import CODECS, QWEN_FAMILIES
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from perception_r1.cli import main
-from perception_r1.codecs import Qwen2VLCodec
 from perception_r1.commands.reader import load_reader
+from perception_r1.policy.families.qwen2_vl import Qwen2VLCodec
 from perception_r1.policy.load import PolicyConfig, model_path
 from perception_r1.policy.policy import Policy
 from tests.public_data import picture

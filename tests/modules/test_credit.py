@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.grpo.advantages import reward_to_go_advantages
 from perception_r1.modules import GRPO
 from perception_r1.modules.advantages import box_advantages
 from perception_r1.modules.resampling import Round
+from perception_r1.policy.families import CODECS
 from perception_r1.policy.load import load_processor
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.rollout import Rollout

@@ -31,6 +31,8 @@ ROUNDED = {
 }
 """The same in billions, as the hub shows them."""
 
+GLM = ("zai-org/GLM-4.1V-9B-Thinking", "zai-org/GLM-4.6V-Flash")
+
 WITH_PREDICTION = {
     "Qwen/Qwen3.5-0.8B": 873_438_784,
     "Qwen/Qwen3.5-2B": 2_274_069_824,
@@ -65,6 +67,16 @@ def test_a_model_outside_qwen_vl_has_about_as_many(name, billions):
     assert round(sum(weight.numel() for weight in weights.values()) / 1e9, 2) == billions
 
 
+@pytest.mark.parametrize("name", GLM)
+def test_glm4v_has_as_many_weights_as_its_published_sizes_make(name):
+    model = empty_model(PolicyConfig(name=name))
+    attention = 4096 * (32 + 2 + 2) * 128 + (32 + 2 + 2) * 128 + 32 * 128 * 4096
+    text = 2 * 151_552 * 4096 + 40 * (attention + 3 * 4096 * 13_696 + 4 * 4096) + 4096
+    assert round(text / 1e9, 1) == 9.4
+    parts = (*model.model.language_model.parameters(), *model.lm_head.parameters())
+    assert sum(weight.numel() for weight in parts) == text
+
+
 def test_a_model_with_experts_has_as_many_weights_as_its_published_sizes_make():
     model = empty_model(PolicyConfig(name="Qwen/Qwen3-VL-30B-A3B-Instruct"))
     attention = 2048 * (32 + 4 + 4) * 128 + 32 * 128 * 2048 + 2 * 128
@@ -78,7 +90,7 @@ def test_a_model_with_experts_has_as_many_weights_as_its_published_sizes_make():
 def test_every_configured_model_can_be_planned_offline(monkeypatch):
     monkeypatch.setattr(module, "model_family", lambda name: pytest.fail(f"{name} is looked for on the hub"))
     files = [path for path in (ROOT / "configs" / "model").glob("*.yaml") if path.stem != "tiny"]
-    assert len(files) == len(PUBLISHED) + len(WITH_PREDICTION) + len(ROUNDED) + 1
+    assert len(files) == len(PUBLISHED) + len(WITH_PREDICTION) + len(ROUNDED) + len(GLM) + 1
     for path in files:
         name = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]["name"]
         assert read_config(name).model_type in FAMILIES

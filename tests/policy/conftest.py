@@ -54,15 +54,21 @@ def adapted_plain(plain: Any, adapted: Policy) -> Any:
 @pytest.fixture
 def exact_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What transformers computes in float32 whatever the weights' type, here in the type of the weights."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+    to, softmax, grid_sample = torch.Tensor.to, torch.nn.functional.softmax, torch.nn.functional.grid_sample
 
     def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        is_rounded = self.dtype == torch.float64 and args[:1] == (torch.float32,)
-        return to(self, *((torch.float64, *args[1:]) if is_rounded else args), **kwargs)
+        if self.dtype == torch.float64:
+            args = tuple(torch.float64 if word is torch.float32 else word for word in args)
+            kwargs |= {"dtype": torch.float64} if kwargs.get("dtype") is torch.float32 else {}
+        return to(self, *args, **kwargs)
 
     def exact_softmax(scores: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> torch.Tensor:
         return softmax(scores, *args, dtype=None if scores.dtype == torch.float64 else dtype, **kwargs)
 
+    def exact_grid_sample(values: torch.Tensor, grid: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return grid_sample(values, to(grid, values.dtype), **kwargs)
+
     monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(torch.nn.functional, "grid_sample", exact_grid_sample)
     monkeypatch.setattr(torch.Tensor, "float", lambda self: keep(self, torch.float32))
     monkeypatch.setattr(torch.nn.functional, "softmax", exact_softmax)

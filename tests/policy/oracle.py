@@ -1,5 +1,6 @@
 """What the engine is compared with: the plain model of transformers, one row at a time, without padding or packing."""
 
+import inspect
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ from transformers import AutoModelForImageTextToText
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from perception_r1.policy.batch import PromptBatch
-from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.families import FAMILIES
+from perception_r1.policy.families.patches import PatchFamily
 from perception_r1.policy.processor import Processor
 
+PATCH_FAMILIES = [name for name, family in FAMILIES.items() if isinstance(family, PatchFamily)]
+"""Families whose tokens have positions in three directions."""
 CHATS: list[tuple[str, list[tuple[int, int]]]] = [
     ("Where is it?", [(56, 84)]),
     ("Compare the first picture with the second one, please.", [(84, 28), (56, 56)]),
@@ -45,25 +49,26 @@ def encode(processor: Processor, indices: Sequence[int] = (0, 1, 2)) -> PromptBa
 
 
 def inputs(model: Any, prompt: PromptBatch, completion: Tensor | None = None) -> dict[str, Tensor]:
-    """What the plain model takes for a single prompt and what follows it."""
+    """What the plain model takes for a single prompt and what follows it; its `forward` says what that is."""
     ids = torch.cat([prompt.input_ids[0], *([] if completion is None else [completion])])[None]
     is_image = (ids == model.config.image_token_id).int()
-    own: dict[str, Tensor] = {}
-    if model.config.model_type in QWEN_FAMILIES:
-        own = {"mm_token_type_ids": is_image, "image_grid_thw": torch.tensor(prompt.image_grids)}
-    elif model.config.model_type == "gemma3":
-        own = {"token_type_ids": is_image}
+    grids = torch.tensor(prompt.image_grids)
+    own = {"mm_token_type_ids": is_image, "token_type_ids": is_image, "image_grid_thw": grids}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    taken = {name: own[name] for name in own.keys() & inspect.signature(base.forward).parameters.keys()}
     pixels = torch.cat(prompt.pixel_values)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **own}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **taken}
 
 
 def is_vision(name: str) -> bool:
     """Whether a parameter makes features of pixels."""
-    return any(f".{part}." in f".{name}" for part in ("visual", "vision_tower", "multi_modal_projector"))
+    return "language_model." not in name and "lm_head." not in name
 
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    """Weights and buffers in the same type, as in a policy that was converted."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.to(dtype).eval()
 
 
 def shake(network: Any, seed: int = 0) -> None:

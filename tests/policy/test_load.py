@@ -121,8 +121,13 @@ def test_weights_have_the_type_asked_for(folder):
     assert {parameter.dtype for parameter in load(folder, dtype="bfloat16").parameters()} == {torch.bfloat16}
 
 
-NUM_LINEARS = {"qwen3_vl_moe": 4 * 3 + 3 * 2, "qwen3_5": 5 * 2 + 4 + 3 * 3, "qwen3_5_moe": 5 * 2 + 4 + 3 * 3}
-"""Of three blocks one has experts in Qwen3-VL-MoE; in Qwen3.5 two have linear attention."""
+NUM_LINEARS = {
+    "glm4v": 6 * 3,
+    "qwen3_vl_moe": 4 * 3 + 3 * 2,
+    "qwen3_5": 5 * 2 + 4 + 3 * 3,
+    "qwen3_5_moe": 5 * 2 + 4 + 3 * 3,
+}
+"""Of three blocks one has experts in Qwen3-VL-MoE; in Qwen3.5 two have linear attention; in GLM-4V two are joined."""
 
 
 def test_only_adapters_of_the_language_model_are_trained(model_folders):

@@ -7,7 +7,6 @@ from transformers import AttentionInterface
 
 from perception_r1.policy import attention
 from perception_r1.policy import logprobs as logprobs_module
-from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.forward import lay_out_row
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.packing import pack, plan_micro_batches
@@ -217,7 +216,7 @@ MIXED = [2, 0, 1, 3, 4]
 MIXED_LENGTHS = [3, 7, 1, 5, 4, 2, 6, 6, 2, 1]
 
 
-@pytest.mark.parametrize("family", QWEN_FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", oracle.PATCH_FAMILIES, indirect=True)
 def test_prompts_of_equal_and_other_lengths_come_back_in_the_order_given(policy, plain, exact_layers):
     prompts, completions = oracle.encode(policy.processor, MIXED), oracle.random_completions(MIXED_LENGTHS)
     assert sorted(prompts.lengths) != prompts.lengths
@@ -230,7 +229,7 @@ def test_prompts_of_equal_and_other_lengths_come_back_in_the_order_given(policy,
     assert_same_gradients(policy.network, plain)
 
 
-@pytest.mark.parametrize("family", QWEN_FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", oracle.PATCH_FAMILIES, indirect=True)
 def test_prompts_of_equal_length_are_computed_together_wherever_they_stand(policy, monkeypatch):
     rows = []
 
@@ -337,7 +336,7 @@ def test_the_comparison_would_notice_prompts_through_which_completions_send_no_g
     assert max(share for name, share in shares.items() if ".k_proj." in name) > 0.01
 
 
-@pytest.mark.parametrize("family", QWEN_FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", oracle.PATCH_FAMILIES, indirect=True)
 def test_the_comparison_would_notice_completions_that_start_at_the_prompt_s_length(
     policy, plain, exact_layers, monkeypatch
 ):

@@ -11,7 +11,6 @@ import torch
 from transformers import AttentionInterface
 
 from perception_r1.grpo.loss import LossConfig, grpo_loss
-from perception_r1.policy.families import QWEN_FAMILIES
 from perception_r1.policy.load import LoraConfig, PolicyConfig
 from perception_r1.policy.packing import plan_micro_batches
 from perception_r1.policy.policy import Policy
@@ -102,7 +101,7 @@ def test_a_prefill_reads_nothing_back_from_the_device(policy):
 
 
 @ONE_KIND
-@pytest.mark.parametrize("family", QWEN_FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", oracle.PATCH_FAMILIES, indirect=True)
 def test_flash_attention_in_the_tower_gets_segments_on_the_device_and_their_longest_from_the_host(policy, monkeypatch):
     lengths = []
 

@@ -32,7 +32,7 @@ def test_a_fresh_adapter_changes_nothing_and_switched_off_never_does(folder):
         assert not torch.allclose(adapted(prompts, completions), expected, atol=0.1)
 
 
-END_OF_TURN = {"gemma3": "<end_of_turn>"}
+END_OF_TURN = {"gemma3": "<end_of_turn>", "glm4v": "<|user|>"}
 """By the chat templates of the hub; all others end with that of Qwen."""
 
 

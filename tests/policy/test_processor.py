@@ -4,23 +4,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.processing_utils import ProcessorMixin
 
 from perception_r1.errors import UserError
-from perception_r1.policy.families import QWEN_FAMILIES
+from perception_r1.policy.families import FAMILIES, QWEN_FAMILIES
 from perception_r1.policy.families.qwen_vl import QwenVLProcessor
-from perception_r1.policy.load import load_processor
-from perception_r1.records import ImageSize, Sample
+from perception_r1.policy.load import PolicyConfig, load_processor
+from perception_r1.policy.policy import Policy
+from perception_r1.records import ImageSize, LabelledBox, Sample
 from perception_r1.rows import Row
 from perception_r1.tasks.detection import Detection
-from tests.policy.oracle import chat, encode, inputs, noise
+from tests.policy.oracle import CHATS, PATCH_FAMILIES, chat, encode, inputs, noise
 
-families = pytest.mark.parametrize("family", QWEN_FAMILIES)
+families = pytest.mark.parametrize("family", PATCH_FAMILIES)
 
 
-@families
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 @pytest.mark.parametrize("size", [(640, 480), (333, 1000), (28, 28), (5, 9), (1000, 6)])
 def test_the_image_size_is_that_of_smart_resize(model_folders, family, size):
     processor = load_processor(model_folders[family], max_pixels=100_000)
@@ -63,7 +67,7 @@ def test_prompts_are_neither_padded_nor_cut(folder):
 TEXT, IMAGE = {"type": "text", "text": "a, b"}, {"type": "image"}
 
 
-@pytest.mark.parametrize("family", QWEN_FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", PATCH_FAMILIES, indirect=True)
 @pytest.mark.parametrize("parts", [[IMAGE, TEXT], [TEXT, IMAGE], [IMAGE, TEXT, IMAGE, IMAGE], [IMAGE] * 2], ids=str)
 def test_positions_are_those_of_transformers(policy, parts):
     sizes = [(84, 112), (28, 112), (56, 56)][: parts.count(IMAGE)]
@@ -76,6 +80,60 @@ def test_positions_are_those_of_transformers(policy, parts):
     assert torch.equal(batch.position_ids[0], positions[:, 0])
     assert batch.next_positions == (int(positions.max()) + 1,)
     assert batch.next_positions[0] < batch.lengths[0]
+
+
+@families
+@pytest.mark.parametrize("index", range(len(CHATS)))
+def test_prompts_are_those_of_transformers(model_folders, family, index, monkeypatch):
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *args, **kwargs: None)  # no videos
+    processor = load_processor(model_folders[family])
+    batch = encode(processor, [index])
+    text, sizes = CHATS[index]
+    own = getattr(transformers, PROCESSOR_MAPPING_NAMES[family])(
+        image_processor=processor.image_processor,
+        tokenizer=AutoTokenizer.from_pretrained(model_folders[family]),
+        chat_template=processor.tokenizer.chat_template,
+    )
+    expected = own(
+        images=[noise(*size, seed=index) for size in sizes],
+        text=[
+            processor.tokenizer.apply_chat_template(
+                chat(text, len(sizes)), tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        ],
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    assert torch.equal(batch.input_ids[0], expected["input_ids"][0])
+    assert torch.equal(torch.cat(batch.pixel_values), expected["pixel_values"])
+    assert batch.image_grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
+
+
+def test_glm4v_is_asked_not_to_think_and_closes_its_answer_as_a_turn(model_folders):
+    policy = Policy.load(PolicyConfig(name=str(model_folders["glm4v"])))
+    (row,) = policy.processor.encode([chat("Where?")], [[noise(28, 28)]], max_tokens=None).input_ids
+    assert policy.processor.decode([row]) == [
+        "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>Where?/nothink"
+        "<|assistant|>\n<think></think>\n"
+    ]
+    token = policy.processor.tokenizer.convert_tokens_to_ids
+    assert policy.encode_targets(["[]"])[0][-1] == token("<|user|>") == policy.eos_token_ids[0]
+    ends = {token("<|endoftext|>"), token("<|observation|>")}
+    assert ends <= set(policy.eos_token_ids.tolist())
+    pictures = [f"<|{side}_of_{name}|>" for name in ("image", "video") for side in ("begin", "end")]
+    assert {token(name) for name in (*pictures, "<|image|>", "<|video|>")} == set(policy.suppress_tokens.tolist())
+
+
+@families
+def test_the_form_survives_the_tokenizer(model_folders, family):
+    processor, codec = load_processor(model_folders[family]), FAMILIES[family].codec
+    image_size = processor.image_size(640, 480)
+    objects = [LabelledBox(label="red cup", box=(0.1, 0.2, 0.3, side)) for side in (0.4, 0.9)]
+    text = codec.format_boxes(objects, image_size)
+    (row,) = processor.encode_targets([text], processor.tokenizer.eos_token_id)
+    found = codec.parse_boxes(processor.decode([row[:-1]])[0], image_size)
+    assert found == codec.parse_boxes(text, image_size)
+    assert found.is_exact
 
 
 def test_a_prompt_that_is_too_long_is_an_error(folder):
@@ -172,7 +230,7 @@ def test_a_box_at_known_pixels_survives_the_way_through_text(model_folders, fami
     shape = processor.image_processor(images=Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0].tolist()
     patch = processor.image_processor.patch_size
     assert (image_size.resized_height, image_size.resized_width) == (shape[1] * patch, shape[2] * patch)
-    codec, task = QWEN_FAMILIES[family].codec, Detection(categories=("dog",))
+    codec, task = FAMILIES[family].codec, Detection(categories=("dog",))
     boxes = [
         (0, 0, width, height),
         (width // 3, height // 4, width // 3 + width // 7, height // 2),

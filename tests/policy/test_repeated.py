@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlamaConfig
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from perception_r1.errors import UserError
-from perception_r1.policy import families
-from perception_r1.policy.load import LoraConfig, PolicyConfig
+from perception_r1.policy.families import FAMILIES, Family
+from perception_r1.policy.families.qwen3_vl import Qwen3VL
+from perception_r1.policy.load import LoraConfig, PolicyConfig, load_model
 from perception_r1.policy.policy import Policy
 from perception_r1.policy.repeated import PaddedPrompts
 from tests.policy import oracle
@@ -23,113 +23,125 @@ from tests.policy.test_logprobs import (
 )
 from tests.tiny_models import build_internvl, internvl_config, internvl_tokenizer
 
+REPEATED = [name for name, family in FAMILIES.items() if not family.shares_prompts]
+HAS_MASKS = [name for name in REPEATED if type(FAMILIES[name]).mask_inputs is not Family.mask_inputs]
+BOTH = [
+    name
+    for name, family in FAMILIES.items()
+    if family.shares_prompts and family.layer_types == {"full_attention"} and not isinstance(family, Qwen3VL)
+]
+"""Families that both ways can compute: Qwen3-VL's features reach further layers."""
+
 
 def completions_of(policy, lengths=LENGTHS):
     """Random ones without tokens that are never written."""
-    first = 10 if policy.family.name == "gemma3" else 0
-    return [completion + first for completion in oracle.random_completions(lengths)]
+    written = torch.tensor(sorted(set(range(270)) - set(policy.suppress_tokens.tolist())))
+    return [written[completion % len(written)] for completion in oracle.random_completions(lengths)]
+
+
+@pytest.fixture(params=REPEATED)
+def family(request):
+    return request.param
 
 
 @pytest.fixture
-def exact_norms(monkeypatch):
-    """Norms that transformers computes in float32 whatever the weights' type, here in the type of the weights."""
-
-    def norm(self, hidden):
-        return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
-
-    monkeypatch.setattr(Gemma3RMSNorm, "forward", norm)
+def plain(grouped_folders, family, exact_layers):
+    return oracle.plain_model(grouped_folders[family])
 
 
 @pytest.fixture
-def gemma(grouped_folders, exact_norms):
-    policy = Policy.load(PolicyConfig(name=str(grouped_folders["gemma3"]))).double().eval()
-    embedding = policy.model.get_input_embeddings()
-    embedding.embed_scale.fill_(embedding.embedding_dim**0.5)  # it was rounded to float32
+def policy(grouped_folders, family, plain):
+    """A policy in float64, also in what transformers holds in float32."""
+    policy = Policy.load(PolicyConfig(name=str(grouped_folders[family]))).double().eval()
+    exact = dict(plain.named_buffers())
+    for name, buffer in policy.model.named_buffers():
+        buffer.copy_(exact[name])
     return policy
 
 
-@pytest.fixture
-def plain_gemma(grouped_folders):
-    return oracle.plain_model(grouped_folders["gemma3"])
-
-
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_logprobs_and_all_gradients_are_those_of_plain_forwards(gemma, plain_gemma, is_checkpointed):
-    gemma.train(is_checkpointed)
+def test_logprobs_and_all_gradients_are_those_of_plain_forwards(policy, plain, is_checkpointed):
+    policy.train(is_checkpointed)
     if is_checkpointed:
-        gemma.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    completions = completions_of(gemma)
-    rows = without_padding(gemma(oracle.encode(gemma.processor), completions, 0.7), completions)
-    naive = naive_logprobs(plain_gemma, gemma, completions, 0.7)
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    completions = completions_of(policy)
+    rows = without_padding(policy(oracle.encode(policy.processor), completions, 0.7), completions)
+    naive = naive_logprobs(plain, policy, completions, 0.7)
     assert_same_rows(rows, naive)
     weighted_sum(rows).backward()
     weighted_sum(naive).backward()
-    assert_same_gradients(gemma.network, plain_gemma)
-    gradients = {name: float(p.grad.abs().max()) for name, p in gemma.network.named_parameters() if p.grad is not None}
+    assert_same_gradients(policy.network, plain)
+    gradients = {name: float(p.grad.abs().max()) for name, p in policy.network.named_parameters() if p.grad is not None}
     assert max(size for name, size in gradients.items() if oracle.is_vision(name)) > 1e-3
 
 
-def test_the_comparison_would_notice_images_whose_tokens_are_read_in_order(gemma, plain_gemma, monkeypatch):
-    completions = completions_of(gemma)
-    monkeypatch.setattr(type(gemma.family), "mask_inputs", lambda self, is_image: {})
-    rows = without_padding(gemma(oracle.encode(gemma.processor), completions), completions)
-    naive = naive_logprobs(plain_gemma, gemma, completions, 1.0)
-    assert min(float((row - other).abs().max()) for row, other in zip(rows, naive, strict=True)) > 1e-6
+@pytest.mark.parametrize("family", HAS_MASKS, indirect=True)
+def test_the_comparison_would_notice_images_whose_tokens_are_read_in_order(policy, plain, monkeypatch):
+    completions = completions_of(policy)
+    monkeypatch.setattr(type(policy.family), "mask_inputs", lambda self, is_image: {})
+    rows = without_padding(policy(oracle.encode(policy.processor), completions), completions)
+    naive = naive_logprobs(plain, policy, completions, 1.0)
+    assert min(float((row - other).detach().abs().max()) for row, other in zip(rows, naive, strict=True)) > 1e-6
 
 
-def test_greedy_completions_are_those_of_transformers(gemma, plain_gemma):
-    prompts = oracle.encode(gemma.processor)
-    params = gemma.sampling_params(max_new_tokens=12, is_greedy=True)
-    rollout = gemma.generate(gemma.prefill(prompts), group_size=1, params=params, seeds=[0, 0, 0])
+def test_greedy_completions_are_those_of_transformers(policy, plain):
+    prompts = oracle.encode(policy.processor)
+    params = policy.sampling_params(max_new_tokens=12, is_greedy=True)
+    rollout = policy.generate(policy.prefill(prompts), group_size=1, params=params, seeds=[0, 0, 0])
     for index, completion in enumerate(rollout.completions):
-        inputs = oracle.inputs(plain_gemma, prompts.select([index]))
-        expected = plain_gemma.generate(
+        inputs = oracle.inputs(plain, prompts.select([index]))
+        expected = plain.generate(
             **inputs,
             do_sample=False,
             max_new_tokens=12,
-            suppress_tokens=gemma.suppress_tokens.tolist(),
-            eos_token_id=gemma.eos_token_ids.tolist(),
+            suppress_tokens=policy.suppress_tokens.tolist(),
+            eos_token_id=policy.eos_token_ids.tolist(),
         )[0, inputs["input_ids"].shape[1] :]
         assert completion.tolist() == expected.tolist()
     assert len({tuple(completion.tolist()) for completion in rollout.completions}) > 1
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.8}], ids=str)
-def test_sampled_logprobs_are_those_of_training(gemma, options):
-    prompts = oracle.encode(gemma.processor)
-    params = gemma.sampling_params(max_new_tokens=25, **options)
+def test_sampled_logprobs_are_those_of_training(policy, options):
+    prompts = oracle.encode(policy.processor)
+    params = policy.sampling_params(max_new_tokens=25, **options)
     params = replace(params, eos_token_ids=torch.arange(10, 50))  # rows end at any time
-    cache = gemma.prefill(prompts)
-    rollout = gemma.generate(cache, group_size=4, params=params, seeds=[1, 2, 3])
-    again = gemma.generate(cache, group_size=4, params=params, seeds=[1, 2, 3])
+    cache = policy.prefill(prompts)
+    rollout = policy.generate(cache, group_size=4, params=params, seeds=[1, 2, 3])
+    again = policy.generate(cache, group_size=4, params=params, seeds=[1, 2, 3])
     assert [row.tolist() for row in again.completions] == [row.tolist() for row in rollout.completions]
     with torch.no_grad():
-        logprobs = without_padding(gemma(prompts, rollout.completions, **options), rollout.completions)
+        logprobs = without_padding(policy(prompts, rollout.completions, **options), rollout.completions)
     assert_same_rows(logprobs, rollout.logprobs)
     assert len({len(row) for row in rollout.completions}) > 2  # rows have left the cache
-    lone = gemma.generate(gemma.prefill(prompts.select([2])), group_size=4, params=params, seeds=[3])
+    lone = policy.generate(policy.prefill(prompts.select([2])), group_size=4, params=params, seeds=[3])
     assert [row.tolist() for row in lone.completions] == [row.tolist() for row in rollout.completions[8:]]
 
 
-def test_features_are_computed_once_for_each_prompt_and_not_again_where_they_are_known(gemma):
-    prompts, completions, calls = oracle.encode(gemma.processor), completions_of(gemma), []
-    gemma.model.model.vision_tower.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(len(kwargs["pixel_values"])), with_kwargs=True
+def test_features_are_computed_once_for_each_prompt_and_not_again_where_they_are_known(policy):
+    prompts, completions, calls = oracle.encode(policy.processor), completions_of(policy), []
+    tower = policy.family.vision_modules(policy.model)[0]
+    tower.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(next(filter(torch.is_tensor, (*args, *kwargs.values()))))),
+        with_kwargs=True,
     )
-    expected = gemma(prompts, completions).detach()
-    assert calls == [4]  # pictures of three prompts
-    seen = gemma.encode_images(prompts)
-    assert torch.equal(gemma(seen, completions), expected)
-    assert calls == [4, 4]
+    expected = policy(prompts, completions).detach()
+    num_pictures = sum(len(pixels) for pixels in prompts.pixel_values)
+    assert calls == [num_pictures]
+    seen = policy.encode_images(prompts)
+    assert torch.equal(policy(seen, completions), expected)
+    assert calls == [num_pictures] * 2
 
 
-def test_an_adapter_and_a_frozen_tower_train_what_they_should(grouped_folders):
-    policy = Policy.load(PolicyConfig(name=str(grouped_folders["gemma3"]), lora=LoraConfig(r=2)))
+def test_an_adapter_and_a_frozen_tower_train_what_they_should(grouped_folders, family):
+    policy = Policy.load(PolicyConfig(name=str(grouped_folders[family]), lora=LoraConfig(r=2)))
     assert policy.is_vision_frozen
     policy(oracle.encode(policy.processor), completions_of(policy)).sum().backward()
     trained = {name for name, parameter in policy.network.named_parameters() if parameter.grad is not None}
-    assert len(trained) == 3 * 7 * 2
-    frozen = Policy.load(PolicyConfig(name=str(grouped_folders["gemma3"]), freeze_vision=True))
+    frozen = Policy.load(PolicyConfig(name=str(grouped_folders[family]), freeze_vision=True))
+    linears = [m for m in frozen.model.model.language_model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(trained) == 2 * len(linears)  # two matrices for each
+    assert not any(oracle.is_vision(name) for name in trained)
     assert frozen.is_vision_frozen
     assert {name for name, p in frozen.network.named_parameters() if not p.requires_grad} == {
         name for name, _ in frozen.network.named_parameters() if oracle.is_vision(name)
@@ -155,19 +167,18 @@ def test_another_language_model_is_refused(tmp_path):
     config.text_config = LlamaConfig(**{name: getattr(config.text_config, name) for name in ("vocab_size", *SIZES)})
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has a language model of the family llama; known are qwen2, qwen3"):
-        Policy.load(PolicyConfig(name=str(tmp_path)))
+        load_model(PolicyConfig(name=str(tmp_path)))
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHARED = ["qwen2_vl", "qwen2_5_vl", "internvl"]
 
 
-@pytest.fixture(params=SHARED)
+@pytest.fixture(params=BOTH)
 def both(request, grouped_folders, monkeypatch):
     """A policy of a family as the engine computes it, and one of the same weights with repeated prompts."""
     config = PolicyConfig(name=str(grouped_folders[request.param]))
     shared = Policy.load(config).double().eval()
-    plain_class = type(families.FAMILIES[request.param])
+    plain_class = type(FAMILIES[request.param])
     without_sharing = type("WithoutSharing", (plain_class,), {"shares_prompts": False})()
 
     class Repeated(Policy):

@@ -2,32 +2,37 @@
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoTokenizer
-from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from perception_r1.errors import UserError
 from perception_r1.policy.families import FAMILIES
+from perception_r1.policy.families.tiles import TileProcessor
 from perception_r1.policy.load import load_processor
 from perception_r1.records import ImageSize, LabelledBox
 from tests.policy.oracle import CHATS, chat, encode, noise
 from tests.tiny_models import TILE, TOKENS
 
-families = pytest.mark.parametrize("family", ["internvl", "gemma3"])
+families = pytest.mark.parametrize(
+    "family", [name for name, family in FAMILIES.items() if issubclass(family.processor, TileProcessor)]
+)
 SIZES = [(56, 84), (640, 480), (333, 1000), (5000, 200), (28, 28), (5, 9)]
 
 
 def hub_processor(folder, family, monkeypatch):
     """Transformers' own, of the same tokenizer and image processor; that for videos wants torchvision."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = load_processor(folder).image_processor
-    if family == "gemma3":
-        return Gemma3Processor(image_processor, tokenizer, tokenizer.chat_template, image_seq_length=TOKENS)
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *args, **kwargs: None)
-    return InternVLProcessor(image_processor, tokenizer, None, TOKENS, tokenizer.chat_template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return getattr(transformers, PROCESSOR_MAPPING_NAMES[family])(
+        image_processor=load_processor(folder).image_processor,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        image_seq_length=TOKENS,
+    )
 
 
 @families
@@ -39,16 +44,16 @@ def test_prompts_are_those_of_transformers(model_folders, family, index, monkeyp
     pictures = [noise(*size, seed=index) for size in sizes]
     messages = [chat(text, len(sizes))]
     expected = hub_processor(model_folders[family], family, monkeypatch)(
-        images=[pictures] if family == "gemma3" else pictures,
+        images=[pictures],
         text=[processor.tokenizer.apply_chat_template(messages[0], tokenize=False, add_generation_prompt=True)],
         return_tensors="pt",
         add_special_tokens=False,
     )
     assert torch.equal(batch.input_ids[0], expected["input_ids"][0])
     assert torch.equal(torch.cat(batch.pixel_values), expected["pixel_values"])
-    if family == "gemma3":
-        is_image = batch.input_ids[0] == processor.image_token_id
-        assert torch.equal(is_image.long(), expected["token_type_ids"][0])
+    is_image = batch.input_ids[0] == processor.image_token_id
+    for name, value in FAMILIES[family].mask_inputs(is_image).items():
+        assert torch.equal(value, expected[name][0])
     assert torch.equal(batch.position_ids[0], torch.arange(batch.lengths[0]).expand(3, -1))
     assert batch.next_positions == tuple(batch.lengths)
 

@@ -3,8 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_r1.policy.families import QWEN_FAMILIES
-from perception_r1.policy.families.qwen_vision import encode_images
+from perception_r1.policy.families.patch_tower import encode_images
 from perception_r1.policy.segments import cut, segmented_attention
 from tests.policy import oracle
 
@@ -12,7 +11,7 @@ SIZES = [(280, 140), (28, 28), (140, 336)]
 """Images of several windows, of one token, and higher than wide."""
 
 
-@pytest.fixture(params=QWEN_FAMILIES)
+@pytest.fixture(params=oracle.PATCH_FAMILIES)
 def family(request):
     return request.param
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perception_r1.codecs import CODECS
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, Score
 from perception_r1.rows import Row
 from perception_r1.task import Task

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, LabelledBox, Sample, Score
 from perception_r1.scoring import parse_completions, prefix_rewards, score_completions
 from perception_r1.task import MAX_TEXT, Task

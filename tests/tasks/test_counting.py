@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perception_r1.codecs import CODECS
 from perception_r1.geometry import center
 from perception_r1.metrics import make_metrics, update_metrics
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, Overlay, Sample
 from perception_r1.rows import Row, RowError
 from perception_r1.scoring import parse_completions, score_completions

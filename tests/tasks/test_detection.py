@@ -4,8 +4,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from perception_r1.codecs import CODECS
 from perception_r1.data.categories import COCO_NAMES
+from perception_r1.policy.families import CODECS
 from perception_r1.records import Box, ImageSize, LabelledBox, Overlay
 from perception_r1.rows import Row, RowError
 from perception_r1.tasks.detection import Detection, DetectionPrediction, DetectionTarget

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from perception_r1.codecs import CODECS
 from perception_r1.metrics import make_metrics, update_metrics
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, Overlay, Sample
 from perception_r1.rows import Row, RowError
 from perception_r1.scoring import parse_completions, score_completions

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_r1.codecs import CODECS
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize
 from perception_r1.rows import Row, RowError
 from perception_r1.tasks.ocr import Ocr, OcrTarget

@@ -13,8 +13,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from perception_r1.codecs import CODECS
 from perception_r1.metrics import make_metrics, update_metrics
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, LabelledBox, Sample
 from perception_r1.scoring import parse_completions, score_as_published, score_completions
 from perception_r1.task import MAX_TEXT

@@ -13,9 +13,9 @@ from nltk.corpus import LazyCorpusLoader
 from nltk.corpus.reader import WordNetCorpusReader
 from nltk.stem.porter import PorterStemmer
 
-from perception_r1.codecs import CODECS
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics, update_metrics
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, Sample
 from perception_r1.scoring import parse_completions, score_completions
 from perception_r1.tasks._word_metrics import NAMES, word_metrics

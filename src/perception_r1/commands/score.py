@@ -14,12 +14,12 @@ from typing import Any
 
 import jsonargparse
 
-from perception_r1.codecs import CODECS
 from perception_r1.commands.options import known, make_task, new_parser, option_value, parse, run_command, task_values
 from perception_r1.data.images import ImageError
 from perception_r1.data.sources import SourceRow, open_source
 from perception_r1.errors import UserError
 from perception_r1.metrics import make_metrics, published_values, update_metrics
+from perception_r1.policy.families import CODECS
 from perception_r1.records import ImageSize, UnloadedSample
 from perception_r1.rewards import MAX_PIXELS, MIN_PIXELS, RowScorer
 from perception_r1.rows import RowError, object_labels

@@ -43,9 +43,11 @@ def read_config(name: str) -> Any:
 
 def empty_model(config: PolicyConfig) -> Any:
     """The model of a policy on the meta device, without adapter, everything trainable."""
+    settings = read_config(config.name)
+    FAMILIES[settings.model_type].check(config.name, settings)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            read_config(config.name),
+            settings,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
         )

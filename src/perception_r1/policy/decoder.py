@@ -42,7 +42,7 @@ class Decoder:
         layer_class = self._family.decoder_layer
         attention = next(layer.self_attn for layer in text.layers if hasattr(layer, "self_attn"))
         self._layers = [layer_class(layer, config, None if is_in_place else self.dtype) for layer in text.layers]
-        self._norm, self._normalise = text.norm, layer_class.normalise
+        self._norm, self._normalise, self._signs = text.norm, layer_class.normalise, layer_class.signs
         self._head_size = attention.head_dim
         heads = config.num_attention_heads, config.num_key_value_heads
         scales = [[attention.scaling]] * heads[0] + [[1.0]] * heads[1]
@@ -76,8 +76,7 @@ class Decoder:
         positions = torch.tensor(prompts.next_positions)[:, None] + torch.arange(num_tokens)  # [B, T]
         position_ids = self._family.position_ids(to_device(positions, self.device).expand(3, -1, -1))
         cos, sin = self._rotary(self._embedding.weight, position_ids)
-        half = sin.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # the signs of `rotate_half`
+        sin = self._signs(sin)
         rest = (0, self._head_size - cos.shape[-1])  # what is not turned
         return F.pad(cos, rest, value=1.0), F.pad(sin, rest)
 

@@ -6,7 +6,7 @@ Legend: B prompts, S rows of each, H heads, K key-value heads, D head size.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,16 @@ class DecoderLayer:
         layer: Of transformers.
         config: Of the language model.
         dtype: Type in which joined and merged weights are held; None: layers are called as they are.
+
+    Attributes:
+        output_norms: Names of the norms of what attention and what the feed-forward layer add, where there are any.
     """
+
+    output_norms: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype | None) -> None:
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._output_norms = [getattr(layer, name) for name in self.output_norms]
         self._mixer = self.make_mixer(layer, config, dtype)
         self._feed_forward = self.make_feed_forward(layer.mlp, dtype)
 
@@ -34,6 +40,12 @@ class DecoderLayer:
     def normalise(rows: Tensor, norm: Any) -> Tensor:
         """RMS norm over the last dimension, in the type of its input."""
         return F.rms_norm(rows, rows.shape[-1:], norm.weight.to(rows.dtype), norm.variance_epsilon)
+
+    @staticmethod
+    def signs(sin: Tensor) -> Tensor:
+        """Sines of the rotary embedding [..., D] with the signs that `Attention.partners` wants."""
+        first, second = sin.chunk(2, -1)
+        return torch.cat([-first, second], -1)  # those of `rotate_half`
 
     def make_mixer(self, layer: Any, config: Any, dtype: torch.dtype | None) -> "Mixer":
         """What lets a token know of those before it, from the layer of transformers."""
@@ -55,14 +67,18 @@ class DecoderLayer:
             number: Of the layer.
             rows: [B, S, hidden size].
             cos: [B, 1, H + K, D].
-            sin: [B, 1, H + K, D], its first half negative.
+            sin: [B, 1, H + K, D], with its `signs`.
             cache: What the rows have seen; it takes this token up.
 
         Returns:
             [B, S, hidden size].
         """
-        rows = rows + self._mixer(number, self.normalise(rows, self._norms[0]), cos, sin, cache)
-        return rows + self._feed_forward(self.normalise(rows, self._norms[1]))
+        mixed = self._mixer(number, self.normalise(rows, self._norms[0]), cos, sin, cache)
+        rows = rows + self._normalise_output(mixed, 0)
+        return rows + self._normalise_output(self._feed_forward(self.normalise(rows, self._norms[1])), 1)
+
+    def _normalise_output(self, added: Tensor, part: int) -> Tensor:
+        return self.normalise(added, self._output_norms[part]) if self._output_norms else added
 
 
 class Mixer(Protocol):
@@ -108,14 +124,20 @@ class Attention:
         query, key = self._turn(turned, cos, sin)
         return self._output(cache.attend(number, query, key, value))
 
+    @staticmethod
+    def partners(heads: Tensor) -> list[Tensor]:
+        """In parts, beside every value of heads [..., D] the one with which it is turned: the other half."""
+        first, second = heads.chunk(2, -1)
+        return [second, first]
+
     def _turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, S, H, D] and keys [B, S, K, D], normalised and turned, from [B, S, H + K, D]."""
         turned, counts = heads, [self._heads, self._kv_heads]
         if self._head_norms[0] is not None:
             pairs = zip(heads.split(counts, 2), self._head_norms, strict=True)
             turned = torch.cat([self._normalise(part, norm) for part, norm in pairs], 2)
-        half, end = self._turned_size // 2, self._turned_size
-        swapped = [turned[..., half:end], turned[..., :half]]
+        end = self._turned_size
+        swapped = self.partners(turned[..., :end])
         if end < self._size:
             swapped.append(turned[..., end:])
         turned = torch.addcmul(turned * cos, torch.cat(swapped, -1), sin).to(heads.dtype)
@@ -134,11 +156,12 @@ class FeedForward(Protocol):
 
 
 class DenseFeedForward:
-    """A gated feed-forward layer."""
+    """A gated feed-forward layer, with gate and values in two matrices or in one."""
 
     def __init__(self, mlp: Any, dtype: torch.dtype | None) -> None:
-        self._activation = mlp.act_fn
-        self._gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        is_joined = hasattr(mlp, "gate_up_proj")
+        self._activation = mlp.activation_fn if is_joined else mlp.act_fn
+        self._gate_up = FusedLinear([mlp.gate_up_proj] if is_joined else [mlp.gate_proj, mlp.up_proj], dtype)
         self._down = FusedLinear([mlp.down_proj], dtype)
 
     def sync_weights(self) -> None:

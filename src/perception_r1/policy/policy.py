@@ -68,9 +68,9 @@ class Policy(nn.Module):
     @classmethod
     def load(cls, config: PolicyConfig, *, is_trained: bool = True) -> Self:
         """Read a policy; one that is not trained (a reference) has no adapter, and every weight is frozen."""
-        family, model = model_family(config.name), load_model(config)
+        family = model_family(config.name)
         processor = load_processor(config.name, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-        return cls.from_model(model, processor, family.codec, config, is_trained=is_trained)
+        return cls.from_model(load_model(config), processor, family.codec, config, is_trained=is_trained)
 
     @classmethod
     def without_weights(cls, config: PolicyConfig) -> Self:
@@ -237,6 +237,9 @@ class Policy(nn.Module):
         if self.processor.end_of_turn is not None:
             named.insert(0, tokenizer.convert_tokens_to_ids(self.processor.end_of_turn))
         tokens = list(dict.fromkeys(token for token in named if token is not None))
+        room = self.model.config.get_text_config().vocab_size
+        if odd := [token for token in tokens if type(token) is not int or not 0 <= token < room]:
+            raise UserError(f"The generation config names {odd[0]!r} as an end token, which the model does not have.")
         if not tokens:
             raise UserError("Neither the generation config nor the tokenizer names an end token.")
         return tokens

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from perception_r1.errors import UserError
+from perception_r1.errors import UserError, reading
 from perception_r1.policy.batch import Grid, PromptBatch, to_device
 from perception_r1.records import ImageSize
 
@@ -63,24 +63,11 @@ class Processor(ABC):
         self.image_token_id = cast(int, tokenizer.convert_tokens_to_ids(self.feature_token))
 
     @classmethod
-    def load(cls, name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Self:
-        """Read tokenizer and image processor from a hub id or a folder; a bound of None is the model's own.
-
-        Raises:
-            UserError: Files are missing, a bound is not positive or not known to the family, or `min_pixels` exceeds
-                `max_pixels`.
-        """
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
-            image_processor = cls.image_processor_class.from_pretrained(name)
-            layout = cls.read_layout(AutoConfig.from_pretrained(name, trust_remote_code=False))
-        except (OSError, ValueError) as error:
-            raise UserError(f"Tokenizer and image processor of {name} cannot be loaded: {error}") from error
-        processor = cls(tokenizer, image_processor, **layout)
-        if min_pixels is not None and min_pixels < 1:
-            raise UserError(f"min_pixels is {min_pixels}; it must be 1 or more.")
-        processor.set_bounds(min_pixels, max_pixels)
-        return processor
+    def load(cls, name: str | Path, config: Any) -> Self:
+        """Read tokenizer and image processor of a hub id or folder with this configuration; see `load_processor`."""
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        image_processor = cls.image_processor_class.from_pretrained(name)
+        return cls(tokenizer, image_processor, **cls.read_layout(config))
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: Any) -> Self:
@@ -98,11 +85,15 @@ class Processor(ABC):
     @classmethod
     @abstractmethod
     def image_options(cls, config: Any) -> dict[str, Any]:
-        """Options of the image processor that belongs to a model's configuration."""
+        """Options of the image processor which a model's configuration leaves no choice about."""
 
     @abstractmethod
     def set_bounds(self, min_pixels: int | None, max_pixels: int | None) -> None:
-        """Bound the pixels of pictures as the model sees them; None keeps a bound; raises as `load` does."""
+        """Bound the pixels of pictures as the model sees them; None keeps a bound.
+
+        Raises:
+            UserError: A bound is not known to the family, or `min_pixels` exceeds `max_pixels`.
+        """
 
     @property
     @abstractmethod
@@ -194,9 +185,7 @@ class Processor(ABC):
         grids = [grid for own in grids_of for grid in own]
         pictures = [image for group in images for image in group]
         pixels = self.encode_pictures(pictures, grids)
-        options: dict[str, Any] = {"add_generation_prompt": True, **self.template_options}
-        texts = self.tokenizer.apply_chat_template(list(chats), tokenize=False, **options)
-        expanded = [self._expand(text, own) for text, own in zip(texts, sizes, strict=True)]
+        expanded = [self._expand(text, own) for text, own in zip(self.prompt_texts(chats), sizes, strict=True)]
         rows: list[list[int]] = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
         if max_tokens is not None:
             _check_length(max(map(len, rows)), max_tokens)
@@ -248,11 +237,15 @@ class Processor(ABC):
         ids: list[int] = input_ids[~is_repeat].tolist()
         return ids
 
+    def prompt_texts(self, chats: Sequence[list[dict[str, Any]]]) -> list[str]:
+        """What the chat template makes of chats; it is a program of the model's folder, which may refuse some."""
+        options: dict[str, Any] = {"add_generation_prompt": True, **self.template_options}
+        with reading("The model's chat template does not take this chat", "use roles and parts that it knows"):
+            return cast(list[str], self.tokenizer.apply_chat_template(list(chats), tokenize=False, **options))
+
     def num_prompt_tokens(self, chat: list[dict[str, Any]], image_size: ImageSize) -> int:
         """Tokens of a prompt with one picture, without the picture itself."""
-        options: dict[str, Any] = {"add_generation_prompt": True, **self.template_options}
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
-        expanded = self._expand(cast(str, text), [image_size])
+        expanded = self._expand(self.prompt_texts([chat])[0], [image_size])
         return len(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
 
     def check_prompt(self, chat: list[dict[str, Any]], *, width: int, height: int, max_tokens: int | None) -> None:

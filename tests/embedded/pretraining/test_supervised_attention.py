@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from perception_r1.codecs import CODECS
 from perception_r1.embedded.model import build_model_folder
 from perception_r1.embedded.pretraining.batch import make_batch
 from perception_r1.embedded.pretraining.dense import DenseHead
 from perception_r1.embedded.pretraining.questions import corpus, page, shape_scene
 from perception_r1.embedded.pretraining.supervised_attention import attention_targets
 from perception_r1.embedded.pretraining.training import SEEN_LAYERS, SumsOfLosses, count_terms
+from perception_r1.policy.families import CODECS
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 from perception_r1.records import ImageSize

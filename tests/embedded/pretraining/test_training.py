@@ -4,13 +4,13 @@ import json
 import pytest
 import torch
 
-from perception_r1.codecs import CODECS
 from perception_r1.data.synthetic.render import COLOURS, SHAPES
 from perception_r1.embedded.model import build_model_folder
 from perception_r1.embedded.pretraining.batch import make_batch
 from perception_r1.embedded.pretraining.dense import dense_targets
 from perception_r1.embedded.pretraining.questions import NUM_QUESTIONS, corpus, page, shape_scene
 from perception_r1.embedded.pretraining.training import DenseHead, Settings, SumsOfLosses, count_terms, train
+from perception_r1.policy.families import CODECS
 from perception_r1.policy.load import PolicyConfig
 from perception_r1.policy.policy import Policy
 

@@ -45,6 +45,13 @@ class Family(ABC):
 
     def check(self, name: str, config: Any) -> None:
         """Refuse, with a `UserError`, a model of the family that computes in a way that is not known here."""
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:
+            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+            raise UserError(
+                f"The weights of {name} are quantised ({method}), and this engine computes with float32 and bfloat16 "
+                "alone; give the model that it was made from."
+            )
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
         if self.shares_prompts and not kinds <= self.layer_types:
             known = ", ".join(sorted(self.layer_types))

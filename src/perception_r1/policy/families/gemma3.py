@@ -6,11 +6,35 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from perception_r1.codecs import Gemma3Codec
+from perception_r1.codecs import JsonCodec
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.families.base import Family, VisionLanguageModel
 from perception_r1.policy.families.tiles import TileProcessor
+
+
+class Gemma3Codec(JsonCodec):
+    """JSON as Gemini writes it: rows before columns, numbers 0..1000 of the image's height and width.
+
+    Gemma's own documentation names no form. Its authors point to that of Gemini, which Gemma is made after
+    (https://huggingface.co/google/gemma-3-4b-it/discussions/38, and Gemini's page on bounding boxes); a model that has
+    to learn a form anyway learns this one from the nearest start.
+
+    >>> from perception_r1.records import ImageSize, LabelledBox
+    >>> image_size = ImageSize(width=1280, height=960, resized_width=896, resized_height=896)
+    >>> text = Gemma3Codec().format_boxes([LabelledBox(label="cat", box=(0.25, 0.5, 0.75, 1.0))], image_size)
+    >>> text
+    '[{"box_2d": [500, 250, 1000, 750], "label": "cat"}]'
+    >>> Gemma3Codec().parse_boxes(text, image_size)
+    ParsedBoxes(items=(ParsedBox(label='cat', box=(0.25, 0.5, 0.75, 1.0)),), is_exact=True)
+    >>> Gemma3Codec().parse_boxes('[{"bbox_2d": [500, 250, 1000, 750]}]', image_size)  # another family's key
+    ParsedBoxes(items=(ParsedBox(label=None, box=None),), is_exact=True)
+    """
+
+    name = "gemma3"
+    description = "as JSON, rows before columns, in thousandths of the image"
+    key = "box_2d"
+    order = (1, 0, 3, 2)
 
 
 class Gemma3Processor(TileProcessor):

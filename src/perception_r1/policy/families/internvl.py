@@ -1,5 +1,9 @@
 """InternVL3: tiles of a picture, a language model of Qwen with plain positions, boxes between tags."""
 
+import json
+import re
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -10,17 +14,113 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     get_optimal_tiled_canvas,
 )
 
-from perception_r1.codecs import InternVLCodec
+from perception_r1.codecs import (
+    MAX_OBJECTS,
+    NOTHING,
+    NUMBER,
+    PER_MILLE,
+    Codec,
+    ParsedBox,
+    ParsedBoxes,
+    from_units,
+    to_units,
+)
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import PromptBatch
 from perception_r1.policy.families.base import Family, VisionLanguageModel
 from perception_r1.policy.families.tiles import TileProcessor
-from perception_r1.records import ImageSize
+from perception_r1.records import ImageSize, LabelledBox
 
 _TAGS = ("<img>", "</img>")
 """Around the features of a picture."""
 _TEXT_MODELS = ("qwen2", "qwen3")
 """Language models that the engine knows; the family has others, with experts too."""
+_TAG = re.compile(r"</?(?:ref|box)>")
+_BOX = re.compile(r"\[" + r"\s*+,".join([rf"\s*+({NUMBER})"] * 4) + r"\s*+\]")
+_ANY_BOX = _BOX.pattern.replace(f"({NUMBER})", NUMBER)
+_LABEL = r"<ref>(?P<label>[^<]*+(?:<(?!/?(?:ref|box)>)[^<]*+)*+)</ref>"
+_TOKEN = re.compile(rf"{_LABEL}|<box>\[(?P<boxes>\s*+{_ANY_BOX}(?:\s*+,\s*+{_ANY_BOX})*+\s*+)\]</box>")
+_START = re.compile(rf"{_LABEL}|<box>\[")
+_FIRST = re.compile(rf"\s*+{_BOX.pattern}")
+_NEXT = re.compile(rf"\s*+,\s*+{_BOX.pattern}")
+
+
+class InternVLCodec(Codec):
+    """Tags around a label and the list of its boxes, integers 0..1000 of the image's width and height.
+
+    It is the form of InternVL's documentation (https://internvl.readthedocs.io, chat data format, grounding): a label
+    once, and all its boxes in one list behind it. An empty list of objects is the empty text. Reading finds complete
+    lists anywhere, each with the label before it; the text is exact when it is nothing but labels with one list each,
+    and no label is repeated where its list could have gone on.
+
+    >>> image_size = ImageSize(width=640, height=480, resized_width=896, resized_height=448)
+    >>> cats = [LabelledBox(label="cat", box=(0.1, 0.2, 0.5, 1.0)), LabelledBox(label="cat", box=(0.0, 0.0, 1.0, 1.0))]
+    >>> text = InternVLCodec().format_boxes(cats, image_size)
+    >>> text
+    '<ref>cat</ref><box>[[100, 200, 500, 1000], [0, 0, 1000, 1000]]</box>'
+    >>> [item.box for item in InternVLCodec().parse_boxes(text, image_size).items]
+    [(0.1, 0.2, 0.5, 1.0), (0.0, 0.0, 1.0, 1.0)]
+    >>> InternVLCodec().parse_boxes("Here: <box>[[9, 9, 1, 1]]</box>", image_size)  # inverted, after prose
+    ParsedBoxes(items=(ParsedBox(label=None, box=None),), is_exact=False)
+    >>> InternVLCodec().parse_boxes("<ref>cat</ref><box>[[9, 9]]</box>", image_size)  # no box
+    ParsedBoxes(items=(), is_exact=False)
+    """
+
+    name = "internvl"
+    description = "between box tags, in thousandths of the image"
+
+    def format_boxes(self, objects: Sequence[LabelledBox], image_size: ImageSize) -> str:
+        """Text for a list of objects, in their order.
+
+        Raises:
+            UserError: A label is empty or holds what could be read as a tag.
+        """
+        parts = []
+        for label, group in groupby(objects, key=lambda item: item.label):
+            if not label or _TAG.search(label):
+                raise UserError(f"a label in the InternVL form needs text without its tags, not {label!r}")
+            boxes = [list(to_units(item.box, PER_MILLE, PER_MILLE)) for item in group]
+            parts.append(f"<ref>{label}</ref><box>{json.dumps(boxes)}</box>")
+        return "".join(parts)
+
+    def parse_boxes(self, text: str, image_size: ImageSize) -> ParsedBoxes:
+        """Objects found in any text whatever; never raises."""
+        text = text.strip()
+        items: list[ParsedBox] = []
+        label: str | None = None
+        end, is_exact, awaits_boxes = 0, True, False
+        for token in _TOKEN.finditer(text):
+            is_label = token["label"] is not None
+            is_exact = is_exact and token.start() == end and is_label != awaits_boxes
+            end = token.end()
+            if is_label:
+                is_exact = is_exact and token["label"] != label
+                label = token["label"]
+            else:
+                items += [self._item(label, box) for box in _BOX.finditer(token["boxes"])]
+            awaits_boxes = is_label
+            if len(items) > MAX_OBJECTS:
+                return NOTHING
+        return ParsedBoxes(items=tuple(items), is_exact=is_exact and end == len(text) and not awaits_boxes)
+
+    def parse_prefixes(self, text: str, image_size: ImageSize) -> list[tuple[int, ParsedBox]]:
+        """See `Codec`."""
+        found: list[tuple[int, ParsedBox]] = []
+        label: str | None = None
+        for token in _START.finditer(text):
+            if token["label"] is not None:
+                label = token["label"]
+                continue
+            box = _FIRST.match(text, token.end())
+            while box is not None and len(found) < MAX_OBJECTS:
+                found.append((box.end(), self._item(label, box)))
+                box = _NEXT.match(text, box.end())
+        return found
+
+    def _item(self, label: str | None, box: re.Match[str]) -> ParsedBox:
+        """A box behind a label."""
+        numbers = [float(number) for number in box.groups()]
+        return ParsedBox(label=label, box=from_units(numbers, PER_MILLE, PER_MILLE))
 
 
 class InternVLProcessor(TileProcessor):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3_5Config
 
-from perception_r1.codecs import Qwen3VLCodec
 from perception_r1.policy.cache import DecodeCache
 from perception_r1.policy.decoder_layers import Attention, DecoderLayer, Mixer
 from perception_r1.policy.families.base import VisionLanguageModel
+from perception_r1.policy.families.qwen3_vl import Qwen3VLCodec
 from perception_r1.policy.families.qwen_vl import QwenVL
 from perception_r1.policy.fused_linear import FusedLinear
 from perception_r1.policy.linear_attention import gates, next_token_linear_attention, share_states

@@ -4,8 +4,25 @@ from typing import Any
 
 from transformers import Qwen3VLConfig
 
-from perception_r1.codecs import Qwen3VLCodec
+from perception_r1.codecs import JsonCodec
 from perception_r1.policy.families.qwen_vl import QwenVL
+
+
+class Qwen3VLCodec(JsonCodec):
+    """The JSON of Qwen2.5-VL with numbers 0..1000 of the image's width and height.
+
+    >>> from perception_r1.records import ImageSize, LabelledBox
+    >>> image_size = ImageSize(width=1280, height=960, resized_width=1280, resized_height=960)
+    >>> Qwen3VLCodec().format_boxes([LabelledBox(label="cat", box=(0.25, 0.5, 0.5, 1.0))], image_size)
+    '[{"bbox_2d": [250, 500, 500, 1000], "label": "cat"}]'
+    >>> Qwen3VLCodec().parse_boxes("null", image_size)
+    ParsedBoxes(items=(), is_exact=False)
+    >>> Qwen3VLCodec().parse_boxes("[]", image_size)
+    ParsedBoxes(items=(), is_exact=True)
+    """
+
+    name = "qwen3_vl"
+    description = "as JSON, in thousandths of the image"
 
 
 class Qwen3VL(QwenVL):

@@ -1,4 +1,4 @@
-"""Image features of Qwen-VL: the tower runs on the device, and what it needs to know of sizes is computed on the host.
+"""Image features of patches: the tower runs on the device, and what it needs to know of sizes is computed on the host.
 
 The towers of transformers work out positions, windows and segments from a tensor of sizes; on the device that means
 waiting for it many times a pass. They also take the results from outside, and so they do here.
