@@ -278,6 +278,21 @@ def unreachable(argv):
     raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
 
 
+def test_a_worker_that_ends_with_a_run_by_sigterm_is_no_error_of_its_own(capsys, tmp_path, monkeypatch):
+    def stop(trainer, *args, **kwargs):
+        trainer._signal_connector.received_sigterm = is_told
+        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Terminated.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "fit", stop)
+    is_told = True
+    assert main(["fit", *COUNTING, *SMALL]) == 143
+    assert "Stopped by SIGTERM" in capsys.readouterr().err
+    is_told = False
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        main(["fit", *COUNTING, *SMALL])
+
+
 def test_a_stop_by_sigterm_has_its_own_status(capsys, tmp_path, monkeypatch, folder):
     def stop(*args, **kwargs):
         raise SIGTERMException

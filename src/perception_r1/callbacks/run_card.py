@@ -18,10 +18,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from perception_r1.callbacks.before_after import BeforeAfter
 from perception_r1.callbacks.environment import git_state, hardware, versions
 from perception_r1.callbacks.files import RUN_CARD, read_card, run_folder, write_json
+from perception_r1.modules.signals import is_told_to_stop
 
 if TYPE_CHECKING:
     from perception_r1.modules.evaluation import EvaluationModule
 
+_TERMINATED = "stopped by SIGTERM"
 _MAX_REASON = 300
 """Longest reason of a failure, in characters: the traceback is in the log."""
 
@@ -76,7 +78,7 @@ class RunCard(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Complete the card of a run that was stopped or failed."""
-        self._complete(status_of(exception), trainer, pl_module)
+        self._complete(_TERMINATED if is_told_to_stop(trainer) else status_of(exception), trainer, pl_module)
 
     def _complete(self, status: str, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._path is None:
@@ -97,7 +99,7 @@ def status_of(exception: BaseException) -> str:
     'failed: ValueError: No images found.'
     """
     if isinstance(exception, SIGTERMException):
-        return "stopped by SIGTERM"
+        return _TERMINATED
     if isinstance(exception, KeyboardInterrupt):
         return "stopped by Ctrl-C"
     lines = str(exception).strip().splitlines()

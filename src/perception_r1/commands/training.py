@@ -17,6 +17,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich import get_console
 
 from perception_r1.callbacks.checkpoints import FOLDER, LAST, PREVIOUS, find_last, next_log_step, repair_last
@@ -30,6 +31,7 @@ from perception_r1.data.mixed import parts_of
 from perception_r1.errors import UserError
 from perception_r1.evaluation.key import EVALUATION, evaluation_key
 from perception_r1.locks import claim_version, locked
+from perception_r1.modules.signals import is_told_to_stop
 from perception_r1.planning.report import check_memory
 from perception_r1.policy.checkpoint import check_origin, read_meta
 
@@ -164,6 +166,15 @@ class PerceptionCLI(ConfiguredCLI):
             self.trainer = self.instantiate_trainer()
         except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a verb; a signal to all processes also ends workers, which may be noticed first."""
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if is_told_to_stop(self.trainer) and "DataLoader worker" in str(error):
+                raise SIGTERMException from error
+            raise
 
     def _own_version(self, runs: Path, version: str | int | None) -> str | int | None:
         """The version of the logger: the one that is given or the next, whose folder no other process gets."""
