@@ -123,11 +123,12 @@ def words(values: Sequence[float], *, is_gain: bool = True) -> str:
 
 
 def part_table(results: Sequence[Result], part: str) -> str:
-    """Training by metric: the gains on the training level of a part's trainings, beside those of GRPO."""
+    """Training by metric: the gains on the training level of a part's trainings that were done, and of GRPO."""
     rows = []
     for name in ["grpo", *(name for name, training in TRAININGS.items() if training.part == part)]:
         cells = [words(gains(results, task, name, 0, at_level("training", metric))) for task, metric, _ in COLUMNS]
-        rows.append([TRAININGS[name].title, *cells])
+        if set(cells) != {"-"}:
+            rows.append([TRAININGS[name].title, *cells])
     return table(["training", *(f"{task}: {title}" for task, _, title in COLUMNS)], rows)
 
 
