@@ -326,3 +326,11 @@ def test_help_shows_the_options_of_the_task(capsys, runs):
     ):
         assert main(["predict", *arguments]) == 0
         assert words in capsys.readouterr().out
+
+
+def test_names_of_pictures_that_are_written_fit_on_a_disk(tmp_path):
+    for stem in ("a" * 251, "é" * 125):
+        first = predict._free_name(tmp_path, stem)
+        first.touch()
+        predict._free_name(tmp_path, stem).touch()
+    assert len(list(tmp_path.iterdir())) == 4

@@ -94,6 +94,11 @@ def test_a_run_that_went_on_has_all_its_commands_and_all_its_seconds(tmp_path):
     assert "elsewhere 25.0 s" in words  # of 100, phases have 75
 
 
+def test_a_page_without_samples_says_so(tmp_path):
+    record = read_record(make_run(tmp_path / "a"))
+    assert "Samples None were asked for." in words_of(make_document([record], num_cards=0))
+
+
 def test_runs_of_different_tasks_share_a_page(tmp_path):
     other = make_run(tmp_path / "b", task=OCR, before=(0.5, 0.5), after=(1.0, 0.5), primary_metrics=["reward"])
     mixed = make_run(tmp_path / "c", task=None, tasks={"many": COUNTING, "ocr": OCR}, after=None, status="running")

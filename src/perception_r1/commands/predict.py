@@ -45,6 +45,8 @@ Precision = Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]
 """Precisions of the trainer in which a policy can answer."""
 _MAX_NEW_TOKENS = 2048
 """Longest completion of a model that comes without a run, that of `configs/task` where answers are longest."""
+_MAX_STEM = 200
+"""Bytes of the name of a picture that is written: file systems take 255, and a number and the kind come behind it."""
 _LINE_SECONDS = 20.0
 """Longest time between two plain lines of progress."""
 
@@ -201,6 +203,7 @@ def draw(parsed: ParsedCompletion, task: Task[Any, Any]) -> Image.Image:
 
 def _free_name(folder: Path, stem: str) -> Path:
     """A file for a picture; pictures of one name from different folders are numbered."""
+    stem = stem.encode()[:_MAX_STEM].decode(errors="ignore")
     path, number = folder / f"{stem}.png", 2
     while path.exists():
         path, number = folder / f"{stem}-{number}.png", number + 1

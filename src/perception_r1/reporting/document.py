@@ -61,7 +61,9 @@ def make_document(records: Sequence[Record], *, num_cards: int) -> str:
             runs_section(records, both),
             results_section(records, letters),
             _curves_section(any(curves)),
-            _cards_section(cards, records),
+            _cards_section(cards, records)
+            if num_cards
+            else section("samples", "Samples", note("None were asked for.")),
             time_section(records, letters, curves),
             settings_section(records, letters),
             reproduction_section(records, both),

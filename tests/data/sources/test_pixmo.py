@@ -84,3 +84,12 @@ def test_missing_columns_are_named(make):
         len(make(lambda table: table.remove_columns("label")))
     with pytest.raises(DataError, match="has no column 'image_url', so there is nothing to fetch"):
         list(make(lambda table: table.remove_columns("image_url")).downloads())
+    with pytest.raises(DataError, match="has no column 'image_sha256'"):
+        list(make(lambda table: table.remove_columns("image_sha256")).downloads())
+
+
+def test_an_address_that_is_no_text_is_none(make):
+    (found,) = make(
+        lambda table: table.remove_columns("image_url").add_column("image_url", [7] * len(table)), take="first:1"
+    ).downloads()
+    assert found.url == ""

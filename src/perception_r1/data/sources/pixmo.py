@@ -57,13 +57,14 @@ class PixMoCount(Hub):
             DataError: The data set cannot be read or names no images.
         """
         columns = ["image_url", "image_sha256"]
-        if "image_url" not in self.table.column_names:
-            raise DataError(f"{self}: has no column 'image_url', so there is nothing to fetch")
+        for column in columns:
+            if column not in self.table.column_names:
+                raise DataError(f"{self}: has no column {column!r}, so there is nothing to fetch")
         table = self.table.select_columns(columns)
         seen: set[str] = set()
         for number in self.numbers:
             entry = table[number]
-            url, sha256 = (entry[column] or "" for column in columns)
+            url, sha256 = (entry[column] if isinstance(entry[column], str) else "" for column in columns)
             if sha256 not in seen:
                 seen.add(sha256)
                 name = sha256 if SHA256.fullmatch(sha256) else f"malformed-{number + 1}"  # may be any path
