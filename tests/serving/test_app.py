@@ -296,8 +296,10 @@ def test_messages_that_the_chat_template_refuses_are_refused(served, client, mon
     monkeypatch.setattr(served.generator.policy.processor.tokenizer, "chat_template", template)
     response = client.post("/v1/chat/completions", json=chat())
     assert response.status_code == 400
-    told = "The chat template of the model refuses these messages: Roles must alternate."
-    assert response.json()["error"]["message"] == told
+    told = (
+        "The model's chat template does not take this chat (TemplateError: Roles must alternate); use roles and parts"
+    )
+    assert response.json()["error"]["message"].startswith(told)
 
 
 def test_an_engine_that_is_lost_is_no_fault_of_the_request(served, client, monkeypatch):

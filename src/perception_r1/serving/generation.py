@@ -12,7 +12,6 @@ from itertools import accumulate, count
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -21,9 +20,6 @@ from perception_r1.engines.base import NEVER
 from perception_r1.errors import UserError
 from perception_r1.policy.batch import Chat, PromptBatch
 from perception_r1.policy.policy import Policy
-
-_MAX_SAID = 200
-"""Characters that are told of a template's own words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,12 +141,8 @@ class Generator(threading.Thread):
         Raises:
             UserError: The prompt is too long, or the model cannot take the pictures or the messages.
         """
-        try:
-            with self._encoding:  # neither tokenizers nor image processors are made for several threads
-                return self.policy.processor.encode_bytes([chat], [images], max_tokens=self.policy.max_prompt_length)
-        except TemplateError as error:  # many allow some orders of roles alone
-            said = " ".join(str(error).split())[:_MAX_SAID]
-            raise UserError(f"The chat template of the model refuses these messages: {said}") from error
+        with self._encoding:  # neither tokenizers nor image processors are made for several threads
+            return self.policy.processor.encode_bytes([chat], [images], max_tokens=self.policy.max_prompt_length)
 
     def submit(self, prompt: PromptBatch, sampling: CompletionParams, seed: int | None = None) -> "Future[Answer]":
         """Hand over a request; it is forgotten if its future is cancelled before its turn.
