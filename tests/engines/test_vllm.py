@@ -294,14 +294,14 @@ def test_a_server_takes_over_weights_and_adapters_and_survives_a_restart(folders
     policy, config = load(folders["qwen2_vl"], lora=LoraConfig(r=3))
     other = ServerEngine([server.url], weights_folder=tmp_path / "adapters")
     other.connect(policy, EngineContext(config=config, dtype="float32", run_id="lora"))
-    engine._servers[0].load_weights(folders["qwen2_vl"], "base")
+    engine._servers.servers[0].load_weights(folders["qwen2_vl"], "base")
     for seed in range(2):
         change(policy, 0.02, seed)
         other.invalidate()
         is_same, gap = gaps(policy, other)
         assert is_same
         assert gap < 1e-4
-    served = [name for name in other._servers[0].models() if name.startswith("lora")]
+    served = [name for name in other._servers.servers[0].models() if name.startswith("lora")]
     assert served == ["lora-2"]
 
 
