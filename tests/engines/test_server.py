@@ -189,6 +189,25 @@ def test_a_run_waits_for_the_only_server(folder, policy, tmp_path):
     assert_same(*found[0])
 
 
+def test_who_was_given_up_and_came_back_is_waited_for_again(folder, policy, tmp_path):
+    server = LikeVLLM(folder)
+    change(policy)
+    with running(server.app()) as url:
+        engine = connect(policy, [url], tmp_path, restart_timeout=1.0)
+    with pytest.raises(EngineError, match="No server has answered for 1 s"):
+        rollouts(policy, engine)
+    port = int(url.rpartition(":")[2])
+    with running(server.app(), port):
+        assert_same(*rollouts(policy, engine))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(rollouts(policy, engine)))
+    thread.start()
+    time.sleep(0.3)
+    with running(server.app(), port):
+        thread.join(30)
+        assert_same(*found[0])
+
+
 def test_without_a_server_it_ends_in_a_sentence(policy):
     started = time.monotonic()
     with pytest.raises(

@@ -108,8 +108,6 @@ class Servers:
                 if time.monotonic() > self._none_since + self.restart_timeout:
                     raise EngineError(f"No server has answered for {self.restart_timeout:.0f} s: {self._failures()}.")
                 is_over.wait(_POLL_SECONDS)
-        if not self._are_lost():
-            self._none_since = None
 
     def _are_lost(self) -> bool:
         return all(server.is_lost for server in self.servers)
@@ -121,7 +119,7 @@ class Servers:
         """Let a server take part; it is lost if it cannot be welcomed."""
         try:
             self.welcome(server)
-            server.is_lost = False
+            server.is_lost, self._none_since = False, None
         except ServerLostError as error:
             self._lose(server, error)
 
